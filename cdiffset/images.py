@@ -1,0 +1,222 @@
+"""Image files <-> arrays: the one place that knows file formats, bit depths, band orders and the pixel range.
+
+Files are read into 0-255 (float32 [H, W, 3]); networks work in [-1, 1]. SAR and EO differ in two rules only: SAR may have
+1 to 4 bands, mapped to three channels, and each band deeper than 8 bits is scaled by itself; EO is scaled jointly.
+"""
+
+import os
+import re
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import torch
+from PIL import Image, ImageOps
+from rasterio.enums import ColorInterp
+from rasterio.errors import NotGeoreferencedWarning
+
+from cdiffset.errors import UserError
+
+STRETCH_PERCENTILES = (1, 99)
+
+
+def read_sar(path: str | Path) -> np.ndarray:
+    """SAR file => float32 [H, W, 3] in 0-255.
+
+    8-bit data is taken as is; each deeper band is stretched from its 1st-99th percentile. One band is repeated, two become
+    (b1, mean, b2), four (HH, HV, VH, VV) become (HH, (HV + VH) / 2, VV). A band declared as alpha is dropped; note that GDAL
+    declares the fourth band of an 8-bit TIFF to be alpha unless told otherwise. UserError names the file if it is unreadable.
+    """
+    bands, valid = _read(Path(path))
+    if bands.dtype != np.uint8:
+        bands = np.stack([stretch(bands[..., k], valid[..., k]) for k in range(bands.shape[-1])], axis=-1)
+    channels = [bands[..., k].astype(np.float32) for k in range(bands.shape[-1])]
+    match channels:
+        case [only]:
+            channels = [only, only, only]
+        case [first, second]:
+            channels = [first, (first + second) / 2, second]
+        case [hh, hv, vh, vv]:
+            channels = [hh, (hv + vh) / 2, vv]
+        case [_, _, _]:
+            pass
+        case _:
+            raise UserError(f"{path}: {len(channels)} bands; a SAR image has 1 to 4")
+    return np.stack(channels, axis=-1)
+
+
+def read_eo(path: str | Path) -> np.ndarray:
+    """EO file => float32 [H, W, 3] in 0-255: RGB, grey repeated, alpha dropped.
+
+    8-bit data is taken as is; deeper data is stretched from the 1st-99th percentile of all bands together, which keeps its
+    colours. UserError names the file if it is unreadable.
+    """
+    bands, valid = _read(Path(path))
+    if bands.shape[-1] not in (1, 3):
+        raise UserError(f"{path}: {bands.shape[-1]} bands besides alpha; an EO image has 1 or 3")
+    if bands.dtype != np.uint8:
+        bands = stretch(bands, valid)
+    return np.repeat(bands, 3 // bands.shape[-1], axis=-1).astype(np.float32)
+
+
+def stretch(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Clip to the 1st-99th percentile of the valid values, scale to 0-255 (float32); invalid pixels and constants become 0."""
+    values = values.astype(np.float64)
+    low, high = np.percentile(values[valid], STRETCH_PERCENTILES)
+    scaled = np.zeros(values.shape, np.float32)
+    if high > low:
+        scaled[valid] = (np.clip(values[valid], low, high) - low) / (high - low) * 255
+    return scaled
+
+
+def to_signed(pixels):
+    """0-255 => [-1, 1], for arrays and tensors."""
+    return pixels / 127.5 - 1
+
+
+def to_uint8(signed: torch.Tensor) -> np.ndarray:
+    """[..., 3, H, W] in [-1, 1] => uint8 array [..., H, W, 3], rounded; values outside are clipped."""
+    pixels = ((signed.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.movedim(-3, -1).cpu().numpy()
+
+
+def write_png(path: str | Path, pixels: np.ndarray) -> None:
+    """Write uint8 [H, W] or [H, W, 3]; the file appears whole or not at all."""
+    with written_whole(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
+
+
+def write_tiff(path: str | Path, values: np.ndarray) -> None:
+    """Write float32 [H, W], deflate-compressed; the file appears whole or not at all."""
+    height, width = values.shape
+    profile = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": "float32", "compress": "deflate"}
+    with written_whole(path) as temporary, _without_georeference(), rasterio.open(temporary, "w", **profile) as target:
+        target.write(values.astype(np.float32, copy=False), 1)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write to, then move it there; after a failure nothing is left of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Images under a folder, relative to it, numbers in names in counting order; hidden files and folders are skipped.
+
+    Links to folders are followed, since data roots are often put together from them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        found += [(Path(parent) / name).relative_to(folder) for name in names]
+    if not found:
+        raise UserError(f"{folder}: holds no images ({' '.join(IMAGE_SUFFIXES)})")
+    return sorted(found, key=_counting_order)
+
+
+def _counting_order(path: Path) -> tuple:
+    """Sort key: 2.png before 10.png; the path itself settles 2.png and 02.png."""
+    pieces = re.split(r"([0-9]+)", path.as_posix())  # text and numbers take turns, text first
+    return [int(piece) if k % 2 else piece for k, piece in enumerate(pieces)], path.as_posix()
+
+
+@contextmanager
+def _without_georeference() -> Iterator[None]:
+    """Plain images are welcome: keep rasterio from warning that they lie nowhere on Earth."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Any supported file => (bands [H, W, C], alpha dropped, uint8 or deeper; valid [H, W, C] bool)."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if (reader := READERS.get(path.suffix.lower())) is None:
+        raise UserError(f"{path}: unsupported image type; supported are {' '.join(IMAGE_SUFFIXES)}")
+    try:
+        bands, unmasked = reader(path)
+    except UserError:
+        raise
+    except Exception as error:  # on damaged files the decoders raise almost anything
+        raise UserError(f"{path}: unreadable, truncated or not an image ({error or type(error).__name__})") from error
+    if bands.dtype == bool:
+        bands = bands.astype(np.uint8) * 255
+    if bands.dtype.kind not in "uif":
+        raise UserError(f"{path}: pixels of type {bands.dtype}; expected real numbers, for complex SAR its amplitude")
+    valid = unmasked & np.isfinite(bands)
+    if bands.dtype != np.uint8 and not valid.any(axis=(0, 1)).all():
+        raise UserError(f"{path}: a band without a single valid pixel (all NaN, infinite, nodata or masked)")
+    return bands, valid
+
+
+def _read_picture(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with Image.open(path) as image:
+        # MPO is the JPEG of drones and phones: its later frames are previews and depth maps of the first.
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise UserError(f"{path}: {image.n_frames} frames; expected one image")
+        if image.format == "PNG" and image.mode != "I;16" and "16" in str(image.tile[0].args):
+            return _read_raster(path, "PNG")  # Pillow would cut 16-bit colour down to 8 bits
+        bands = np.array(_plain_mode(ImageOps.exif_transpose(image)))
+    bands = bands.reshape(*bands.shape[:2], -1)
+    return bands, np.ones(bands.shape, bool)
+
+
+def _plain_mode(image: Image.Image) -> Image.Image:
+    """Bilevel and grey with alpha => L; palette, CMYK, RGBA and other colour => RGB; deep grey stays."""
+    if image.mode in ("1", "LA"):
+        return image.convert("L")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns about transparency in palettes
+    is_grey = image.mode in ("L", "I", "F") or image.mode.startswith("I;16")
+    return image if is_grey else image.convert("RGB")
+
+
+def _read_raster(path: Path, driver: str = "GTiff") -> tuple[np.ndarray, np.ndarray]:
+    with _without_georeference(), rasterio.open(path, driver=driver) as source:
+        if source.subdatasets:
+            raise UserError(f"{path}: {len(source.subdatasets)} pages; expected one image")
+        kept = [k for k in source.indexes if source.colorinterp[k - 1] != ColorInterp.alpha]
+        bands, unmasked = source.read(kept), source.read_masks(kept) > 0
+        if source.colorinterp[0] == ColorInterp.palette:
+            bands, unmasked = _expand_palette(bands[0], source.colormap(1)), np.repeat(unmasked, 3, axis=0)
+        elif bands.dtype == np.uint8:
+            bits = int(source.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
+            bands = np.round(bands * (255 / (2**bits - 1))).astype(np.uint8)  # GDAL unpacks 1 to 7 bits without scaling them
+    return np.moveaxis(bands, 0, -1), np.moveaxis(unmasked, 0, -1)
+
+
+def _expand_palette(indices: np.ndarray, colormap: dict[int, tuple]) -> np.ndarray:
+    """Palette indices [H, W] => uint8 [3, H, W]."""
+    colours = np.zeros((max(colormap) + 1, 3), np.uint8)
+    for index, colour in colormap.items():
+        colours[index] = colour[:3]
+    return np.moveaxis(colours[indices], -1, 0)
+
+
+def _read_array(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    array = np.load(path, allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.size == 0:
+        raise UserError(f"{path}: expected one array [H, W] or [H, W, C], found {getattr(array, 'shape', 'an archive')}")
+    bands = array.reshape(*array.shape[:2], -1)
+    return bands, np.ones(bands.shape, bool)
+
+
+READERS = dict.fromkeys((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"), _read_picture)
+READERS |= {".npy": _read_array, ".tif": _read_raster, ".tiff": _read_raster}
+IMAGE_SUFFIXES = tuple(sorted(READERS))

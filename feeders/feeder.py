@@ -1,0 +1,373 @@
+"""Paired SAR-EO datasets: list or folders -> pairs of files -> the same crop and orientation of both -> tensors in [-1, 1].
+
+PairedFeeder does the work; its subclasses say how pairs are found. Nearly all of them read a list of EO paths and
+derive each SAR path from it, so such a subclass is little more than the facts of its dataset.
+"""
+
+import csv
+import operator
+import os
+import pickle
+import re
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from cdiffset.errors import UserError
+from cdiffset.images import list_images, read_eo, read_sar, to_signed
+
+SPLITS = ("train", "test")
+SHOWN = 3  # how many of many faulty pairs a message names
+
+
+class Pair(NamedTuple):
+    name: str  # EO path relative to its root, without suffix
+    sar: Path
+    eo: Path
+
+
+class PairedFeeder(Dataset):
+    """Pairs as {"sar", "eo": float32 [3, crop, crop] in [-1, 1], "name": str}.
+
+    `split="train"` takes a random crop and applies a horizontal flip, a vertical flip and a 90 degree rotation, each with
+    p = 0.5, the same to both images; `split="test"` takes the centre crop. `load_size` is the side in px that every image
+    must have (None: any). A file that is missing is reported at construction, one that does not fit when it is read.
+
+    An item is asked for as feeder[index] or feeder[epoch, index], an index alone meaning epoch 0. All its randomness comes
+    from a generator of its own, seeded from (seed, epoch, index). So no worker needs a seed: an item is the same whichever
+    worker or rank reads it, in whatever order and after any resume, yet differs between indices and between epochs.
+    """
+
+    gsd_m: float | None = None  # ground sampling distance
+
+    def __init__(self, pairs: list[Pair], crop_size: int, load_size: int | None, split: str, seed: int):
+        self.pairs = pairs
+        self.crop_size = _positive("crop_size", crop_size)
+        self.load_size = None if load_size is None else _positive("load_size", load_size)
+        if load_size is not None and crop_size > load_size:
+            raise UserError(f"crop_size {crop_size} is larger than load_size {load_size}")
+        if split not in SPLITS:
+            raise UserError(f"split is {split!r}; expected train or test")
+        self.augment = split == "train"
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise UserError(f"seed is {seed!r}; expected a whole number from 0")
+        self.seed = seed
+        _require_files(pairs)
+
+    @property
+    def names(self) -> list[str]:
+        return [pair.name for pair in self.pairs]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        index = range(len(self))[operator.index(index)]  # raises the IndexError that ends an iteration
+        pair = self.pairs[index]
+        images = self._read(pair)  # [H, W, 3] each
+        rng = np.random.default_rng([self.seed, epoch, index])
+        sar, eo = _augmented(images, self.crop_size, rng) if self.augment else _centre_cropped(images, self.crop_size)
+        return {"sar": _to_tensor(sar), "eo": _to_tensor(eo), "name": pair.name}
+
+    def _read(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+        sar, eo = read_sar(pair.sar), read_eo(pair.eo)
+        found = f"SAR {pair.sar} is {_size(sar)}, EO {pair.eo} is {_size(eo)}"
+        if sar.shape != eo.shape:
+            raise UserError(f"the images of a pair differ in size: {found}")
+        if self.load_size is not None and sar.shape[:2] != (self.load_size, self.load_size):
+            raise UserError(f"load_size is {self.load_size} px, but {found}")
+        if min(sar.shape[:2]) < self.crop_size:
+            raise UserError(f"images are smaller than crop_size {self.crop_size}: {found}")
+        return sar, eo
+
+
+class ListFeeder(PairedFeeder):
+    """Pairs from a list of EO paths relative to `dataroot`; the dataset's rule gives each SAR path.
+
+    The list is a .txt file, one path a line, or a .pkl file of a list of strings. `split` defaults to what the list's own
+    name says. `crop_size` None is the dataset's own.
+    """
+
+    layout: str  # EO -> SAR, in words
+    folders: dict[str, str]  # EO folder -> SAR folder
+    default_crop_size: int  # px
+
+    def __init__(
+        self,
+        dataroot: str | Path,
+        listroot: str | Path,
+        crop_size: int | None = None,
+        load_size: int | None = None,
+        split: str | None = None,
+        seed: int = 2024,
+    ):
+        root = _existing_folder("dataroot", dataroot)
+        pairs = [
+            Pair(str(eo.with_suffix("")), root / self.eo_to_sar(eo), root / eo)
+            for eo in (relative_path(text, where) for where, text in read_list(listroot, (".txt", ".pkl")))
+        ]
+        crop_size = self.default_crop_size if crop_size is None else crop_size
+        super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed)
+
+    @classmethod
+    def eo_to_sar(cls, eo: PurePosixPath) -> PurePosixPath:
+        """EO path => SAR path, both relative to the data root; UserError if the path is not of the dataset's layout."""
+        *parents, name = eo.parts
+        places = [k for k, part in enumerate(parents) if part in cls.folders]
+        if len(places) != 1:
+            raise cls._misfit(eo)
+        parents[places[0]] = cls.folders[parents[places[0]]]
+        return PurePosixPath(*parents, name)
+
+    @classmethod
+    def _misfit(cls, eo: PurePosixPath) -> UserError:
+        return UserError(f"EO path {eo} does not fit the layout of {cls.__name__}: {cls.layout}")
+
+
+class QXSFeeder(ListFeeder):
+    """QXS-SAROPT: GF-3 spotlight SAR and Google Earth EO at 1 m, 20,000 pairs of 256 x 256 px."""
+
+    gsd_m = 1.0
+    layout = "opt_256_oc_0.2/N.png -> sar_256_oc_0.2/N.png"
+    folders = {"opt_256_oc_0.2": "sar_256_oc_0.2"}
+    default_crop_size = 256
+
+
+class SAROptFeeder(ListFeeder):
+    """SAR2Opt: TerraSAR-X and Google Earth EO at 1 m, 1,450 training and 627 test pairs of 600 x 600 px."""
+
+    gsd_m = 1.0
+    layout = "trainB/N.png -> trainA/N.png, testB/N.png -> testA/N.png"
+    folders = {"trainB": "trainA", "testB": "testA"}
+    default_crop_size = 512
+
+
+class SpaceNetFeeder(ListFeeder):
+    """SpaceNet 6: Capella X-band SAR (float HH, HV, VH, VV) and WorldView-2 EO at 0.5 m, 3,401 pairs of 900 x 900 px."""
+
+    gsd_m = 0.5
+    layout = "train/AOI_11_Rotterdam/PS-RGB/*_PS-RGB_*.tif -> train/AOI_11_Rotterdam/SAR-Intensity/*_SAR-Intensity_*.tif"
+    folders = {"PS-RGB": "SAR-Intensity"}
+    default_crop_size = 512
+
+    @classmethod
+    def eo_to_sar(cls, eo: PurePosixPath) -> PurePosixPath:
+        if eo.name.count("_PS-RGB_") != 1:
+            raise cls._misfit(eo)
+        return super().eo_to_sar(eo).with_name(eo.name.replace("_PS-RGB_", "_SAR-Intensity_"))
+
+
+class SENMSFeeder(ListFeeder):
+    """SEN1-2: Sentinel-1 and Sentinel-2 at 10 m, 256 x 256 px, in scenes s1_K and s2_K of four seasons."""
+
+    gsd_m = 10.0
+    layout = "ROIs1158_spring/s2_K/ROIs1158_spring_s2_K_pN.png -> ROIs1158_spring/s1_K/ROIs1158_spring_s1_K_pN.png"
+    default_crop_size = 256
+
+    @classmethod
+    def eo_to_sar(cls, eo: PurePosixPath) -> PurePosixPath:
+        scene = re.fullmatch(r"s2_([0-9]+)", eo.parent.name)
+        name = scene and re.fullmatch(rf"(.+)_s2_{scene[1]}_(p[0-9]+\.[^.]+)", eo.name)
+        if not name:
+            raise cls._misfit(eo)
+        return eo.parent.with_name(f"s1_{scene[1]}") / f"{name[1]}_s1_{scene[1]}_{name[2]}"
+
+
+class StellarFeeder(PairedFeeder):
+    """Stellar-Vision: SAR/image/* and EO/image/* (.png or .npy), paired by relative path without suffix.
+
+    Centre crop and no augmentation in either split.
+    """
+
+    def __init__(
+        self, dataroot: str | Path, crop_size: int, split: str = "test", load_size: int | None = None, seed: int = 2024
+    ):
+        root = _existing_folder("dataroot", dataroot)
+        super().__init__(match_folders(root / "SAR/image", root / "EO/image"), crop_size, load_size, split, seed)
+        self.augment = False
+
+
+class PairedFolderFeeder(PairedFeeder):
+    """Your own pairs: two folders matched by relative path without suffix, or a list of pairs.
+
+    Give `sar_dir` and `eo_dir`, or `dataroot` and `listroot`: a .csv, .tsv or .txt file with `sar,eo` on each line (comma or
+    tab; a header `sar,eo` is optional), relative to `dataroot`. `split` may be left to the list's own name.
+    """
+
+    def __init__(
+        self,
+        crop_size: int,
+        split: str | None = None,
+        sar_dir: str | Path | None = None,
+        eo_dir: str | Path | None = None,
+        dataroot: str | Path | None = None,
+        listroot: str | Path | None = None,
+        load_size: int | None = None,
+        seed: int = 2024,
+    ):
+        options = {"sar_dir": sar_dir, "eo_dir": eo_dir, "dataroot": dataroot, "listroot": listroot}
+        given = [name for name, value in options.items() if value is not None]
+        if given == ["sar_dir", "eo_dir"]:
+            pairs = match_folders(_existing_folder("sar_dir", sar_dir), _existing_folder("eo_dir", eo_dir))
+        elif given == ["dataroot", "listroot"]:
+            pairs = read_pairs(_existing_folder("dataroot", dataroot), listroot)
+        else:
+            raise UserError(f"expected sar_dir and eo_dir, or dataroot and listroot; found {', '.join(given) or 'none'}")
+        if split is None and listroot is None:
+            raise UserError("two folders do not tell their split: give split, train or test")
+        super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed)
+
+
+def split_of(listroot: str | Path) -> str:
+    """The split that a list file's own name tells, whatever folders it lies in."""
+    told = [split for split in SPLITS if split in Path(listroot).stem.lower()]
+    if len(told) != 1:
+        raise UserError(f"{listroot}: its name does not tell train from test; give split, train or test")
+    return told[0]
+
+
+def read_list(listroot: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Entries of a list as (place, for messages; text), blank lines left out."""
+    path = _real_path("listroot", listroot)
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{path}: expected a list that ends in {' or '.join(suffixes)}")
+    try:
+        texts = _unpickle_strings(path) if path.suffix.lower() == ".pkl" else path.read_text("utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the list ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the list is not UTF-8 text") from error
+    entries = [(f"{path}, line {number}", text.strip()) for number, text in enumerate(texts, start=1) if text.strip()]
+    if not entries:
+        raise UserError(f"{path}: the list is empty")
+    return entries
+
+
+class _StringsOnly(pickle.Unpickler):
+    """A pickle can run any code through the classes it names, and a list of strings needs none."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _unpickle_strings(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        try:
+            entries = _StringsOnly(file).load()
+        except Exception as error:  # malformed pickles raise almost anything
+            raise UserError(f"{path}: refused; a pickled list may hold strings and nothing else ({error})") from error
+    if type(entries) is not list or not all(type(entry) is str for entry in entries):
+        raise UserError(f"{path}: refused; a pickled list may hold strings and nothing else")
+    return entries
+
+
+def relative_path(text: str, where: str) -> PurePosixPath:
+    """Path of a list entry, relative to the data root and staying inside it."""
+    path = PurePosixPath(_real_path(where, text))
+    if "\\" in text or path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", text) or not path.name:
+        raise UserError(f"{where}: {text!r} is not a path relative to the data root with forward slashes and without '..'")
+    return path
+
+
+def read_pairs(root: Path, listroot: str | Path) -> list[Pair]:
+    """Pairs from a text or CSV list of `sar,eo` lines."""
+    rows = []
+    for where, text in read_list(listroot, (".csv", ".tsv", ".txt")):
+        row = [field.strip() for field in next(csv.reader([text], delimiter="\t" if "\t" in text else ","))]
+        if len(row) != 2:
+            raise UserError(f"{where}: expected 'sar,eo', found {text!r}")
+        rows.append((where, row))
+    if [field.lower() for field in rows[0][1]] == ["sar", "eo"]:
+        rows = rows[1:]
+    if not rows:
+        raise UserError(f"{listroot}: the list is empty")
+    paths = [[relative_path(field, where) for field in row] for where, row in rows]
+    return [Pair(str(eo.with_suffix("")), root / sar, root / eo) for sar, eo in paths]
+
+
+def match_folders(sar_dir: Path, eo_dir: Path) -> list[Pair]:
+    """Pairs of the images in two folders that share a relative path but for the suffix; every image needs its twin."""
+    sar, eo = _by_stem(sar_dir), _by_stem(eo_dir)
+    lonely = [eo_dir / eo[stem] for stem in eo if stem not in sar] + [sar_dir / sar[stem] for stem in sar if stem not in eo]
+    if lonely:
+        raise UserError(f"{len(lonely)} images of {sar_dir} and {eo_dir} have no twin of the same name: {_first(lonely)}")
+    return [Pair(stem, sar_dir / sar[stem], eo_dir / eo[stem]) for stem in eo]
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    stems = {}
+    for path in list_images(folder):
+        twin = stems.setdefault(path.with_suffix("").as_posix(), path)
+        if twin != path:
+            raise UserError(f"{folder}: {twin} and {path} differ in the suffix alone; keep one of them")
+    return stems
+
+
+def _require_files(pairs: list[Pair]) -> None:
+    faults = []
+    for pair in pairs:
+        missing = [kind for kind, path in (("SAR", pair.sar), ("EO", pair.eo)) if not os.path.isfile(path)]
+        if missing:
+            faults.append(f"SAR {pair.sar}, EO {pair.eo} (missing: {' and '.join(missing)})")
+    if faults:
+        raise UserError(f"{len(faults)} of {len(pairs)} pairs are incomplete: {_first(faults)}")
+
+
+def _first(faults: list) -> str:
+    return "; ".join(str(fault) for fault in faults[:SHOWN]) + ("; ..." if len(faults) > SHOWN else "")
+
+
+def _existing_folder(option: str, folder: str | Path) -> Path:
+    path = _real_path(option, folder)
+    if not path.is_dir():
+        raise UserError(f"{option}: no such folder: {folder}")
+    return path
+
+
+def _real_path(option: str, path: str | Path) -> Path:
+    if not isinstance(path, str | Path) or not str(path):
+        raise UserError(f"{option} is {path!r}; expected a path")
+    if "/path/to/" in f"/{path}/":
+        raise UserError(f"{option}: {path} is a placeholder; put the real path there")
+    return Path(path)
+
+
+def _positive(option: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{option} is {value!r}; expected a whole number of px from 1")
+    return value
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]} x {image.shape[0]} px"
+
+
+def _crop(images, top: int, left: int, size: int) -> list[np.ndarray]:
+    return [image[top : top + size, left : left + size] for image in images]
+
+
+def _centre_cropped(images, size: int) -> list[np.ndarray]:
+    height, width = images[0].shape[:2]
+    return _crop(images, (height - size) // 2, (width - size) // 2, size)
+
+
+def _augmented(images, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """One random crop and one of the 8 orientations, drawn once for all images."""
+    height, width = images[0].shape[:2]
+    top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
+    flip_horizontally, flip_vertically, rotate = rng.random(3) < 0.5
+    images = _crop(images, top, left, size)
+    if flip_horizontally:
+        images = [image[:, ::-1] for image in images]
+    if flip_vertically:
+        images = [image[::-1] for image in images]
+    return [np.rot90(image) for image in images] if rotate else images
+
+
+def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """[H, W, 3] in 0-255 => [3, H, W] in [-1, 1]."""
+    return to_signed(torch.from_numpy(np.moveaxis(pixels, -1, 0).copy()))

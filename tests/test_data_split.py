@@ -1,0 +1,202 @@
+"""Splits: the published sizes, the same lists on every machine, and roots or ratios that make no sense refused."""
+
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from cdiffset.errors import UserError
+from data.data_split import held_out, main, shuffled_split
+from feeders.feeder import QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder
+
+REPO = Path(__file__).resolve().parents[1]
+SEASONS = ("ROIs1158_spring", "ROIs1868_summer", "ROIs1970_fall", "ROIs2017_winter")
+
+
+@pytest.fixture
+def samples() -> Path:
+    folder = Path(os.environ.get("CDIFFSET_SAMPLES", REPO.parent / "shared/samples"))
+    if not folder.is_dir():
+        pytest.skip(f"no real samples in {folder}")
+    return folder
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def fill_qxs(root, count=50):
+    touch(root, *(f"{kind}_256_oc_0.2/{k}.png" for kind in ("opt", "sar") for k in range(1, count + 1)))
+
+
+def fill_spacenet(root, count=25):
+    folder = "train/AOI_11_Rotterdam"
+    touch(root, *(f"{folder}/{kind}/SN6_{kind}_tile_{k}.tif" for kind in ("PS-RGB", "SAR-Intensity") for k in range(count)))
+
+
+def fill_saropt(root):
+    touch(root, *(f"{folder}/{k}.png" for folder in ("trainA", "trainB") for k in range(7)))
+    touch(root, *(f"{folder}/{k}.png" for folder in ("testA", "testB") for k in range(3)))
+
+
+def fill_senms(root, scenes=10, patches=3):
+    for season in SEASONS:
+        touch(
+            root,
+            *(
+                f"{season}/{sensor}_{k}/{season}_{sensor}_{k}_p{p}.png"
+                for sensor in ("s1", "s2")
+                for k in range(scenes)
+                for p in range(patches)
+            ),
+        )
+
+
+FILL = {"qxs": fill_qxs, "spacenet": fill_spacenet, "saropt": fill_saropt, "senms": fill_senms}
+FEEDERS = {"qxs": QXSFeeder, "spacenet": SpaceNetFeeder, "saropt": SAROptFeeder, "senms": SENMSFeeder}
+
+
+def split(dataset, root, output, *options):
+    assert main(["--dataset", dataset, "--dataroot", str(root), "--output", str(output), *options]) == 0
+    return {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+def lines(files, name):
+    return files[name].decode().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("count", "ratio", "size"), [(20000, 80, 3999), (3401, 80, 680), (50, 80, 9), (100, 50, 50), (4, 80, 0)]
+)
+def test_published_sizes(count, ratio, size):
+    assert held_out(count, ratio) == size
+
+
+@pytest.mark.parametrize("dataset", FILL)
+def test_lists_are_complete_sorted_disjoint_and_feed(dataset, tmp_path, capsys):
+    FILL[dataset](tmp_path / "root")
+    suffix = "" if dataset == "saropt" else "_080"
+    files = split(dataset, tmp_path / "root", tmp_path / "out")
+    assert set(files) == {f"{name}_eo_list{suffix}{kind}" for name in ("train", "test") for kind in (".txt", ".pkl")}
+    train, test = (lines(files, f"{name}_eo_list{suffix}.txt") for name in ("train", "test"))
+    assert train == sorted(train) and test == sorted(test) and len(set(train + test)) == len(train) + len(test)
+    sizes = {"qxs": (41, 9), "spacenet": (21, 4), "saropt": (7, 3), "senms": (108, 12)}[dataset]
+    assert (len(train), len(test)) == sizes
+    assert f"train: {sizes[0]} pairs" in (printed := capsys.readouterr().out) and f"test: {sizes[1]} pairs" in printed
+    for name, paths in (("train", train), ("test", test)):
+        assert pickle.loads(files[f"{name}_eo_list{suffix}.pkl"]) == paths
+        for kind in (".txt", ".pkl"):
+            feeder = FEEDERS[dataset](tmp_path / "root", tmp_path / f"out/{name}_eo_list{suffix}{kind}")
+            assert feeder.names == [path.rpartition(".")[0] for path in paths] and feeder.augment == (name == "train")
+
+
+@pytest.mark.parametrize("dataset", FILL)
+def test_the_order_of_the_file_system_does_not_matter(dataset, tmp_path, monkeypatch):
+    FILL[dataset](tmp_path / "root")
+    plain = split(dataset, tmp_path / "root", tmp_path / "plain")
+    chaos = random.Random(3)
+    walk, iterdir = os.walk, Path.iterdir
+
+    def shuffled(items):
+        items = list(items)
+        chaos.shuffle(items)
+        return items
+
+    def shuffled_walk(*args, **options):
+        for parent, folders, files in walk(*args, **options):
+            folders[:] = shuffled(folders)
+            yield parent, folders, shuffled(files)
+
+    monkeypatch.setattr(os, "walk", shuffled_walk)
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(shuffled(iterdir(self))))
+    assert split(dataset, tmp_path / "root", tmp_path / "chaotic") == plain
+
+
+def test_seed_and_ratio_decide(tmp_path):
+    fill_qxs(tmp_path / "root")
+    first = split("qxs", tmp_path / "root", tmp_path / "a", "--seed", "1")
+    assert first == split("qxs", tmp_path / "root", tmp_path / "b", "--seed", "1")
+    assert first != split("qxs", tmp_path / "root", tmp_path / "c", "--seed", "2")
+    assert len(lines(split("qxs", tmp_path / "root", tmp_path / "d", "--ratio", "5"), "test_eo_list_005.txt")) == 47
+
+
+def test_split_of_the_default_seed_stays_what_it_is():
+    assert shuffled_split([f"{k}.png" for k in range(10)], 70, 2025)[1] == ["3.png", "5.png", "6.png"]
+
+
+def test_scenes_stay_whole_and_every_season_gives_its_share(tmp_path):
+    fill_senms(tmp_path / "root")
+    files = split("senms", tmp_path / "root", tmp_path / "out", "--ratio", "70")
+    scenes = [{path.rpartition("/")[0] for path in lines(files, f"{name}_eo_list_070.txt")} for name in ("train", "test")]
+    assert not scenes[0] & scenes[1]
+    for chosen, share in zip(scenes, (7, 3), strict=True):
+        assert Counter(scene.partition("/")[0] for scene in chosen) == dict.fromkeys(SEASONS, share)
+
+
+def test_a_season_is_split_alike_without_the_others(tmp_path):
+    fill_senms(tmp_path / "root")
+    whole = lines(split("senms", tmp_path / "root", tmp_path / "a"), "test_eo_list_080.txt")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "root" / SEASONS[2]).rename(tmp_path / "alone" / SEASONS[2])
+    alone = lines(split("senms", tmp_path / "alone", tmp_path / "b"), "test_eo_list_080.txt")
+    assert alone == [path for path in whole if path.startswith(SEASONS[2])]
+
+
+@pytest.mark.parametrize("ratio", ["0", "100", "-5", "800"])
+def test_impossible_ratios(tmp_path, ratio):
+    fill_qxs(tmp_path / "root")
+    with pytest.raises(UserError, match=f"--ratio is {ratio}; expected 1 to 99"):
+        split("qxs", tmp_path / "root", tmp_path / "out", f"--ratio={ratio}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dataset", FILL)
+def test_roots_of_another_layout(dataset, tmp_path):
+    touch(tmp_path / "root", "images/1.png")
+    with pytest.raises(UserError, match=f"--dataroot {tmp_path}/root .*layout") as caught:
+        split(dataset, tmp_path / "root", tmp_path / "out")
+    assert FEEDERS[dataset].layout in str(caught.value) and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--dataroot: no such folder: .*gone"):
+        split(dataset, tmp_path / "gone", tmp_path / "out")
+
+
+def test_too_few_images(tmp_path):
+    fill_qxs(tmp_path / "root", count=4)
+    with pytest.raises(UserError, match="too few images or scenes for --ratio 80: 4 pairs to train on, 0 to test on"):
+        split("qxs", tmp_path / "root", tmp_path / "out")
+
+
+def test_eo_without_sar_is_counted_and_named(tmp_path):
+    fill_qxs(tmp_path / "root")
+    for number in (3, 17):
+        (tmp_path / f"root/sar_256_oc_0.2/{number}.png").unlink()
+    with pytest.raises(UserError, match="2 of 50 EO images .* have no SAR image") as caught:
+        split("qxs", tmp_path / "root", tmp_path / "out")
+    assert "opt_256_oc_0.2/3.png" in str(caught.value) and "opt_256_oc_0.2/17.png" in str(caught.value)
+
+
+def test_as_a_script_from_anywhere(tmp_path):
+    fill_saropt(tmp_path / "root")
+    command = [sys.executable, str(REPO / "data/data_split.py"), "--dataset", "saropt", "--dataroot"]
+    good = subprocess.run([*command, "root", "--output", "out"], cwd=tmp_path, capture_output=True, text=True)
+    assert good.returncode == 0 and len(list((tmp_path / "out").iterdir())) == 4, good.stderr
+    bad = subprocess.run([*command, "gone"], cwd=tmp_path, capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr == "error: --dataroot: no such folder: gone\n"
+
+
+def test_real_qxs_samples(samples, tmp_path):
+    files = split("qxs", samples / "QXSLAB_SAROPT", tmp_path)
+    assert [len(lines(files, f"{name}_eo_list_080.txt")) for name in ("train", "test")] == [81, 19]
+
+
+def test_real_sar2opt_samples(samples, tmp_path):
+    files = split("saropt", samples / "sar2opt", tmp_path)
+    assert lines(files, "train_eo_list.txt") == ["trainB/1.png", "trainB/2.png", "trainB/3.png"]
+    assert lines(files, "test_eo_list.txt") == ["testB/4.png"]

@@ -1,0 +1,459 @@
+"""Feeders: the same crop and orientation of both images, randomness tied to (seed, epoch, index), errors that name the file."""
+
+import os
+import pickle
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from cdiffset.errors import UserError
+from feeders.feeder import PairedFolderFeeder, QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder, StellarFeeder, split_of
+
+REPO = Path(__file__).resolve().parents[1]
+SIZE, CROP = 12, 8
+ENTRIES = [f"opt_256_oc_0.2/{number}.png" for number in (1, 2, 3)]
+
+
+@pytest.fixture
+def samples() -> Path:
+    folder = Path(os.environ.get("CDIFFSET_SAMPLES", REPO.parent / "shared/samples"))
+    if not folder.is_dir():
+        pytest.skip(f"no real samples in {folder}")
+    return folder
+
+
+def coded(size=SIZE, blue=0):
+    """Pixels that tell their place: red is the row, green the column."""
+    rows, columns = np.mgrid[:size, :size]
+    return np.stack([rows, columns, np.full_like(rows, blue)], -1).astype(np.uint8)
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A QXS data root of 3 coded pairs, in a folder whose name would mislead a search for substrings."""
+    root = tmp_path / "train_opt_256_oc_0.2"
+    for number in (1, 2, 3):
+        save(root / f"opt_256_oc_0.2/{number}.png", coded(blue=number))
+        save(root / f"sar_256_oc_0.2/{number}.png", coded(blue=100 + number))
+    return root
+
+
+def qxs(root, entries=ENTRIES, name="train_eo_list_080.txt", **options):
+    (root / name).write_text("\n".join(entries) + "\n")
+    return QXSFeeder(root, root / name, **{"crop_size": CROP} | options)
+
+
+def levels(image):
+    """[3, H, W] in [-1, 1] => whole numbers 0-255 [H, W, 3]."""
+    return np.rint((image.numpy().transpose(1, 2, 0) + 1) * 127.5).astype(int)
+
+
+def same_items(first, second):
+    return all(torch.equal(first[kind], second[kind]) for kind in ("sar", "eo")) and first["name"] == second["name"]
+
+
+# what an item is
+
+
+def test_item(root):
+    feeder = qxs(root)
+    item = feeder[2]
+    assert len(feeder) == 3 and set(item) == {"sar", "eo", "name"}
+    assert item["name"] == "opt_256_oc_0.2/3" and feeder.names == [f"opt_256_oc_0.2/{k}" for k in (1, 2, 3)]
+    for kind, blue in (("sar", 103), ("eo", 3)):
+        assert item[kind].dtype == torch.float32 and item[kind].shape == (3, CROP, CROP) and item[kind].is_contiguous()
+        assert (levels(item[kind])[..., 2] == blue).all()
+    assert item["eo"][2, 0, 0].item() == pytest.approx(3 / 127.5 - 1)
+
+
+def test_sar_and_eo_stay_aligned_in_every_orientation_and_all_crops(root):
+    feeder = qxs(root)
+    orientations, corners = set(), set()
+    for epoch in range(100):
+        for index in range(3):
+            item = feeder[epoch, index]
+            sar, eo = levels(item["sar"]), levels(item["eo"])
+            assert (sar[..., :2] == eo[..., :2]).all()
+            place = eo[..., :2]
+            corners.add(tuple(place.min((0, 1))))
+            assert (place.max((0, 1)) - place.min((0, 1)) == CROP - 1).all()
+            orientations.add((tuple(place[0, 1] - place[0, 0]), tuple(place[1, 0] - place[0, 0])))
+    assert len(orientations) == 8
+    assert corners == {(top, left) for top in range(SIZE - CROP + 1) for left in range(SIZE - CROP + 1)}
+
+
+def test_each_orientation_is_as_likely(root):
+    feeder = qxs(root)
+    downward = [levels(feeder[epoch, 0]["eo"])[:2, 0, 0] for epoch in range(400)]
+    turned = np.mean([first == second for first, second in downward])  # rows lie along the width
+    assert turned == pytest.approx(0.5, abs=0.1)
+
+
+def test_test_split_is_the_centre_unaltered(root):
+    feeder = qxs(root, name="test_eo_list_080.txt")
+    item = feeder[5, 0]
+    assert (levels(item["eo"]) == coded(blue=1)[2:10, 2:10]).all()
+    assert (levels(item["sar"]) == coded(blue=101)[2:10, 2:10]).all()
+
+
+def test_items_depend_on_seed_epoch_and_index_alone(root):
+    feeder, again, other = qxs(root), qxs(root), qxs(root, seed=1)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    forward = [feeder[7, index] for index in range(3)]
+    assert all(same_items(again[7, index], forward[index]) for index in (2, 0, 1))
+    assert same_items(feeder[1], feeder[0, 1])
+
+    def differing(make_first, make_second):
+        return sum(not torch.equal(make_first(k)["eo"][:2], make_second(k)["eo"][:2]) for k in range(50))
+
+    assert differing(lambda k: feeder[k, 0], lambda k: feeder[k + 1, 0]) > 40
+    assert differing(lambda k: feeder[k, 0], lambda k: feeder[k, 1]) > 40
+    assert differing(lambda k: feeder[k, 0], lambda k: other[k, 0]) > 40
+
+
+def test_global_random_state_is_left_alone(root):
+    feeder = qxs(root)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    feeder[3, 1]
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+
+
+def test_workers_change_nothing(root):
+    feeder = qxs(root)
+    keys = [(epoch, index) for epoch in range(3) for index in (2, 0, 1)]
+    batches = [
+        list(DataLoader(feeder, batch_size=2, sampler=keys, num_workers=workers, multiprocessing_context=context))
+        for workers, context in ((0, None), (2, "fork"))
+    ]
+    assert len(batches[0]) == 5 and batches[0][0]["sar"].shape == (2, 3, CROP, CROP)
+    for alone, worked in zip(*batches, strict=True):
+        assert torch.equal(alone["sar"], worked["sar"]) and torch.equal(alone["eo"], worked["eo"])
+        assert alone["name"] == worked["name"]
+
+
+def test_iteration_ends_and_indices_are_checked(root):
+    feeder = qxs(root)
+    assert len(list(feeder)) == 3 and same_items(feeder[-1], feeder[2])
+    with pytest.raises(IndexError):
+        feeder[0, 3]
+
+
+def test_dataset_facts():
+    facts = [(f.gsd_m, f.default_crop_size) for f in (QXSFeeder, SAROptFeeder, SpaceNetFeeder, SENMSFeeder)]
+    assert facts == [(1.0, 256), (1.0, 512), (0.5, 512), (10.0, 256)]
+    assert StellarFeeder.gsd_m is None and PairedFolderFeeder.gsd_m is None
+
+
+def test_crop_size_defaults_to_the_dataset(root):
+    with pytest.raises(UserError, match="crop_size 256"):
+        qxs(root, crop_size=None)[0]
+
+
+# EO -> SAR
+
+
+@pytest.mark.parametrize(
+    ("feeder", "eo", "sar"),
+    [
+        (QXSFeeder, "opt_256_oc_0.2/17.png", "sar_256_oc_0.2/17.png"),
+        (QXSFeeder, "opt/opt_256_oc_0.2/opt_256_oc_0.2.png", "opt/sar_256_oc_0.2/opt_256_oc_0.2.png"),
+        (SAROptFeeder, "trainB/1.png", "trainA/1.png"),
+        (SAROptFeeder, "testB/testB.png", "testA/testB.png"),
+        (
+            SpaceNetFeeder,
+            "train/AOI_11_Rotterdam/PS-RGB/SN6_Train_AOI_11_Rotterdam_PS-RGB_20190804111224_20190804111453_tile_8679.tif",
+            "train/AOI_11_Rotterdam/SAR-Intensity/"
+            "SN6_Train_AOI_11_Rotterdam_SAR-Intensity_20190804111224_20190804111453_tile_8679.tif",
+        ),
+        (SENMSFeeder, "ROIs1158_spring/s2_1/ROIs1158_spring_s2_1_p30.png", "ROIs1158_spring/s1_1/ROIs1158_spring_s1_1_p30.png"),
+        (SENMSFeeder, "s2_2/s2_140/ROIs1970_fall_s2_140_p7.png", "s2_2/s1_140/ROIs1970_fall_s1_140_p7.png"),
+    ],
+)
+def test_sar_path_follows_from_eo_path(feeder, eo, sar):
+    assert feeder.eo_to_sar(PurePosixPath(eo)) == PurePosixPath(sar)
+
+
+@pytest.mark.parametrize(
+    ("feeder", "eo"),
+    [
+        (QXSFeeder, "sar_256_oc_0.2/1.png"),
+        (QXSFeeder, "xopt_256_oc_0.2/1.png"),
+        (QXSFeeder, "opt_256_oc_0.2"),
+        (QXSFeeder, "opt_256_oc_0.2/opt_256_oc_0.2/1.png"),
+        (SAROptFeeder, "trainA/1.png"),
+        (SAROptFeeder, "trainB/testB/1.png"),
+        (SpaceNetFeeder, "PS-RGB/tile_8679.tif"),
+        (SpaceNetFeeder, "PS-MS/SN6_PS-RGB_1.tif"),
+        (SENMSFeeder, "ROIs1158_spring/s2_1/ROIs1158_spring_s2_2_p30.png"),
+        (SENMSFeeder, "ROIs1158_spring/s1_1/ROIs1158_spring_s1_1_p30.png"),
+        (SENMSFeeder, "ROIs1158_spring_s2_1_p30.png"),
+    ],
+)
+def test_eo_paths_outside_the_layout(feeder, eo):
+    with pytest.raises(UserError, match=f"{eo} does not fit the layout of {feeder.__name__}"):
+        feeder.eo_to_sar(PurePosixPath(eo))
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_spacenet_polarisations(tmp_path):
+    folder = tmp_path / "train/AOI_11_Rotterdam"
+    save(folder / "PS-RGB/SN6_PS-RGB_1.tif", coded(101))
+    (folder / "SAR-Intensity").mkdir()
+    ramp = np.arange(101 * 101, dtype=np.float32).reshape(101, 101)
+    bands = np.stack([ramp, ramp * 2, ramp.T, -ramp])
+    profile = {"driver": "GTiff", "count": 4, "height": 101, "width": 101, "dtype": "float32"}
+    with rasterio.open(folder / "SAR-Intensity/SN6_SAR-Intensity_1.tif", "w", **profile) as target:
+        target.write(bands)
+    (tmp_path / "test.txt").write_text("train/AOI_11_Rotterdam/PS-RGB/SN6_PS-RGB_1.tif\n")
+    sar = SpaceNetFeeder(tmp_path, tmp_path / "test.txt", crop_size=101)[0]["sar"].numpy()
+    hh, cross, vv = sar
+    assert hh == pytest.approx(-vv, abs=1e-5)  # opposite ramps
+    assert hh == pytest.approx(np.clip((ramp / 10200 - 0.01) / 0.98, 0, 1) * 2 - 1, abs=1e-4)
+    assert cross == pytest.approx((hh + hh.T) / 2, abs=1e-5)  # HV is HH's ramp, VH its transpose
+
+
+# lists
+
+
+def test_list_formats_agree(root):
+    names = qxs(root).names
+    (root / "train.pkl").write_bytes(pickle.dumps(ENTRIES))
+    (root / "train_windows.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(ENTRIES).encode())
+    (root / "train_dots.txt").write_text("".join(f"  ./{entry} \n" for entry in ENTRIES))
+    for name in ("train.pkl", "train_windows.txt", "train_dots.txt"):
+        feeder = QXSFeeder(str(root), str(root / name), CROP)
+        assert feeder.names == names and feeder[0]["sar"].shape == (3, CROP, CROP)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_malicious_pickle_is_refused_without_effect(root, protocol):
+    (root / "train.pkl").write_bytes(pickle.dumps([*ENTRIES, Evil(root / "evil")], protocol))
+    with pytest.raises(UserError, match="train.pkl: refused.*mkdir"):
+        QXSFeeder(root, root / "train.pkl")
+    assert not (root / "evil").exists()
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, ("opt_256_oc_0.2/1.png",), [1, 2], [None], "opt_256_oc_0.2/1.png", [["a"]]])
+def test_pickles_of_anything_else_are_refused(root, content):
+    (root / "train.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match="train.pkl: refused; a pickled list may hold strings and nothing else"):
+        QXSFeeder(root, root / "train.pkl")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps(ENTRIES)[:-9]])
+def test_damaged_pickles_are_refused(root, content):
+    (root / "train.pkl").write_bytes(content)
+    with pytest.raises(UserError, match="train.pkl: refused"):
+        QXSFeeder(root, root / "train.pkl")
+
+
+@pytest.mark.parametrize(
+    "entry", ["/data/opt_256_oc_0.2/1.png", "../opt_256_oc_0.2/1.png", "a/../1.png", "opt_256_oc_0.2\\1.png", "C:/1.png", "."]
+)
+def test_paths_that_leave_the_root_are_refused(root, entry):
+    with pytest.raises(UserError, match=r"train_eo_list_080.txt, line 3: .* is not a path relative to the data root"):
+        qxs(root, [ENTRIES[0], "", entry])
+
+
+def test_unusable_lists(root):
+    with pytest.raises(UserError, match="train_eo_list_080.txt: the list is empty"):
+        qxs(root, ["", "  "])
+    with pytest.raises(UserError, match="gone.txt: cannot read the list"):
+        QXSFeeder(root, root / "gone.txt")
+    with pytest.raises(UserError, match="train.csv: expected a list that ends in .txt or .pkl"):
+        QXSFeeder(root, root / "train.csv")
+    (root / "train.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="train.txt: the list is not UTF-8"):
+        QXSFeeder(root, root / "train.txt")
+
+
+@pytest.mark.parametrize(("dataroot", "listroot"), [("/path/to/QXS", "train.txt"), (".", "/path/to/train.txt")])
+def test_placeholders_are_named(dataroot, listroot):
+    with pytest.raises(UserError, match="/path/to/.* is a placeholder"):
+        QXSFeeder(dataroot, listroot)
+
+
+@pytest.mark.parametrize("dataroot", [None, 5, ""])
+def test_a_root_must_be_a_path(dataroot):
+    with pytest.raises(UserError, match="dataroot is .*expected a path"):
+        QXSFeeder(dataroot, "train.txt")
+
+
+def test_split_comes_from_the_lists_own_name(root):
+    assert split_of("/data/train_runs/test_eo_list.txt") == "test"
+    assert split_of("/data/test/TRAIN.pkl") == "train"
+    for name in ("eo.txt", "train/eo.txt", "train_and_test.txt"):
+        with pytest.raises(UserError, match="give split"):
+            split_of(name)
+    assert qxs(root, name="eo.txt", split="train").augment and not qxs(root, split="test").augment
+    with pytest.raises(UserError, match="split is 'val'"):
+        qxs(root, split="val")
+
+
+@pytest.mark.parametrize("value", [0, -8, 2.5, "256", True])
+@pytest.mark.parametrize("option", ["crop_size", "load_size"])
+def test_impossible_sizes(root, option, value):
+    with pytest.raises(UserError, match=f"{option} is {value!r}"):
+        qxs(root, **{option: value})
+
+
+def test_impossible_seed_and_crop(root):
+    with pytest.raises(UserError, match="seed is -1"):
+        qxs(root, seed=-1)
+    with pytest.raises(UserError, match="crop_size 8 is larger than load_size 4"):
+        qxs(root, load_size=4)
+
+
+# files
+
+
+def test_missing_files_are_counted_and_the_first_three_named(root):
+    entries = [*ENTRIES, *(f"opt_256_oc_0.2/{number}.png" for number in range(10, 15))]
+    save(root / "opt_256_oc_0.2/10.png", coded())
+    save(root / "sar_256_oc_0.2/11.png", coded())
+    with pytest.raises(UserError, match="^5 of 8 pairs are incomplete") as caught:
+        qxs(root, entries)
+    message = str(caught.value)
+    assert f"SAR {root}/sar_256_oc_0.2/10.png, EO {root}/opt_256_oc_0.2/10.png (missing: SAR)" in message
+    assert "11.png (missing: EO)" in message and "12.png (missing: SAR and EO)" in message
+    assert "13.png" not in message and message.endswith("...")
+
+
+def test_pairs_that_do_not_fit_name_both_files_and_sizes(root):
+    feeder = qxs(root)
+    save(root / "sar_256_oc_0.2/2.png", coded(SIZE)[:10])
+    with pytest.raises(UserError, match=r"differ in size: SAR .*/2.png is 12 x 10 px, EO .*/2.png is 12 x 12 px"):
+        feeder[1]
+    with pytest.raises(UserError, match=r"smaller than crop_size 13: SAR .*/1.png is 12 x 12 px, EO .*/1.png is 12 x 12 px"):
+        qxs(root, crop_size=13)[0]
+    with pytest.raises(UserError, match=r"load_size is 16 px, but SAR .*/1.png is 12 x 12 px"):
+        qxs(root, load_size=16)[0]
+    assert qxs(root, load_size=12)[0]["name"] == "opt_256_oc_0.2/1"
+
+
+@pytest.mark.parametrize("folder", ["sar_256_oc_0.2", "opt_256_oc_0.2"])
+def test_a_truncated_image_is_named(root, folder):
+    feeder = qxs(root)
+    path = root / folder / "3.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(UserError, match=f"{folder}/3.png: unreadable"):
+        feeder[2]
+
+
+# folders
+
+
+def test_stellar_pairs_by_stem_and_never_augments(tmp_path):
+    for name in ("a/1", "2"):
+        save(tmp_path / f"EO/image/{name}.png", coded(blue=5))
+    (tmp_path / "SAR/image/a").mkdir(parents=True)
+    np.save(tmp_path / "SAR/image/a/1.npy", coded(blue=7))
+    save(tmp_path / "SAR/image/2.png", coded(blue=7))
+    feeder = StellarFeeder(tmp_path, CROP, "train")
+    assert feeder.names == ["2", "a/1"]
+    for epoch in range(5):
+        assert (levels(feeder[epoch, 1]["sar"]) == coded(blue=7)[2:10, 2:10]).all()
+        assert (levels(feeder[epoch, 1]["eo"]) == coded(blue=5)[2:10, 2:10]).all()
+    with pytest.raises(UserError, match="split is 'val'"):
+        StellarFeeder(tmp_path, CROP, "val")
+
+
+def test_paired_folders(tmp_path):
+    for number in (1, 2, 10):
+        save(tmp_path / f"s/x/{number}.tif", coded(blue=7))
+        save(tmp_path / f"o/x/{number}.png", coded(blue=5))
+    feeder = PairedFolderFeeder(CROP, "test", sar_dir=tmp_path / "s", eo_dir=tmp_path / "o")
+    assert feeder.names == ["x/1", "x/2", "x/10"]
+    assert (levels(feeder[0]["sar"]) == coded(blue=7)[2:10, 2:10]).all()
+    save(tmp_path / "s/3.png", coded())
+    save(tmp_path / "o/4.png", coded())
+    with pytest.raises(
+        UserError, match=f"^2 images of .* have no twin of the same name: {tmp_path}/o/4.png; {tmp_path}/s/3.png$"
+    ):
+        PairedFolderFeeder(CROP, "test", sar_dir=tmp_path / "s", eo_dir=tmp_path / "o")
+    save(tmp_path / "s/x/1.png", coded())
+    with pytest.raises(UserError, match="x/1.* differ in the suffix alone"):
+        PairedFolderFeeder(CROP, "test", sar_dir=tmp_path / "s", eo_dir=tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("test.csv", "sar,eo\ns/1.png,o/one.png\ns/2.png,o/two.png\n"),
+        ("test.csv", '"s/1.png", o/one.png\r\ns/2.png,"o/two.png"\r\n'),
+        ("test.txt", "SAR\tEO\n\ns/1.png\to/one.png\ns/2.png\to/two.png"),
+        ("test.tsv", "s/1.png\to/one.png\ns/2.png\to/two.png\n"),
+    ],
+)
+def test_lists_of_pairs(tmp_path, name, text):
+    for sar, eo in (("s/1.png", "o/one.png"), ("s/2.png", "o/two.png")):
+        save(tmp_path / sar, coded(blue=7))
+        save(tmp_path / eo, coded(blue=5))
+    (tmp_path / name).write_bytes(text.encode())
+    feeder = PairedFolderFeeder(CROP, dataroot=tmp_path, listroot=tmp_path / name)
+    assert feeder.names == ["o/one", "o/two"] and not feeder.augment
+    assert levels(feeder[1]["sar"])[0, 0, 2] == 7 and levels(feeder[1]["eo"])[0, 0, 2] == 5
+
+
+def test_unusable_lists_of_pairs(tmp_path):
+    def read(text):
+        (tmp_path / "train.csv").write_text(text)
+        return PairedFolderFeeder(CROP, dataroot=tmp_path, listroot=tmp_path / "train.csv")
+
+    with pytest.raises(UserError, match="train.csv, line 2: expected 'sar,eo', found 'c'"):
+        read("a.png,b.png\nc\n")
+    with pytest.raises(UserError, match=r"train.csv, line 1: '../a.png' is not a path relative"):
+        read("../a.png,b.png\n")
+    with pytest.raises(UserError, match="train.csv: the list is empty"):
+        read("sar,eo\n")
+    with pytest.raises(UserError, match="1 of 1 pairs are incomplete"):
+        read("a.png,b.png\n")
+
+
+def test_paired_folder_options_must_make_sense(tmp_path):
+    for options in ({}, {"sar_dir": tmp_path}, {"sar_dir": tmp_path, "eo_dir": tmp_path, "dataroot": tmp_path}):
+        with pytest.raises(UserError, match="expected sar_dir and eo_dir, or dataroot and listroot"):
+            PairedFolderFeeder(CROP, "train", **options)
+    with pytest.raises(UserError, match="eo_dir: no such folder"):
+        PairedFolderFeeder(CROP, "train", sar_dir=tmp_path, eo_dir=tmp_path / "gone")
+    save(tmp_path / "1.png", coded())
+    with pytest.raises(UserError, match="give split"):
+        PairedFolderFeeder(CROP, sar_dir=tmp_path, eo_dir=tmp_path)
+
+
+# real pairs
+
+
+def test_real_qxs_pairs(samples, tmp_path):
+    (tmp_path / "train.txt").write_text("".join(f"opt_256_oc_0.2/{number}.png\n" for number in range(1, 101)))
+    feeder = QXSFeeder(samples / "QXSLAB_SAROPT", tmp_path / "train.txt", crop_size=64, load_size=88)
+    items = [feeder[index] for index in range(0, 100, 10)]
+    assert len(feeder) == 100 and all(item["eo"].shape == (3, 64, 64) for item in items)
+    assert all(-1 <= image.min() < image.max() <= 1 for item in items for image in (item["sar"], item["eo"]))
+    assert all((item["sar"][0] == item["sar"][2]).all() for item in items)
+
+
+def test_real_sar2opt_pairs(samples, tmp_path):
+    (tmp_path / "test.txt").write_text("testB/4.png\n")
+    item = SAROptFeeder(samples / "sar2opt", tmp_path / "test.txt", crop_size=248)[0]
+    raw = np.asarray(Image.open(samples / "sar2opt/testA/4.png"))
+    assert (levels(item["sar"])[..., 0] == raw).all()
