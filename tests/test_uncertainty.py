@@ -1,0 +1,146 @@
+"""The uncertainty measures against closed forms, hand counts and direct library calls."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from cdiffset.uncertainty import auroc, ause, confidence_map, sparsification_curve, spearman
+
+RNG_SEED = 7
+
+
+def pixels(n: int = 20_000) -> np.ndarray:
+    """Errors uniform in [0, 1], for which the curves have closed forms."""
+    return np.random.default_rng(RNG_SEED).uniform(0, 1, n)
+
+
+def test_confidence_map_is_the_normalised_then_upsampled_inverse_variance():
+    variance = torch.rand(2, 1, 4, 6, generator=torch.Generator().manual_seed(0)) + 0.1
+    got = confidence_map(variance, (32, 48))
+    assert got.shape == (2, 1, 32, 48) and got.min() >= 0 and got.max() <= 1
+    for index in range(2):
+        inverse = 1 / variance[index : index + 1]
+        normalised = (inverse - inverse.min()) / (inverse.max() - inverse.min())
+        expected = torch.nn.functional.interpolate(normalised, (32, 48), mode="bicubic").clamp(0, 1)
+        torch.testing.assert_close(got[index : index + 1], expected)
+
+
+def test_confidence_map_at_latent_size_spans_0_to_1_and_peaks_at_the_smallest_variance():
+    variance = torch.tensor([[[[4.0, 2.0], [1.0, 10.0]]]])
+    expected = torch.tensor([[[[(0.25 - 0.1) / 0.9, (0.5 - 0.1) / 0.9], [1.0, 0.0]]]])
+    torch.testing.assert_close(confidence_map(variance, (2, 2)), expected)
+
+
+def test_confidence_map_of_a_constant_variance_is_1_and_leaves_the_other_images_alone():
+    variance = torch.stack([torch.full((1, 3, 3), 0.7), torch.arange(1.0, 10.0).view(1, 3, 3)])
+    got = confidence_map(variance, (12, 12))
+    torch.testing.assert_close(got[0], torch.ones(1, 12, 12))
+    torch.testing.assert_close(got[1:], confidence_map(variance[1:], (12, 12)))
+    assert got[1].min() < 0.1
+
+
+@pytest.mark.parametrize("variance", [torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), float("nan")), torch.ones(1, 4, 2, 2)])
+def test_confidence_map_refuses_what_is_no_variance(variance):
+    with pytest.raises(ValueError, match=r"\[B, 1, h, w\]"):
+        confidence_map(variance, (8, 8))
+
+
+def test_spearman_is_scipys_on_the_flattened_maps():
+    error = pixels(600).reshape(2, 3, 10, 10)
+    variance = error + np.random.default_rng(1).normal(0, 0.3, error.shape)
+    assert spearman(variance, error) == pytest.approx(spearmanr(variance.ravel(), error.ravel()).statistic, abs=1e-12)
+    assert spearman(error**3, error) == pytest.approx(1.0)
+    assert spearman(-error, error) == pytest.approx(-1.0)
+
+
+def test_spearman_of_a_constant_is_refused():
+    with pytest.raises(ValueError, match="uncertainty is 1 everywhere"):
+        spearman(np.ones(5), np.arange(5.0))
+
+
+def test_sparsification_by_hand():
+    # Removing 0, 1, 2, 3 of four values, the most uncertain first: means of {1,2,3,6}, {1,2,3}, {1,3}, {3} over 3.
+    fractions, curve = sparsification_curve(np.array([1.0, 3.0, 0.5, 9.0]), np.array([1.0, 2.0, 3.0, 6.0]), steps=4)
+    np.testing.assert_allclose(fractions, [0, 0.25, 0.5, 0.75])
+    np.testing.assert_allclose(curve, [1, 2 / 3, 2 / 3, 1])
+
+
+def test_oracle_curve_of_uniform_errors_is_one_minus_the_fraction():
+    error = pixels()
+    fractions, curve = sparsification_curve(error, error)
+    assert len(curve) == 100 and curve[0] == 1
+    np.testing.assert_allclose(curve, 1 - fractions, atol=0.02)
+
+
+def test_ause_in_closed_form_for_uniform_errors():
+    # Oracle 1 - f, random 1, reversed 1 + f, each over f = 0 ... 0.99: areas 0, 0.99²/2 and 0.99².
+    error = pixels()
+    noise = np.random.default_rng(3).uniform(size=error.shape)
+    assert ause(error, error) == 0
+    assert ause(np.exp(error), error) == 0  # only the ranking counts
+    assert ause(noise, error) == pytest.approx(0.99**2 / 2, abs=0.02)
+    assert ause(-error, error) == pytest.approx(0.99**2, abs=0.02)
+
+
+def test_a_constant_uncertainty_scores_like_chance_even_where_the_image_is_ordered():
+    error = np.sort(pixels())
+    assert ause(np.ones_like(error), error) == pytest.approx(0.99**2 / 2, abs=0.02)
+    assert ause(np.ones_like(error), error[::-1]) == pytest.approx(0.99**2 / 2, abs=0.02)
+
+
+def test_ties_are_broken_reproducibly_and_fewer_values_than_steps_are_fine():
+    uncertainty, error = np.array([1.0, 1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0, 4.0])
+    assert ause(uncertainty, error) == ause(uncertainty, error)
+    assert sparsification_curve(uncertainty, error)[1][-1] in {1 / 2.5, 2 / 2.5, 3 / 2.5}
+
+
+@pytest.mark.parametrize(
+    ("uncertainty", "error", "message"),
+    [
+        (np.ones(3), np.zeros(3), "not all 0"),
+        (np.ones(3), np.array([1.0, -1.0, 1.0]), "not be negative"),
+        (np.ones(3), np.ones(4), "one shape"),
+        (np.ones(0), np.ones(0), "not empty"),
+        (np.array([1.0, np.nan]), np.ones(2), "finite"),
+    ],
+)
+def test_undefined_sparsification_is_refused(uncertainty, error, message):
+    with pytest.raises(ValueError, match=message):
+        ause(uncertainty, error)
+
+
+def test_auroc_by_hand():
+    # Positives 3, 1 against negatives 2, 1, 0: 3 beats all three, 1 beats 0 and ties with 1: 4.5 of 6 pairs. 99 is ignored.
+    score = np.array([[3.0, 1.0, 99.0], [2.0, 1.0, 0.0]])
+    positive = np.array([[True, True, False], [False, False, False]])
+    negative = np.array([[False, False, False], [True, True, True]])
+    assert auroc(score, positive, negative) == pytest.approx(4.5 / 6)
+    assert auroc(-score, positive, negative) == pytest.approx(1.5 / 6)
+
+
+def test_auroc_of_ties_is_one_half_and_of_a_perfect_score_one():
+    mask = np.arange(10) < 4
+    assert auroc(np.ones(10), mask, ~mask) == 0.5
+    assert auroc(mask.astype(np.float32), mask, ~mask) == 1.0
+
+
+def test_auroc_equals_counting_all_pairs():
+    rng = np.random.default_rng(5)
+    score, mask = rng.integers(0, 20, 300), rng.uniform(size=300) < 0.3
+    difference = score[mask][:, None] - score[~mask][None]
+    assert auroc(score, mask, ~mask) == pytest.approx(((difference > 0) + 0.5 * (difference == 0)).mean(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "message"),
+    [
+        (np.zeros(4, bool), np.ones(4, bool), "not empty"),
+        (np.ones(4, bool), np.ones(4, bool), "disjoint"),
+        (np.ones(4), np.zeros(4), "boolean"),
+        (np.ones(3, bool), np.ones(4, bool), "shape"),
+    ],
+)
+def test_auroc_refuses_masks_that_leave_it_undefined(positive, negative, message):
+    with pytest.raises(ValueError, match=message):
+        auroc(np.arange(4.0), positive, negative)
