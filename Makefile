@@ -1,0 +1,37 @@
+PYTHON ?= python3
+PY := .venv/bin/python
+
+# The demo's length; a quick look: make demo DEMO_TRAIN=256 DEMO_OPTIONS="--num-iter 40"
+DEMO_TRAIN ?= 4096
+DEMO_TEST ?= 160
+DEMO_OPTIONS ?=
+DEMO := work_dir/demo
+
+.PHONY: demo test lint clean
+
+# glibc gives the large blocks of every iteration back to the system and asks for them again, unless told to keep them.
+demo: export MALLOC_TRIM_THRESHOLD_ = 8589934592
+demo: export MALLOC_MMAP_THRESHOLD_ = 8589934592
+demo: .venv/installed
+	rm -rf $(DEMO) data/demo
+	$(PY) data/simulate.py --output data/demo --train $(DEMO_TRAIN) --test $(DEMO_TEST)
+	$(PY) main.py --config configs/demo.yaml $(DEMO_OPTIONS)
+	$(PY) main.py --config configs/demo_conf.yaml $(DEMO_OPTIONS)
+	$(PY) test.py --sar-dir data/demo/test/sar --checkpoint $(DEMO)/stage2/best --batch-size 32 --output-dir $(DEMO)/translated/eo \
+		--conf-dir $(DEMO)/translated/confidence --variance-dir $(DEMO)/translated/variance
+	$(PY) demo/report.py --scenes data/demo --translated $(DEMO)/translated --base assets/demo_base --output $(DEMO)
+
+test: .venv/installed
+	$(PY) -m pytest
+
+lint: .venv/installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --requirement requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv work_dir data/demo

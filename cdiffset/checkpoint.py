@@ -1,0 +1,197 @@
+"""Checkpoints: writing our own, and loading U-Net weights in every form in which they are found. Save and load side by side.
+
+A checkpoint folder holds unet/ (diffusers layout), unet_ema/ where an average is kept, training_state.pt (optimizer,
+schedule, scaler) and checkpoint.json (iteration, epoch, best PSNR, the run's configuration), which is written last.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from cdiffset.errors import UserError
+from cdiffset.model import load_component
+
+META, STATE = "checkpoint.json", "training_state.pt"
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers; Accelerate, hence the released code's runs
+FORMS = "a .safetensors file, a diffusers U-Net folder, a checkpoint folder of this code, or a folder with model.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------- U-Net weights in
+def find_weights(path: Path, option: str) -> Path:
+    """Checkpoint in any known form => its weights file; our own folders give the EMA where there is one."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    if path.is_file():
+        raise UserError(f"{option}: {path} is a {path.suffix or 'nameless'} file, expected {FORMS}; nothing else is opened")
+    if not path.is_dir():
+        raise UserError(f"{option}: there is no {path}, expected {FORMS}")
+    for folder in (path / "unet_ema", path / "unet", path):
+        for name in WEIGHTS:
+            if (folder / name).is_file():
+                return folder / name
+    raise UserError(f"{option}: {path} holds none of unet_ema/, unet/, {', '.join(WEIGHTS)}; expected {FORMS}")
+
+
+def read_weights(file: Path, option: str) -> dict[str, torch.Tensor]:
+    """Safetensors file => float32 state dict, without the `module.` and `unet.` that wrappers put before every name."""
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{option}: {file} is damaged or no safetensors file ({str(error).splitlines()[0]})") from error
+    for prefix in ("module.", "unet.", "module."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def config_beside(weights: Path, base: str) -> dict:
+    """The U-Net config that belongs to a weights file: the config.json beside it, else the base's own."""
+    beside = weights.with_name("config.json")
+    try:
+        config = json.loads(beside.read_text())
+        if config.get("_class_name") == "UNet2DConditionModel":
+            return config
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {beside}: {str(error).splitlines()[0]}") from error
+    return load_component(UNet2DConfig, base, "unet")
+
+
+class UNet2DConfig:
+    """Reads a U-Net's config.json alone, through the same errors as the components."""
+
+    @staticmethod
+    def from_pretrained(base: str, subfolder: str) -> dict:
+        return UNet2DConditionModel.load_config(base, subfolder=subfolder)
+
+
+def load_unet(path: str, base: str, latent_channels: int, option: str) -> tuple[UNet2DConditionModel, Path]:
+    """Load a stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net in float32, whole or not at all.
+
+    Returns the U-Net, in evaluation mode, and its weights file.
+
+    `base` gives the architecture to weights that come without a config.json; `option` is what errors name.
+    """
+    weights = find_weights(Path(path).expanduser(), option)
+    tensors = read_weights(weights, option)
+    check_channels(tensors, latent_channels, f"{option}: {weights}")
+    outputs = tensors["conv_out.weight"].shape[0]
+    config = {**config_beside(weights, base), "in_channels": 2 * latent_channels, "out_channels": outputs}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    check_tensors(tensors, unet.state_dict(), f"{option}: {weights}")
+    unet.load_state_dict(tensors, assign=True)
+    return unet.requires_grad_(True).eval(), weights
+
+
+def check_channels(tensors: dict[str, torch.Tensor], latent_channels: int, where: str) -> None:
+    inputs, outputs = (tuple(tensors[name].shape) if name in tensors else () for name in ("conv_in.weight", "conv_out.weight"))
+    if len(inputs) != 4 or len(outputs) != 4:
+        raise UserError(f"{where} is no U-Net: expected conv_in.weight and conv_out.weight among its {len(tensors)} tensors")
+    c = latent_channels
+    if inputs[1] != 2 * c or outputs[0] not in (c, c + 1):
+        raise UserError(
+            f"{where}: expected {2 * c} input channels (SAR and noisy EO latent) and {c} (stage 1) or {c + 1} (stage 2) output "
+            f"channels, found {inputs[1]} and {outputs[0]}" + (", an unpatched U-Net" if inputs[1] == c else "")
+        )
+
+
+def check_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], where: str) -> None:
+    """Every expected tensor is there in its shape, finite, and nothing else."""
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unexpected:
+        kinds = (("missing", missing), ("unexpected", unexpected))
+        faults = ", ".join(f"{len(names)} {kind} ({names[0]} …)" for kind, names in kinds if names)
+        raise UserError(f"{where}: expected {len(expected)} tensors, found {len(found)}: {faults}; wrong base model?")
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise UserError(
+                f"{where}: expected {name} of shape {list(tensor.shape)}, found {list(found[name].shape)}; wrong base model?"
+            )
+        if not torch.isfinite(found[name]).all():
+            raise UserError(f"{where}: {name} holds NaN or Inf, expected finite weights")
+
+
+def read_meta(path: str | Path) -> dict:
+    """checkpoint.json of one of our own checkpoint folders (or of its unet/ within); {} for weights of another origin."""
+    path = Path(path).expanduser()
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / META).is_file():
+            try:
+                return json.loads((folder / META).read_text())
+            except ValueError as error:
+                raise UserError(f"{folder / META} is damaged: {error}") from error
+    return {}
+
+
+# ------------------------------------------------------------------------------------------------------ our own folders
+def write_checkpoint(work_dir: Path, names: list[str], unet, ema_unet, state: dict, meta: dict) -> None:
+    """Write one checkpoint under each of `names` in work_dir. The later names share the first one's files by hard links.
+
+    A checkpoint is built in a hidden folder and renamed, so that a name never stands for half of one.
+    """
+    building = work_dir / f".{names[0]}.building"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    unet.save_pretrained(building / "unet")
+    if ema_unet is not None:
+        ema_unet.save_pretrained(building / "unet_ema")
+    torch.save(state, building / STATE)
+    (building / META).write_text(json.dumps(meta, indent=2) + "\n")
+    put_in_place(building, work_dir / names[0])
+    for name in names[1:]:
+        copy = work_dir / f".{name}.building"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(work_dir / names[0], copy, copy_function=link_or_copy)
+        put_in_place(copy, work_dir / name)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def put_in_place(building: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    building.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def list_checkpoints(work_dir: Path) -> list[Path]:
+    """Complete checkpoint folders of a run, the earliest iteration first."""
+    folders = [file.parent for file in work_dir.glob(f"*/{META}") if not file.parent.name.startswith(".")]
+    return sorted(folders, key=lambda folder: (read_meta(folder)["iteration"], folder.name))
+
+
+def prune(work_dir: Path, limit: int | None) -> None:
+    """Keep the newest `limit` numbered checkpoints; latest and best stay."""
+    numbered = [folder for folder in list_checkpoints(work_dir) if folder.name.startswith(("checkpoint-", "epoch-"))]
+    for folder in numbered[:-limit] if limit else []:
+        shutil.rmtree(folder)
+
+
+def require_state(folder: Path) -> None:
+    """Refuse to resume from what is no checkpoint folder of ours, before anything is loaded."""
+    missing = [name for name in (META, STATE, "unet") if not (folder / name).exists()]
+    if missing:
+        raise UserError(f"resume: {folder} lacks {' and '.join(missing)}, expected a checkpoint folder of this code")
+
+
+def read_state(folder: Path) -> tuple[dict, dict]:
+    """Our own checkpoint folder => (training state, meta)."""
+    try:
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True), read_meta(folder)
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        raise UserError(f"resume: {folder / STATE} is damaged ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,315 @@
+"""Every setting of a run, once: name, default, allowed values, unit. Command line over YAML over these defaults.
+
+`load_config(argv)` reads them; `--help` is made from them. No heavy import here, so that mistakes show at once.
+"""
+
+import argparse
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cdiffset.errors import UserError
+
+DEFAULT_BASE = "Manojb/stable-diffusion-2-1-base"
+DEFAULT_PROMPT = "electro-optical image"
+
+
+# -------------------------------------------------- kinds of values: each returns the value or says what is allowed
+def whole(low: int, high: int = 2**63 - 1) -> Callable:
+    def check(value):
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"a whole number of at least {low}" + ("" if high == 2**63 - 1 else f" and at most {high}"))
+        return value
+
+    return check
+
+
+def number(low: float, high: float = math.inf, above: bool = False) -> Callable:
+    def check(value):
+        allowed = f"a number {'above' if above else 'of at least'} {low}" + ("" if high == math.inf else f" and at most {high}")
+        try:  # YAML reads 1e-5, without a point, as a string
+            parsed = float(value) if not isinstance(value, bool) else math.nan
+        except (TypeError, ValueError):
+            raise ValueError(allowed) from None
+        if not (low < parsed if above else low <= parsed) or not parsed <= high or math.isinf(parsed):
+            raise ValueError(allowed)
+        return parsed
+
+    return check
+
+
+def boolean(value):
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def text(value):
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value
+
+
+def filled_text(value):
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("text that is not empty")
+    return value
+
+
+def choice(*allowed: str) -> Callable:
+    def check(value):
+        if value is False and "no" in allowed:  # YAML reads a bare no as false
+            return "no"
+        for name in allowed:
+            if isinstance(value, str) and value.lower() == name.lower():
+                return name
+        raise ValueError(f"one of {', '.join(allowed)}")
+
+    return check
+
+
+def mapping(value):
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError("a mapping of names to values")
+    return value
+
+
+def optional(kind: Callable) -> Callable:
+    def check(value):
+        try:
+            return None if value is None else kind(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or null") from None
+
+    return check
+
+
+def gpu_ids(value):
+    ids = value if isinstance(value, list) else [value]
+    if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise ValueError("a GPU number or a list of them")
+    return ids
+
+
+def beta_value(value):
+    try:
+        return value if value == "timestep" else number(0, 1)(value)
+    except ValueError as error:
+        raise ValueError(f"timestep, or {error}") from None
+
+
+def knob(default: Any, kind: Callable, help: str) -> Any:
+    metadata = {"kind": kind, "help": help}
+    return field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
+
+
+GROUPS = {  # the first setting of each group, for --help
+    "phase": "run", "feeder": "data", "pretrained_model_name_or_path": "model", "prediction_type": "loss",
+    "optimizer": "optimisation", "mixed_precision": "machine", "num_inference_steps": "validation",
+    "log_iter": "logs and checkpoints",
+}  # fmt: skip
+
+LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
+
+
+@dataclass
+class Config:
+    """One run. The defaults are the paper's where it states them; what is off by default changes nothing."""
+
+    phase: str = knob("train", choice("train", "test"), "train, or test: judge accelerator_path on the whole test list")
+    work_dir: str = knob("work_dir/run", filled_text, "folder of the run: checkpoints, logs, pictures, reports")
+    seed: int = knob(2024, whole(0), "fixes weights, data order, augmentation, noise and timesteps")
+
+    feeder: str = knob("feeders.feeder.QXSFeeder", filled_text, "dotted name of the feeder class")
+    train_feeder_args: dict = knob({}, mapping, "arguments of the training feeder, e.g. dataroot, listroot, crop_size (px)")
+    test_feeder_args: dict = knob({}, mapping, "arguments of the test feeder")
+    num_worker: int = knob(4, whole(0), "loader processes per training process")
+
+    pretrained_model_name_or_path: str = knob(DEFAULT_BASE, filled_text, "Stable Diffusion: Hub name or local folder")
+    accelerator_path: str | None = knob(None, optional(filled_text), "U-Net checkpoint to start from; null: the base's")
+    confidence: bool = knob(True, boolean, "true: stage 2, variance channel and C-Diff loss; false: stage 1, MSE")
+    prompt: str = knob(DEFAULT_PROMPT, text, "the one text prompt; empty: the null prompt")
+
+    prediction_type: str = knob("epsilon", choice("epsilon", "sample", "v_prediction"), "what the U-Net predicts")
+    beta: str | float = knob("timestep", beta_value, "C-Diff exponent: timestep (sqrt of alpha-bar) or 0 to 1")
+
+    optimizer: str = knob("AdamW", choice("AdamW", "Adam"), "optimizer")
+    learning_rate: float = knob(3e-5, number(0, above=True), "peak learning rate")
+    weight_decay: float = knob(0.01, number(0), "weight decay")
+    lr_scheduler: str = knob("cosine", choice(*LR_SCHEDULERS), "learning rate after the warm-up")
+    num_warmup: int = knob(100, whole(0), "iterations of linear warm-up")
+    num_iter: int = knob(50_000, whole(1), "optimizer steps, however many processes or accumulation steps share one")
+    batch_size: int = knob(64, whole(1), "pairs per optimizer step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = knob(1, whole(1), "parts in which each process works through its share of a batch")
+    max_grad_norm: float | None = knob(None, optional(number(0, above=True)), "clip the gradient norm to this; null: no")
+    ema_decay: float | None = knob(None, optional(number(0, 1)), "keep an exponential average of the weights; null: none")
+
+    mixed_precision: str = knob("no", choice("no", "fp16", "bf16"), "autocast type; trained weights stay float32")
+    gradient_checkpointing: bool = knob(False, boolean, "recompute activations: less memory, more time")
+    gpu: list | None = knob(None, optional(gpu_ids), "GPUs a single process may see; null: all")
+
+    num_inference_steps: int = knob(50, whole(1, 1000), "DDIM steps of validation")
+    val_len: int = knob(100, whole(1), "validate on the first val_len test pairs")
+    test_batch_size: int = knob(1, whole(1), "pairs per validation batch and process")
+    eval_epoch: int = knob(10, whole(0), "validate every so many epochs; 0: only in the last part and at the end")
+    eval_each_epoch_from: float = knob(0.8, number(0, 1), "share of num_iter from which every epoch is validated; 1: never")
+    lpips: bool = knob(True, boolean, "also report LPIPS (VGG) where its weights are at hand")
+
+    log_iter: int = knob(50, whole(1), "iterations between log lines")
+    save_iter: int = knob(5000, whole(0), "write checkpoint-N every so many iterations; 0: never")
+    save_epoch: int = knob(0, whole(0), "write epoch-N every so many epochs; 0: never")
+    checkpoints_total_limit: int | None = knob(3, optional(whole(1)), "numbered ones to keep; null: all")
+    resume: str | None = knob(
+        "auto", optional(filled_text),
+        "auto: continue work_dir's run if its settings are these; latest or a folder: continue it; null: start afresh",
+    )  # fmt: skip
+    report_to: str = knob("tensorboard", choice("tensorboard", "none"), "scalars beside the text logs")
+
+
+KNOBS = {f.name: f for f in fields(Config)}
+
+
+def load_config(argv: list[str] | None = None) -> Config:
+    """Command line => checked Config. Raises UserError naming the key, its value and what is allowed."""
+    parser = make_parser()
+    known, rest = parser.parse_known_args(argv)
+    values = read_yaml(known.config) if known.config else {}
+    for name in values:
+        if name not in KNOBS:
+            raise unknown_key(name, f" in {known.config}")
+    overrides = {name: text for name, text in vars(known).items() if name in KNOBS and text is not None}
+    for name, written in overrides.items():
+        merge(values, name, parse_written(name, written))
+    for key, written in nested_overrides(rest):
+        name, inner = key.split(".", 1)
+        if not isinstance(values.setdefault(name, {}), dict):
+            raise UserError(f"--{key}: {name} is {values[name]!r}, expected a mapping of names to values")
+        values[name] = {**values[name], inner.replace("-", "_"): parse_written(key, written)}
+    return check(values)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train or test C-DiffSET. Every key of the YAML is an option too; dashes and underscores are the same.",
+        epilog="Feeder arguments: --train-feeder-args.crop_size 256, or inline YAML: --train-feeder-args '{crop_size: 256}'.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="YAML", help="settings that differ from the defaults below")
+    group = parser
+    for name, knob_field in KNOBS.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        default = knob_field.default if knob_field.default_factory is not dict else {}
+        group.add_argument(
+            *{f"--{name.replace('_', '-')}", f"--{name}"},
+            dest=name,
+            metavar="VALUE",
+            help=f"{knob_field.metadata['help']} [{'null' if default is None else default}]".replace("%", "%%"),
+        )
+    return parser
+
+
+def nested_overrides(rest: list[str]) -> list[tuple[str, str]]:
+    """`--train-feeder-args.crop_size 256`, or with `=`, => [("train_feeder_args.crop_size", "256")]."""
+    pairs, words = [], iter(rest)
+    for word in words:
+        option, equals, written = word.partition("=")
+        head, dot, inner = option.removeprefix("--").partition(".")
+        head = head.replace("-", "_")
+        if not option.startswith("--"):
+            raise UserError(f"unexpected {word!r} on the command line: options are --key value")
+        if not dot or not inner or head not in ("train_feeder_args", "test_feeder_args"):
+            raise unknown_key(head, " on the command line")
+        written = written if equals else next(words, None)
+        if written is None:
+            raise UserError(f"{option}: expected a value after it")
+        pairs.append((f"{head}.{inner}", written))
+    return pairs
+
+
+def unknown_key(name: str, where: str) -> UserError:
+    near = difflib.get_close_matches(str(name).replace("-", "_"), KNOBS, n=1, cutoff=0.5)
+    return UserError(f"unknown key {name!r}{where}" + (f", did you mean {near[0]!r}?" if near else "; --help lists all keys"))
+
+
+def parse_written(name: str, written: str) -> Any:
+    """A value as written on the command line, read as YAML would read it; text that is no YAML stays text."""
+    try:
+        value = yaml.load(written, UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        if written.lstrip().startswith(("{", "[")):
+            raise UserError(f"--{name}: {written!r} is no valid inline YAML") from error
+        return written
+    return "" if value is None and not written.strip() else value
+
+
+def merge(values: dict, name: str, value: Any) -> None:
+    """The command line replaces a value, but adds to a mapping."""
+    both_mappings = isinstance(values.get(name), dict) and isinstance(value, dict)
+    values[name] = {**values[name], **value} if both_mappings else value
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML without duplicate keys: which of two would count is anybody's guess."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(None, None, f"key {sorted(twice)[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+UniqueKeyLoader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: loader.construct_mapping(node, deep=True)
+)
+
+
+def read_yaml(path: str) -> dict:
+    try:
+        written = Path(path).read_text(encoding="utf-8-sig")
+        values = yaml.load(written, UniqueKeyLoader)
+    except OSError as error:
+        raise UserError(f"--config: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config: {path} is not UTF-8 text: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config: {path}{where}: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config: {path} holds {'nothing' if values is None else 'no mapping'}, expected lines of key: value")
+    return values
+
+
+def check(values: dict) -> Config:
+    """Raw values => Config, each checked and converted by its kind, then against each other."""
+    for name, value in values.items():
+        try:
+            values[name] = KNOBS[name].metadata["kind"](value)
+        except ValueError as error:
+            raise UserError(f"{name}: expected {error}, found {value!r}") from None
+    config = Config(**values)
+    for name, value in flatten(asdict(config)):
+        if isinstance(value, str) and "/path/to" in value:
+            raise UserError(f"{name}: {value!r} is a placeholder, expected your own path there")
+    if config.num_warmup > config.num_iter:
+        raise UserError(f"num_warmup: expected at most num_iter ({config.num_iter}), found {config.num_warmup}")
+    if config.batch_size % config.gradient_accumulation_steps:
+        raise UserError(
+            f"gradient_accumulation_steps: expected a divisor of batch_size ({config.batch_size}), "
+            f"found {config.gradient_accumulation_steps}"
+        )
+    return config
+
+
+def flatten(values: dict, prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested mapping => [("train_feeder_args.crop_size", 256), ...]."""
+    pairs = []
+    for key, value in values.items():
+        pairs += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return pairs

@@ -1,0 +1,144 @@
+"""The backbone: loading a Stable Diffusion base, patching its U-Net, pixels <-> latents, the prompt embedding.
+
+Shapes used everywhere: B images of H x W px; f = the VAE's downsampling factor (8 in SD); h = H / f, w = W / f;
+C = latent channels (4 in SD); L prompt tokens of width D. Pixels are RGB in [-1, 1].
+"""
+
+import gc
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from cdiffset.errors import UserError
+
+# The libraries' retries and bars say less than our own one-line error.
+hub_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+COMPONENTS = ("scheduler", "tokenizer", "text_encoder", "vae", "unet")
+
+
+HOW_TO_GET_A_BASE = (
+    f"expected the name of a model on the Hugging Face Hub (reachable or already in its cache) or a local folder in diffusers "
+    f"layout ({', '.join(f'{name}/' for name in COMPONENTS)})"
+)
+
+
+def check_base(base: str) -> None:
+    """Refuse a local base folder that lacks a component, before anything is loaded. Hub names pass."""
+    if not Path(base).expanduser().is_dir():
+        if base.startswith((".", "/", "~")) or base.count("/") > 1:
+            raise UserError(f"pretrained_model_name_or_path: there is no folder {base!r}; {HOW_TO_GET_A_BASE}")
+        return
+    missing = [name for name in COMPONENTS if not Path(base, name).is_dir()]
+    if missing:
+        raise UserError(
+            f"pretrained_model_name_or_path: {base!r} is no complete Stable Diffusion folder, "
+            f"it lacks {', '.join(f'{name}/' for name in missing)}; {HOW_TO_GET_A_BASE}"
+        )
+
+
+def load_component(loader, base: str, name: str, **options):
+    """Load one component of a base, every tensor of it or not at all."""
+    try:
+        loaded = loader.from_pretrained(base, subfolder=name, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load {name}/ of the base model {base!r} ({reason}); {HOW_TO_GET_A_BASE}") from error
+    if not options.get("output_loading_info"):
+        return loaded
+    model, info = loaded
+    faults = {kind: sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(faults.values()):
+        found = "; ".join(f"{len(keys)} {kind.split('_')[0]} ({keys[0]} …)" for kind, keys in faults.items() if keys)
+        raise UserError(f"{name}/ of the base model {base!r} does not fit its own config.json: tensors {found}")
+    return model
+
+
+def load_vae(base: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """The frozen VAE, in evaluation mode."""
+    vae = load_component(AutoencoderKL, base, "vae", torch_dtype=dtype, output_loading_info=True)
+    return vae.requires_grad_(False).eval()
+
+
+def load_base_unet(base: str) -> UNet2DConditionModel:
+    """The base's own U-Net, unpatched (C in, C out), float32."""
+    return load_component(UNet2DConditionModel, base, "unet", torch_dtype=torch.float32, output_loading_info=True)
+
+
+def load_scheduler(base: str, prediction_type: str) -> DDIMScheduler:
+    """DDIM with the method's settings on the base's noise schedule; training takes its alphas from the same object.
+
+    The settings are stated here because a base's own scheduler, often PNDM, may leave them to other defaults.
+    """
+    ddim = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
+    return load_component(DDIMScheduler, base, "scheduler", prediction_type=prediction_type, **ddim)
+
+
+def embed_prompt(base: str, prompt: str) -> torch.Tensor:
+    """Text => [1, L, D] float32, tokenised without padding. The text encoder leaves memory again: one prompt serves all."""
+    tokenizer = load_component(CLIPTokenizer, base, "tokenizer")
+    text_encoder = load_component(CLIPTextModel, base, "text_encoder", dtype=torch.float32, output_loading_info=True).eval()
+    length = {"padding": "do_not_pad", "truncation": True, "max_length": tokenizer.model_max_length}
+    tokens = tokenizer(prompt, return_tensors="pt", **length)
+    with torch.no_grad():
+        embedding = text_encoder(tokens.input_ids)[0]  # [1,L,D]
+    del text_encoder
+    gc.collect()
+    return embedding.clone()
+
+
+def check_prompt_width(unet: UNet2DConditionModel, prompt_embedding: torch.Tensor, base: str, option: str) -> None:
+    """Refuse a U-Net that belongs to another text encoder; `option` is what the error names."""
+    expected, found = unet.config.cross_attention_dim, prompt_embedding.shape[-1]
+    if expected != found:
+        raise UserError(
+            f"{option}: the U-Net attends to prompts of width {expected}, but the text encoder of {base} gives {found}: "
+            f"checkpoint and base model do not belong together"
+        )
+
+
+def vae_factor(vae: AutoencoderKL) -> int:
+    """f: how many pixels a latent cell spans in each direction."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels [B, 3, H, W] in [-1, 1] => latents [B, C, h, w], float32: the posterior's mean times the scaling factor."""
+    return (vae.encode(pixels.to(vae.dtype)).latent_dist.mean * vae.config.scaling_factor).float()
+
+
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, h, w] => pixels [B, 3, H, W] in [-1, 1], float32."""
+    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+def patch_conv_in(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """C => 2C input channels, SAR latent first: the kernel repeated for both halves and halved, the bias kept.
+
+    Fed with the same latent twice, the patched layer returns what the pretrained one returned for it.
+    """
+    old = unet.conv_in
+    new = nn.Conv2d(2 * old.in_channels, old.out_channels, old.kernel_size, padding=old.padding).to(old.weight)
+    new.weight.data = old.weight.data.repeat(1, 2, 1, 1) * 0.5
+    new.bias.data = old.bias.data.clone()
+    unet.conv_in = new
+    unet.register_to_config(in_channels=new.in_channels)
+    return unet
+
+
+def patch_conv_out(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """C => C + 1 output channels: the raw variance comes last and starts as 0 everywhere, which means σ² = 1."""
+    old = unet.conv_out
+    new = nn.Conv2d(old.in_channels, old.out_channels + 1, old.kernel_size, padding=old.padding).to(old.weight)
+    new.weight.data = torch.cat([old.weight.data, torch.zeros_like(old.weight.data[:1])])
+    new.bias.data = torch.cat([old.bias.data, torch.zeros_like(old.bias.data[:1])])
+    unet.conv_out = new
+    unet.register_to_config(out_channels=new.out_channels)
+    return unet

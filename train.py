@@ -1,0 +1,529 @@
+"""The Trainer: config -> feeder -> latents -> U-Net -> loss, validation by PSNR. `fit` is the loop."""
+
+import copy
+import importlib
+import json
+import logging
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers.optimization import get_scheduler
+from torch.utils.data import DataLoader, Sampler, Subset
+from tqdm import tqdm
+
+import utils
+from cdiffset import checkpoint
+from cdiffset.config import Config, flatten
+from cdiffset.diffusion import training_loss, translate
+from cdiffset.errors import UserError
+from cdiffset.images import to_uint8, write_png
+from cdiffset.model import (
+    check_base,
+    check_prompt_width,
+    embed_prompt,
+    encode,
+    load_base_unet,
+    load_scheduler,
+    load_vae,
+    patch_conv_in,
+    patch_conv_out,
+)
+from cdiffset.uncertainty import confidence_map
+
+ORDER, NOISE = 1, 2  # purposes of random draws, so that no two share a stream
+
+# Settings that may change between two parts of a run without changing what is learnt.
+FREE_TO_CHANGE = {
+    "phase", "work_dir", "num_worker", "gpu", "num_inference_steps", "val_len", "test_batch_size", "test_feeder_args",
+    "lpips", "eval_epoch", "eval_each_epoch_from", "log_iter", "save_iter", "save_epoch", "checkpoints_total_limit", "resume",
+    "report_to", "accelerator_path", "gradient_checkpointing", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+def seeded(*key: int) -> torch.Generator:
+    """A CPU generator that is a function of its key: (seed, purpose, iteration). Nothing random is stored or global."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+class BatchOrder(Sampler):
+    """This process's micro-batches of (epoch, index) keys, from iteration `start` to `num_iter`.
+
+    The pairs are shuffled anew in every epoch by (seed, epoch), and what does not fill a batch is left out. All processes
+    see one order and each takes its block of every batch, so that a batch means the same however many processes share it.
+    """
+
+    def __init__(self, length: int, config: Config, start: int, rank: int, world_size: int):
+        self.length, self.seed, self.num_iter, self.start = length, config.seed, config.num_iter, start
+        self.batch_size = min(config.batch_size, length)  # a list shorter than the batch is one short batch an epoch
+        self.parts, self.part = world_size * config.gradient_accumulation_steps, rank * config.gradient_accumulation_steps
+        self.micro_steps = config.gradient_accumulation_steps
+        if self.batch_size % self.parts:
+            raise UserError(
+                f"batch_size: {self.batch_size} pairs cannot be shared evenly by {world_size} processes "
+                f"x {self.micro_steps} accumulation steps"
+            )
+        self.iterations_per_epoch = length // self.batch_size
+
+    def __len__(self) -> int:
+        return (self.num_iter - self.start) * self.micro_steps
+
+    def __iter__(self):
+        for iteration in range(self.start, self.num_iter):
+            epoch, step = divmod(iteration, self.iterations_per_epoch)
+            if step == 0 or iteration == self.start:
+                order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.length)
+            for micro in range(self.micro_steps):
+                yield [(epoch, int(order[step * self.batch_size + place])) for place in range(*self.share(micro))]
+
+    def share(self, micro: int) -> tuple[int, int]:
+        """Where this process's micro-batch lies in the batch: (first, end)."""
+        size = self.batch_size // self.parts
+        return (self.part + micro) * size, (self.part + micro + 1) * size
+
+
+def build_feeder(config: Config, which: str):
+    """Feeder class by dotted name, with the arguments of `which` (train or test); the run's seed unless they say otherwise."""
+    module, _, name = config.feeder.rpartition(".")
+    arguments = getattr(config, f"{which}_feeder_args")
+    try:
+        feeder_class = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"feeder: cannot import {config.feeder!r} ({error}), expected e.g. feeders.feeder.QXSFeeder") from error
+    try:
+        return feeder_class(**{"seed": config.seed, **arguments})
+    except TypeError as error:
+        raise UserError(f"{which}_feeder_args: {str(error).replace('__init__() ', '')}") from error
+
+
+class Trainer:
+    """Builds every part of a run from its config, and refuses what cannot work before gigabytes are loaded."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        # Batches go to this process by BatchOrder, so Accelerate prepares the U-Net and the optimizer and nothing else.
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        self.device = self.accelerator.device
+        self.is_main = self.accelerator.is_main_process
+        self.work_dir = Path(config.work_dir)
+        check_base(config.pretrained_model_name_or_path)
+        self.test_feeder = build_feeder(config, "test")
+        self.train_feeder = build_feeder(config, "train") if config.phase == "train" else None
+        resume_from = self.find_resume() if config.phase == "train" else None
+        self.open_work_dir()
+        self.load_model(resume_from)
+        if config.phase == "train":
+            self.prepare_training(resume_from)
+
+    # ------------------------------------------------------------------------------------------------------------ set-up
+    def open_work_dir(self) -> None:
+        try:
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+            if self.is_main:
+                (self.work_dir / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"work_dir: cannot write into {self.work_dir}: {error.strerror}") from error
+        self.train_log = text_log(self.work_dir / "train_log.txt", self.is_main)
+        self.val_log = text_log(self.work_dir / "val_log.txt", self.is_main)
+        self.board = None
+        if self.is_main and self.config.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self.board = SummaryWriter(str(self.work_dir / "tensorboard"))
+
+    def load_model(self, resume_from: Path | None) -> None:
+        """The frozen VAE and prompt embedding, and the U-Net from the base, from accelerator_path or from a resumed run."""
+        config, base = self.config, self.config.pretrained_model_name_or_path
+        frozen_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.accelerator.mixed_precision]
+        self.vae = load_vae(base, frozen_dtype).to(self.device)
+        self.scheduler = load_scheduler(base, config.prediction_type)
+        self.prompt_embedding = embed_prompt(base, config.prompt).to(self.device)
+        latent_channels = self.vae.config.latent_channels
+        start = str(resume_from) if resume_from else config.accelerator_path
+        if start is None and config.phase == "test":
+            start = str(self.newest_result())
+        if start is None:
+            unet, origin = patch_conv_in(load_base_unet(base)), f"the base model {base} (accelerator_path is null)"
+        else:
+            option = "resume" if resume_from else "accelerator_path"
+            source = resume_from / "unet" if resume_from else start
+            unet, weights = checkpoint.load_unet(str(source), base, latent_channels, option)
+            origin = str(weights)
+        has_variance = unet.config.out_channels == latent_channels + 1
+        if config.confidence and not has_variance and config.phase == "train":
+            unet = patch_conv_out(unet)
+        elif has_variance and not config.confidence and config.phase == "train":
+            raise UserError(
+                f"accelerator_path: stage 1 (confidence: false) expects {latent_channels} output channels, {start} has "
+                f"{latent_channels + 1}: it is a stage 2 checkpoint"
+            )
+        check_prompt_width(unet, self.prompt_embedding, base, "accelerator_path")
+        stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
+        self.train_log.info("%s: %s, U-Net from %s", config.phase, stage, origin)
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.unet = unet.to(self.device)
+
+    def prepare_training(self, resume_from: Path | None) -> None:
+        config = self.config
+        optimizer_class = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.optimizer]
+        self.parameters = list(self.unet.train().parameters())
+        optimizer = optimizer_class(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        # Not prepared by Accelerate, which would step it once per process.
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=config.num_warmup, num_training_steps=config.num_iter
+        )
+        self.ema_unet = copy.deepcopy(self.unet).requires_grad_(False).eval() if config.ema_decay else None
+        self.iteration, self.best_psnr = 0, -math.inf
+        if resume_from:
+            self.restore(resume_from, optimizer)
+        self.unet, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
+        self.order = BatchOrder(
+            len(self.train_feeder), config, self.iteration, self.accelerator.process_index, self.accelerator.num_processes
+        )
+
+    # ------------------------------------------------------------------------------------------------------------ resume
+    def find_resume(self) -> Path | None:
+        """The checkpoint folder to continue from, or None; see `resume` in the config."""
+        written, found = self.config.resume, checkpoint.list_checkpoints(self.work_dir)
+        if written is None:
+            if found:
+                raise UserError(
+                    f"resume: null starts afresh, but {self.work_dir} holds {found[-1].name}: take another work_dir"
+                )
+            return None
+        if written not in ("auto", "latest"):
+            checkpoint.require_state(Path(written))
+            return Path(written)
+        if not found:
+            if written == "latest":
+                raise UserError(f"resume: latest, but {self.work_dir} holds no checkpoint")
+            return None
+        if written == "auto" and (changed := self.changed_settings(found[-1])):
+            raise UserError(
+                f"work_dir: {self.work_dir} holds a run of other settings ({'; '.join(changed)}): choose another work_dir, "
+                f"or continue it with these by --resume latest"
+            )
+        return found[-1]
+
+    def newest_result(self) -> Path:
+        """What phase test judges where accelerator_path is null: this run's best, else its latest."""
+        for name in ("best", "latest"):
+            if (self.work_dir / name / checkpoint.META).is_file():
+                return self.work_dir / name
+        raise UserError(f"accelerator_path: null, and {self.work_dir} has neither best/ nor latest/: which checkpoint to test?")
+
+    def changed_settings(self, folder: Path) -> list[str]:
+        before, now = (dict(flatten(settings)) for settings in (checkpoint.read_meta(folder)["config"], asdict(self.config)))
+        names = [name for name in {**before, **now} if name.split(".")[0] not in FREE_TO_CHANGE]
+        return [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
+
+    def restore(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        """Optimizer, schedule, scaler, average and counters of a checkpoint; its U-Net is loaded already."""
+        state, meta = checkpoint.read_state(folder)
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if self.accelerator.scaler is not None and state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"resume: the optimizer state of {folder} does not fit this configuration: {error}") from error
+        if self.ema_unet and (folder / "unet_ema").is_dir():
+            base, latent_channels = self.config.pretrained_model_name_or_path, self.vae.config.latent_channels
+            average, _ = checkpoint.load_unet(str(folder / "unet_ema"), base, latent_channels, "resume")
+            self.ema_unet.load_state_dict(average.state_dict())
+        self.iteration, self.best_psnr = meta["iteration"], -math.inf if meta["best_psnr"] is None else meta["best_psnr"]
+        self.train_log.info("resumed from %s at iteration %d", folder, self.iteration)
+        for name in self.changed_settings(folder):
+            self.train_log.info("changed since: %s", name)
+
+    def save(self, names: list[str]) -> None:
+        """Write the present state under each name (one set of files)."""
+        if self.is_main:
+            unet = self.accelerator.unwrap_model(self.unet)
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "lr_scheduler": self.lr_scheduler.state_dict(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            }
+            meta = {
+                "iteration": self.iteration,
+                "epoch": self.iteration // self.order.iterations_per_epoch,
+                "best_psnr": self.best_psnr if math.isfinite(self.best_psnr) else None,
+                "gsd_m": getattr(self.train_feeder, "gsd_m", None),
+                "config": asdict(self.config),
+            }
+            try:
+                checkpoint.write_checkpoint(self.work_dir, names, unet, self.ema_unet, state, meta)
+            except OSError as error:
+                raise UserError(f"cannot write {names[0]} into {self.work_dir}: {error.strerror or error}") from error
+            checkpoint.prune(self.work_dir, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    # ---------------------------------------------------------------------------------------------------------- training
+    def run(self) -> None:
+        if self.config.phase == "test":
+            self.test()
+        else:
+            self.fit()
+
+    def fit(self) -> None:
+        """Train to num_iter, validating and saving on the way."""
+        config = self.config
+        batches = iter(self.train_loader())
+        window = LogWindow(self.device)
+        bar = tqdm(
+            total=config.num_iter, initial=self.iteration, desc="training", unit="it", disable=not self.is_main, mininterval=1
+        )
+        while self.iteration < config.num_iter:
+            self.step(batches, window)
+            self.iteration += 1
+            bar.update()
+            last = self.iteration == config.num_iter
+            if last or self.iteration % config.log_iter == 0:
+                self.log(window, bar)
+            improved = self.validation_is_due() and self.validate()
+            if names := self.checkpoint_names(improved, last):
+                self.save(names)
+            if improved or names:
+                window.restart_clock()
+        bar.close()
+        self.train_log.info("finished: %d iterations, best PSNR %.3f dB", self.iteration, self.best_psnr)
+
+    def train_loader(self) -> DataLoader:
+        workers = self.config.num_worker
+        return DataLoader(
+            self.train_feeder,
+            batch_sampler=self.order,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=workers > 0,
+            # Items draw from (seed, epoch, index); this is for feeders of other origin that use the workers' own generators.
+            generator=seeded(self.config.seed, ORDER, self.iteration, self.accelerator.process_index),
+        )
+
+    def step(self, batches, window: "LogWindow") -> None:
+        """One optimizer step on one batch, in gradient_accumulation_steps parts."""
+        for micro in range(self.order.micro_steps):
+            batch = next(batches)
+            with torch.no_grad():
+                z_sar, z_eo = (encode(self.vae, batch[kind].to(self.device, non_blocking=True)) for kind in ("sar", "eo"))
+            if micro == 0:
+                noise, timesteps = self.draw_noise(z_eo.shape[1:])
+            mine = slice(*self.order.share(micro))
+            with self.accelerator.no_sync(self.unet) if micro < self.order.micro_steps - 1 else nullcontext():
+                with self.accelerator.autocast():
+                    loss, sigma2 = training_loss(
+                        self.unet, self.scheduler, z_sar, z_eo, noise[mine], timesteps[mine], self.prompt_embedding,
+                        self.config.beta,
+                    )  # fmt: skip
+                self.accelerator.backward(loss / self.order.micro_steps)
+            window.add(loss, timesteps[mine], sigma2, self.scheduler.config.num_train_timesteps)
+        grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+        self.stop_if_not_finite(grad_norm, loss, timesteps)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        window.close_step(grad_norm)
+        self.update_ema()
+
+    def draw_noise(self, latent_shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise [batch, C, h, w] and timesteps [batch] of a whole batch, a function of (seed, iteration)."""
+        generator = seeded(self.config.seed, NOISE, self.iteration)
+        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (self.order.batch_size,), generator=generator)
+        noise = torch.randn(self.order.batch_size, *latent_shape, generator=generator)
+        return noise.to(self.device), timesteps.to(self.device)
+
+    def stop_if_not_finite(self, grad_norm: torch.Tensor, loss: torch.Tensor, timesteps: torch.Tensor) -> None:
+        """End the run before a bad step is taken. All processes share the gradient, so all of them stop."""
+        if torch.isfinite(grad_norm):
+            return
+        if self.accelerator.scaler is not None and torch.isfinite(self.accelerator.reduce(loss.detach())):
+            return  # fp16 overflows now and then; the scaler skips the step and lowers its scale
+        kept = checkpoint.list_checkpoints(self.work_dir)
+        raise UserError(
+            f"iteration {self.iteration}: the gradient norm is {grad_norm.item()} and the loss {loss.item():.4g}, at timesteps "
+            f"{timesteps.tolist()}; the weights are as before this step and were not saved; last good checkpoint: "
+            f"{kept[-1] if kept else 'none yet'}"
+        )
+
+    def update_ema(self) -> None:
+        """Exponential average of the weights, with a short memory at first: decay min(ema_decay, (1 + n) / (10 + n))."""
+        if self.ema_unet is None:
+            return
+        decay = min(self.config.ema_decay, (1 + self.iteration) / (10 + self.iteration))
+        averages = list(self.ema_unet.parameters())
+        torch._foreach_lerp_(averages, [parameter.detach() for parameter in self.parameters], 1 - decay)
+
+    def log(self, window: "LogWindow", bar: tqdm) -> None:
+        values = window.read(self.accelerator) | {"lr": self.lr_scheduler.get_last_lr()[0]}
+        values["images_per_s"] = window.steps * self.order.batch_size / window.seconds()
+        window.reset()
+        epoch = self.iteration / self.order.iterations_per_epoch
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.train_log.info("iteration %d/%d  epoch %.2f  %s", self.iteration, self.config.num_iter, epoch, text)
+        bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_s']:.1f} images/s", refresh=False)
+        self.add_scalars("train", values)
+
+    def add_scalars(self, group: str, values: dict[str, float]) -> None:
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(f"{group}/{name}", value, self.iteration)
+            self.board.flush()
+
+    def checkpoint_names(self, improved: bool, last: bool) -> list[str]:
+        """The folders that are due now, the numbered one first; `latest` goes with any of them."""
+        config, names = self.config, []
+        if config.save_iter and self.iteration % config.save_iter == 0:
+            names.append(f"checkpoint-{self.iteration}")
+        epoch, rest = divmod(self.iteration, self.order.iterations_per_epoch)
+        if config.save_epoch and rest == 0 and epoch % config.save_epoch == 0:
+            names.append(f"epoch-{epoch}")
+        if improved:
+            names.append("best")
+        return [*names, "latest"] if names or last else []
+
+    # -------------------------------------------------------------------------------------------------------- validation
+    def validation_is_due(self) -> bool:
+        """Every eval_epoch epochs, every epoch in the last part of training, and at the end."""
+        config, (epoch, rest) = self.config, divmod(self.iteration, self.order.iterations_per_epoch)
+        if self.iteration == config.num_iter:
+            return True
+        late = self.iteration > config.eval_each_epoch_from * config.num_iter
+        return rest == 0 and (late or (config.eval_epoch > 0 and epoch % config.eval_epoch == 0))
+
+    def validate(self) -> bool:
+        """Translate the first val_len test pairs => whether their mean PSNR is the best so far."""
+        folder = self.work_dir / "results" / f"iteration-{self.iteration:06d}"
+        rows = self.evaluate(range(min(self.config.val_len, len(self.test_feeder))), folder)
+        means = utils.flat_means(rows)
+        text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        epoch = self.iteration / self.order.iterations_per_epoch
+        self.val_log.info("iteration %d  epoch %.2f  n %d  %s", self.iteration, epoch, len(rows), text)
+        self.add_scalars("val", means)
+        improved = means["standard/psnr"] > self.best_psnr
+        self.best_psnr = max(means["standard/psnr"], self.best_psnr)
+        return improved
+
+    def test(self) -> None:
+        """Translate the whole test list and write report.json, report.md and metrics.csv beside the pictures."""
+        folder = self.work_dir / "test"
+        rows = self.evaluate(range(len(self.test_feeder)), folder / "results", singles=folder)
+        if self.is_main:
+            set_values, absent = utils.set_metrics(folder / "generated", folder / "eo", self.device)
+            report = utils.write_report(folder, rows, set_values, {**self.metrics.absent, **absent})
+            self.val_log.info("test  n %d  %s", len(rows), json.dumps(report["means"]))
+            print((folder / "report.md").read_text())
+        self.accelerator.wait_for_everyone()
+
+    def evaluate(self, indices: range, folder: Path, singles: Path | None = None) -> list[dict]:
+        """Translate test pairs, each process its share => one row of metrics per pair, in list order, on all processes.
+
+        A picture per pair (SAR, EO, generated EO, confidence) goes to `folder`; with `singles`, the bare EO and generated EO
+        also go to its eo/ and generated/.
+        """
+        translator = self.translator()
+        mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        loader = DataLoader(Subset(self.test_feeder, mine), self.config.test_batch_size, num_workers=self.config.num_worker)
+        rows = []
+        for batch in tqdm(loader, desc="validating", unit="batch", disable=not self.is_main, leave=False, mininterval=1):
+            with self.accelerator.autocast():
+                generated, sigma2 = translate(
+                    translator, self.vae, self.scheduler, batch["sar"].to(self.device), self.prompt_embedding,
+                    self.config.num_inference_steps, self.config.seed,
+                )  # fmt: skip
+            rows += utils.image_rows(batch["name"], self.metrics(generated, batch["eo"]))
+            write_pictures(folder, singles, batch, generated.cpu(), sigma2)
+        gathered = gather_object(rows)
+        in_order = {self.test_feeder.names[index]: place for place, index in enumerate(indices)}
+        return sorted(gathered, key=lambda row: in_order[row["name"]])
+
+    def translator(self):
+        """The U-Net to judge: the average where one is kept, without the distributed wrapper."""
+        return getattr(self, "ema_unet", None) or self.accelerator.unwrap_model(self.unet)
+
+    @cached_property
+    def metrics(self) -> utils.PairMetrics:
+        return utils.PairMetrics(self.device, with_lpips=self.config.lpips)
+
+
+class LogWindow:
+    """Sums since the last log line, kept on the device so that training does not wait for them."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps, self.parts, self.started = 0, 0, time.monotonic()
+        self.loss = torch.zeros((), device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
+        self.sigma2 = torch.zeros(2, 4, device=self.device)  # (sum, count) by quarter of the timesteps
+
+    def restart_clock(self) -> None:
+        """Leave validation and saving out of images/s."""
+        self.started = time.monotonic()
+
+    def add(self, loss: torch.Tensor, timesteps: torch.Tensor, sigma2: torch.Tensor | None, num_train_timesteps: int) -> None:
+        self.loss += loss.detach()
+        self.parts += 1
+        if sigma2 is not None:
+            quarter = timesteps * 4 // num_train_timesteps  # [B]
+            self.sigma2.index_add_(1, quarter, torch.stack([sigma2, torch.ones_like(sigma2)]))
+
+    def close_step(self, grad_norm: torch.Tensor) -> None:
+        self.steps += 1
+        self.grad_norm += grad_norm.detach()
+
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over the window and all processes; σ² only for the quarters that were drawn."""
+        loss, grad_norm, sigma2 = (accelerator.reduce(value, "mean") for value in (self.loss, self.grad_norm, self.sigma2))
+        values = {"loss": loss.item() / self.parts, "grad_norm": grad_norm.item() / self.steps}
+        names = ("sigma2_t0-25%", "sigma2_t25-50%", "sigma2_t50-75%", "sigma2_t75-100%")
+        return values | {name: total / count for name, total, count in zip(names, *sigma2.tolist(), strict=True) if count}
+
+
+def write_pictures(folder: Path, singles: Path | None, batch: dict, generated: torch.Tensor, sigma2) -> None:
+    """One side-by-side picture per pair, and the single images where they are asked for."""
+    size = tuple(generated.shape[-2:])
+    confidence = confidence_map(sigma2.cpu(), size) if sigma2 is not None else None
+    for index, name in enumerate(batch["name"]):
+        images, titles = [batch["sar"][index], batch["eo"][index], generated[index]], ["SAR", "EO", "generated EO"]
+        if confidence is not None:
+            images, titles = [*images, confidence[index]], [*titles, "confidence"]
+        write_png(folder / f"{name}.png", utils.panel(images, titles))
+        if singles is not None:
+            write_png(singles / "eo" / f"{name}.png", to_uint8(batch["eo"][index]))
+            write_png(singles / "generated" / f"{name}.png", to_uint8(generated[index]))
+
+
+def text_log(file: Path, is_main: bool) -> logging.Logger:
+    """A plain text log that also speaks on the console, on the main process alone."""
+    logger = logging.getLogger(str(file.resolve()))
+    logger.setLevel(logging.INFO if is_main else logging.CRITICAL)
+    logger.propagate = False
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    if is_main:
+        for handler in (logging.FileHandler(file), TqdmHandler()):
+            handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+            logger.addHandler(handler)
+    return logger
+
+
+class TqdmHandler(logging.Handler):
+    """Prints a line without tearing the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
