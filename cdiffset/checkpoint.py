@@ -192,6 +192,8 @@ def require_state(folder: Path) -> None:
 def read_state(folder: Path) -> tuple[dict, dict]:
     """Our own checkpoint folder => (training state, meta)."""
     try:
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True), read_meta(folder)
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage leads to
-        raise UserError(f"resume: {folder / STATE} is damaged ({str(error).splitlines()[0]})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"resume: {folder / STATE} is damaged ({reason})") from error
+    return state, read_meta(folder)

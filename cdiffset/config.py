@@ -34,7 +34,7 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Callable:
         allowed = f"a number {'above' if above else 'of at least'} {low}" + ("" if high == math.inf else f" and at most {high}")
         try:  # YAML reads 1e-5, without a point, as a string
             parsed = float(value) if not isinstance(value, bool) else math.nan
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(allowed) from None
         if not (low < parsed if above else low <= parsed) or not parsed <= high or math.isinf(parsed):
             raise ValueError(allowed)
@@ -86,10 +86,13 @@ def optional(kind: Callable) -> Callable:
         except ValueError as error:
             raise ValueError(f"{error}, or null") from None
 
+    check.inner = kind
     return check
 
 
 def gpu_ids(value):
+    if isinstance(value, str):
+        value = [int(i) if i.strip().isdecimal() else i for i in value.split(",")]
     ids = value if isinstance(value, list) else [value]
     if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
         raise ValueError("a GPU number or a list of them")
@@ -153,7 +156,7 @@ class Config:
     gradient_checkpointing: bool = knob(False, boolean, "recompute activations: less memory, more time")
     gpu: list | None = knob(None, optional(gpu_ids), "GPUs a single process may see; null: all")
 
-    num_inference_steps: int = knob(50, whole(1, 1000), "DDIM steps of validation")
+    num_inference_steps: int = knob(50, whole(1, 999), "DDIM steps of validation")
     val_len: int = knob(100, whole(1), "validate on the first val_len test pairs")
     test_batch_size: int = knob(1, whole(1), "pairs per validation batch and process")
     eval_epoch: int = knob(10, whole(0), "validate every so many epochs; 0: only in the last part and at the end")
@@ -193,8 +196,13 @@ def load_config(argv: list[str] | None = None) -> Config:
     return check(values)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)  # one line, without the usage's fifty options
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train or test C-DiffSET. Every key of the YAML is an option too; dashes and underscores are the same.",
         epilog="Feeder arguments: --train-feeder-args.crop_size 256, or inline YAML: --train-feeder-args '{crop_size: 256}'.",
         allow_abbrev=False,
@@ -206,7 +214,7 @@ def make_parser() -> argparse.ArgumentParser:
             group = parser.add_argument_group(GROUPS[name])
         default = knob_field.default if knob_field.default_factory is not dict else {}
         group.add_argument(
-            *{f"--{name.replace('_', '-')}", f"--{name}"},
+            *dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")),
             dest=name,
             metavar="VALUE",
             help=f"{knob_field.metadata['help']} [{'null' if default is None else default}]".replace("%", "%%"),
@@ -223,6 +231,8 @@ def nested_overrides(rest: list[str]) -> list[tuple[str, str]]:
         head = head.replace("-", "_")
         if not option.startswith("--"):
             raise UserError(f"unexpected {word!r} on the command line: options are --key value")
+        if dot and head in KNOBS and not head.endswith("_feeder_args"):
+            raise UserError(f"{option}: {head} holds no names, expected --{head} VALUE")
         if not dot or not inner or head not in ("train_feeder_args", "test_feeder_args"):
             raise unknown_key(head, " on the command line")
         written = written if equals else next(words, None)
@@ -238,14 +248,20 @@ def unknown_key(name: str, where: str) -> UserError:
 
 
 def parse_written(name: str, written: str) -> Any:
-    """A value as written on the command line, read as YAML would read it; text that is no YAML stays text."""
+    """A value as written on the command line, read as YAML would read it; text that is no YAML stays text.
+
+    Settings that are text take it as it stands: YAML would end `image #3` at the #. Only null keeps its meaning.
+    """
     try:
         value = yaml.load(written, UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        if written.lstrip().startswith(("{", "[")):
+    except (yaml.YAMLError, ValueError) as error:
+        if written.lstrip().startswith(("{", "[")) and name.partition(".")[0].endswith("_feeder_args"):
             raise UserError(f"--{name}: {written!r} is no valid inline YAML") from error
         return written
-    return "" if value is None and not written.strip() else value
+    kind = KNOBS[name].metadata["kind"] if name in KNOBS else None
+    if not written.strip() or (value is not None and getattr(kind, "inner", kind) in (text, filled_text)):
+        return written
+    return value
 
 
 def merge(values: dict, name: str, value: Any) -> None:
@@ -277,7 +293,7 @@ def read_yaml(path: str) -> dict:
         raise UserError(f"--config: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--config: {path} is not UTF-8 text: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"--config: {path}{where}: {getattr(error, 'problem', None) or error}") from error

@@ -32,11 +32,12 @@ HOW_TO_GET_A_BASE = (
 
 def check_base(base: str) -> None:
     """Refuse a local base folder that lacks a component, before anything is loaded. Hub names pass."""
-    if not Path(base).expanduser().is_dir():
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
         if base.startswith((".", "/", "~")) or base.count("/") > 1:
             raise UserError(f"pretrained_model_name_or_path: there is no folder {base!r}; {HOW_TO_GET_A_BASE}")
         return
-    missing = [name for name in COMPONENTS if not Path(base, name).is_dir()]
+    missing = [name for name in COMPONENTS if not (folder / name).is_dir()]
     if missing:
         raise UserError(
             f"pretrained_model_name_or_path: {base!r} is no complete Stable Diffusion folder, "
@@ -47,7 +48,7 @@ def check_base(base: str) -> None:
 def load_component(loader, base: str, name: str, **options):
     """Load one component of a base, every tensor of it or not at all."""
     try:
-        loaded = loader.from_pretrained(base, subfolder=name, **options)
+        loaded = loader.from_pretrained(str(Path(base).expanduser()), subfolder=name, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load {name}/ of the base model {base!r} ({reason}); {HOW_TO_GET_A_BASE}") from error
@@ -85,7 +86,9 @@ def embed_prompt(base: str, prompt: str) -> torch.Tensor:
     """Text => [1, L, D] float32, tokenised without padding. The text encoder leaves memory again: one prompt serves all."""
     tokenizer = load_component(CLIPTokenizer, base, "tokenizer")
     text_encoder = load_component(CLIPTextModel, base, "text_encoder", dtype=torch.float32, output_loading_info=True).eval()
-    length = {"padding": "do_not_pad", "truncation": True, "max_length": tokenizer.model_max_length}
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without a vocabulary
+        raise UserError(f"tokenizer/ of the base model {base!r} holds no vocabulary; {HOW_TO_GET_A_BASE}")
+    length = {"padding": "do_not_pad", "truncation": True, "max_length": text_encoder.config.max_position_embeddings}
     tokens = tokenizer(prompt, return_tensors="pt", **length)
     with torch.no_grad():
         embedding = text_encoder(tokens.input_ids)[0]  # [1,L,D]

@@ -1,6 +1,6 @@
 """Judge the demo: one figure and one table over the held-out simulated scenes.
 
-    python demo/report.py --scenes data/demo --translated work_dir/demo/translated --base assets/demo_base --output work_dir/demo
+    python demo/report.py --scenes data/demo --translated work_dir/demo/translated --base assets/demo_base --output out
 
 Beside the translation stand the copied SAR, the mean training image and the VAE's own reconstruction of the true EO, which
 no translation can beat; beside the variance stands the SAR's brightness. Writes figure.png, report.md and report.json.

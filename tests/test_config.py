@@ -1,0 +1,416 @@
+"""The configuration: what wins, what is refused and with which words, and that no setting is dead."""
+
+import ast
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+from conftest import REPO
+
+from cdiffset.config import GROUPS, KNOBS, Config, load_config
+from cdiffset.errors import UserError
+from train import build_feeder
+
+CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+RELEASED = """\
+seed: 2024
+num_worker: 8
+work_dir: work_dir/qxs
+phase: train
+feeder: feeders.feeder.QXSFeeder
+train_feeder_args: {dataroot: /data/qxs, listroot: data/QXS_split/train_eo_list_080.txt, load_size: 256, crop_size: 256}
+test_feeder_args: {dataroot: /data/qxs, listroot: data/QXS_split/test_eo_list_080.txt, load_size: 256, crop_size: 256}
+optimizer: AdamW
+learning_rate: 3e-5
+weight_decay: 0.01
+lr_scheduler: cosine
+num_iter: 50000
+num_warmup: 100
+prediction_type: epsilon
+log_iter: 50
+save_iter: 1000
+save_epoch: 10
+eval_epoch: 10
+gpu: [0]
+batch_size: 64
+test_batch_size: 1
+mixed_precision: no
+pretrained_model_name_or_path: Manojb/stable-diffusion-2-1-base
+accelerator_path: work_dir/stage1
+num_inference_steps: 50
+val_len: 100
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(YAML text or bytes, *command line) => Config."""
+
+    def load(content: str | bytes, *argv: str) -> Config:
+        file = tmp_path / "run.yaml"
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+        return load_config(["--config", str(file), *argv])
+
+    return load
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------- files that ship
+def test_all_configurations_are_there():
+    data_sets = ("qxs_eps", "saropt_eps", "spacenet_eps", "senms_eps", "paired_folder", "demo")
+    assert {path.stem for path in CONFIGS} >= {*data_sets, *(f"{name}_conf" for name in data_sets)}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads(path, load):
+    written = path.read_text()
+    if "/path/to" in written:
+        message = refusal(load_config, ["--config", str(path)])
+        assert message.startswith("train_feeder_args.") and "is a placeholder, expected your own path" in message
+    # In comments the placeholder may stay.
+    config = load(written.replace(": /path/to", ": /data"))
+    assert config.confidence == path.stem.endswith("_conf")
+    # Stage 2 is stage 1 but for these.
+    twin = load(path.with_stem(path.stem.removesuffix("_conf")).read_text().replace(": /path/to", ": /data"))
+    different = {name for name, value in asdict(config).items() if value != asdict(twin)[name]}
+    assert different <= {"work_dir", "confidence", "accelerator_path", "num_iter"}
+    if config.confidence:
+        assert config.accelerator_path == f"{twin.work_dir}/best"
+
+
+def test_a_yaml_of_the_released_codes_keys_runs_unchanged(load):
+    config = load(RELEASED)
+    assert (config.learning_rate, config.mixed_precision, config.gpu) == (3e-5, "no", [0])
+    assert config.train_feeder_args["dataroot"] == "/data/qxs" and config.test_feeder_args["crop_size"] == 256
+    assert config.confidence and config.beta == "timestep"  # the released code is stage 2
+
+
+def test_the_defaults_are_the_papers():
+    config = load_config([])
+    paper = dict(
+        optimizer="AdamW", learning_rate=3e-5, weight_decay=0.01, lr_scheduler="cosine", num_warmup=100, num_iter=50_000,
+        seed=2024, mixed_precision="no", batch_size=64, num_inference_steps=50, val_len=100, eval_epoch=10,
+        eval_each_epoch_from=0.8, prompt="electro-optical image", prediction_type="epsilon", beta="timestep", confidence=True,
+        pretrained_model_name_or_path="Manojb/stable-diffusion-2-1-base",
+    )  # fmt: skip
+    off = dict(
+        gradient_accumulation_steps=1, max_grad_norm=None, ema_decay=None, gradient_checkpointing=False, gpu=None,
+        accelerator_path=None,
+    )  # fmt: skip
+    assert {name: getattr(config, name) for name in {**paper, **off}} == {**paper, **off}
+
+
+def test_every_default_passes_its_own_check():
+    for name, value in asdict(Config()).items():
+        assert KNOBS[name].metadata["kind"](value) == value
+
+
+# ------------------------------------------------------------------------------------------------------------ no dead knob
+def test_every_setting_is_read():
+    """`config.NAME` in the code; the feeders' arguments are read by a name that is put together."""
+    read = set()
+    for path in (REPO / "train.py", REPO / "main.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).rpartition(".")[2] == "config":
+                read.add(node.attr)
+    assert set(KNOBS) - read == {"train_feeder_args", "test_feeder_args"}
+
+
+@pytest.mark.parametrize("which", ["train", "test"])
+def test_the_feeder_gets_its_own_arguments(which):
+    config = Config(feeder="builtins.dict", seed=3, train_feeder_args={"a": 1}, test_feeder_args={"b": 2, "seed": 4})
+    assert build_feeder(config, which) == {"train": {"seed": 3, "a": 1}, "test": {"seed": 4, "b": 2}}[which]
+
+
+# ----------------------------------------------------------------------------------------------------------- what wins
+def test_command_line_over_yaml_over_defaults(load):
+    config = load("batch_size: 8\nnum_iter: 700\n", "--batch-size", "4")
+    assert (config.batch_size, config.num_iter, config.num_worker) == (4, 700, Config().num_worker)
+
+
+@pytest.mark.parametrize("argv", [["--batch-size", "4"], ["--batch_size", "4"], ["--batch-size=4"], ["--batch_size=4"]])
+def test_dashes_underscores_and_equal_signs(argv):
+    assert load_config(argv).batch_size == 4
+
+
+@pytest.mark.parametrize("option", ["--train-feeder-args", "--train_feeder_args"])
+@pytest.mark.parametrize("equals", [False, True])
+@pytest.mark.parametrize("inner", ["crop_size", "crop-size"])
+def test_one_feeder_argument_is_overridden_and_the_others_stay(load, option, equals, inner):
+    argv = [f"{option}.{inner}=128"] if equals else [f"{option}.{inner}", "128"]
+    config = load("train_feeder_args: {crop_size: 256, dataroot: /data}\n", *argv, "--seed", "5")
+    assert config.train_feeder_args == {"crop_size": 128, "dataroot": "/data"} and config.seed == 5
+    assert config.test_feeder_args == {}
+
+
+def test_several_overrides_in_any_order(load):
+    config = load(
+        "train_feeder_args: {a: 1}\ntest_feeder_args: {a: 1}\n",
+        "--train-feeder-args.a", "-2", "--seed", "5", "--test-feeder-args.b=x=y", "--train-feeder-args", "{c: [1, 2]}",
+        "--train-feeder-args.d", "/data/with space", "--num-iter", "200",
+    )  # fmt: skip
+    assert config.train_feeder_args == {"a": -2, "c": [1, 2], "d": "/data/with space"}
+    assert config.test_feeder_args == {"a": 1, "b": "x=y"} and (config.seed, config.num_iter) == (5, 200)
+
+
+def test_inline_yaml_adds_to_a_mapping(load):
+    config = load("test_feeder_args: {a: 1, b: 2}\n", "--test-feeder-args", "{b: 3, c: null}")
+    assert config.test_feeder_args == {"a": 1, "b": 3, "c": None}
+
+
+def test_an_override_of_one_mapping_leaves_its_alias_alone(load):
+    config = load("train_feeder_args: &data {a: 1}\ntest_feeder_args: *data\n", "--train-feeder-args.a", "2")
+    assert (config.train_feeder_args, config.test_feeder_args) == ({"a": 2}, {"a": 1})
+
+
+@pytest.mark.parametrize("written", ["a: b", "image #3", "2024-02-30", "[sar]", "5", "no", "3: 'x", "tab\there", "{"])
+def test_text_on_the_command_line_is_taken_as_written(written):
+    """As YAML the first is a mapping, the second ends at the #, the third is an impossible date."""
+    assert load_config(["--prompt", written]).prompt == written
+    assert load_config(["--accelerator-path", written]).accelerator_path == written
+
+
+def test_null_and_the_empty_prompt_on_the_command_line(load):
+    written = "accelerator_path: x\nmax_grad_norm: 1\nema_decay: 0.5\ncheckpoints_total_limit: 2\nresume: x\n"
+    names = [line.partition(":")[0] for line in written.splitlines()]
+    config = load(written, *(word for name in names for word in (f"--{name}", "null")))
+    assert all(getattr(config, name) is None for name in names)
+    assert load_config(["--prompt", ""]).prompt == ""
+
+
+# -------------------------------------------------------------------------------------------------------- kinds of values
+@pytest.mark.parametrize(
+    "written, value", [("1e-5", 1e-5), ("1.0e-5", 1e-5), ("'0.5'", 0.5), ("2", 2.0), ("1E-3", 1e-3), ("3.e-5", 3e-5)]
+)
+def test_floats_in_every_notation(load, written, value):
+    found = [load(f"learning_rate: {written}\n"), load_config(["--learning-rate", written.strip("'")])]
+    assert all(config.learning_rate == value and isinstance(config.learning_rate, float) for config in found)
+
+
+@pytest.mark.parametrize("written, value", [("no", "no"), ("'no'", "no"), ("false", "no"), ("BF16", "bf16"), ("fp16", "fp16")])
+def test_mixed_precision_no_is_no_boolean(load, written, value):
+    assert load(f"mixed_precision: {written}\n").mixed_precision == value
+    assert load_config(["--mixed-precision", written.strip("'")]).mixed_precision == value
+
+
+@pytest.mark.parametrize("written, value", [("0", [0]), ("[0, 2]", [0, 2]), ("0,2", [0, 2]), ("null", None)])
+def test_gpu_is_a_number_or_a_list(load, written, value):
+    assert load(f"gpu: {written}\n").gpu == value == load_config(["--gpu", written]).gpu
+
+
+@pytest.mark.parametrize("written, value", [("timestep", "timestep"), ("0", 0.0), ("1", 1.0), ("0.5", 0.5), ("5e-1", 0.5)])
+def test_beta_is_timestep_or_a_constant(load, written, value):
+    assert load(f"beta: {written}\n").beta == value == load_config([f"--beta={written}"]).beta
+
+
+COUNTS = ["num_iter", "batch_size", "test_batch_size", "val_len", "log_iter", "gradient_accumulation_steps"]
+FROM_ZERO = ["seed", "num_worker", "num_warmup", "eval_epoch", "save_iter", "save_epoch"]
+HUGE = "1" + 30 * "0"
+IMPOSSIBLE = [
+    *(
+        (name, value, "whole number of at least 1")
+        for name in COUNTS
+        for value in ("0", "-1", "1.5", "x", "true", "null", HUGE)
+    ),
+    *(
+        (name, value, "whole number of at least 0")
+        for name in FROM_ZERO
+        for value in ("-1", "0.5", ".nan", ".inf", "[1]", HUGE)
+    ),
+    *(("num_inference_steps", value, "at least 1 and at most 999") for value in ("0", "1000", "50.0", "-50")),
+    *(
+        ("learning_rate", value, "a number above 0")
+        for value in ("0", "-1.0", ".nan", "nan", ".inf", "1e999", "x", "true", "[]")
+    ),
+    *(
+        ("weight_decay", value, "a number of at least 0")
+        for value in ("-0.1", ".nan", "-.inf", ".inf", "null", "1" + 400 * "0")
+    ),
+    *(("max_grad_norm", value, "a number above 0, or null") for value in ("0", "-1", ".nan", ".inf", "off")),
+    *(("ema_decay", value, "at least 0 and at most 1, or null") for value in ("1.1", "-0.5", ".nan", "true")),
+    *(("eval_each_epoch_from", value, "at least 0 and at most 1") for value in ("1.01", "-0.01", ".nan")),
+    *(("beta", value, "timestep, or a number of at least 0 and at most 1") for value in ("1.5", "-1", ".nan", "steps", "true")),
+    *(("checkpoints_total_limit", value, "at least 1, or null") for value in ("0", "-3", "1.0")),
+    *(
+        ("gpu", value, "a GPU number or a list of them")
+        for value in ("-1", "[]", "[0, -1]", "[true]", "cuda", "1.0", "'0,x'", "''", "'-1'")
+    ),
+    *(("confidence", value, "true or false") for value in ("1", "0", "'true'", "null", "maybe")),
+    *(("work_dir", value, "text that is not empty") for value in ("''", "' '", "null", "5", "[a]")),
+    *(("prompt", value, "expected text") for value in ("5", "null", "[a]", "{a: b}")),
+    *(("accelerator_path", value, "text that is not empty, or null") for value in ("''", "5")),
+    *(("phase", value, "one of train, test") for value in ("val", "true", "null")),
+    *(("prediction_type", value, "one of epsilon, sample, v_prediction") for value in ("eps", "1")),
+    *(("mixed_precision", value, "one of no, fp16, bf16") for value in ("yes", "fp8", "16", "null")),
+    *(("optimizer", value, "one of AdamW, Adam") for value in ("SGD", "null")),
+    *(("lr_scheduler", value, "one of cosine, linear") for value in ("step", "null")),
+    *(("report_to", value, "one of tensorboard, none") for value in ("wandb", "null")),
+    *(("train_feeder_args", value, "a mapping of names to values") for value in ("null", "5", "[a]", "{1: 2}")),
+]
+
+
+@pytest.mark.parametrize("name, written, allowed", IMPOSSIBLE, ids=lambda value: str(value)[:20])
+def test_impossible_values_are_refused_with_key_value_and_what_is_allowed(load, name, written, allowed):
+    message = refusal(load, f"{name}: {written}\n")
+    assert message.startswith(f"{name}: expected ") and allowed in message and "found " in message
+
+
+def test_the_command_line_is_checked_as_the_yaml_is():
+    for name, written in (
+        ("batch-size", "0"),
+        ("learning_rate", "-1"),
+        ("learning-rate", "-1e-5"),
+        ("beta", "2"),
+        ("seed", "x"),
+    ):
+        message = refusal(load_config, [f"--{name}={written}"])
+        assert message.startswith(f"{name.replace('-', '_')}: expected ") and written.removesuffix("e-5") in message
+
+
+def test_settings_are_checked_against_each_other(load):
+    assert refusal(load, "num_iter: 50\n") == "num_warmup: expected at most num_iter (50), found 100"
+    message = refusal(load, "batch_size: 8\ngradient_accumulation_steps: 3\n")
+    assert message == "gradient_accumulation_steps: expected a divisor of batch_size (8), found 3"
+
+
+@pytest.mark.parametrize("key", ["accelerator_path", "pretrained_model_name_or_path", "work_dir"])
+def test_placeholders_are_named(load, key):
+    assert refusal(load, f"{key}: /path/to/it\n").startswith(f"{key}: '/path/to/it' is a placeholder")
+    assert refusal(load_config, [f"--{key}", "/path/to/it"]).startswith(f"{key}: '/path/to/it' is a placeholder")
+
+
+# -------------------------------------------------------------------------------------------------- keys that do not exist
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("batchsize", "batch_size"),
+        ("lr_schedular", "lr_scheduler"),
+        ("num_workers", "num_worker"),
+        ("mixed-precision", "mixed_precision"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(load, wrong, right):
+    message = refusal(load, f"{wrong}: 5\n")
+    assert f"unknown key {wrong!r} in " in message and "run.yaml" in message and f"did you mean {right!r}?" in message
+    if wrong.replace("-", "_") != right:  # which on the command line is right
+        for argv in ([f"--{wrong}", "5"], [f"--{wrong}=5"]):
+            message = refusal(load_config, argv)
+            assert "unknown key" in message and "command line" in message and f"did you mean {right!r}?" in message
+
+
+def test_a_key_near_to_none_points_to_the_help(load):
+    for message in (refusal(load, "zzzzzz: 1\n"), refusal(load_config, ["--zzzzzz", "1"]), refusal(load, "1: 2\n")):
+        assert "--help lists all keys" in message
+
+
+def test_options_are_not_abbreviated():
+    assert "unknown key 'seed_'" in refusal(load_config, ["--seed_", "1"])
+    assert "unknown key 'feede'" in refusal(load_config, ["--feede", "x.Y"])
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["stray"], "unexpected 'stray'"), (["--seed", "1", "stray"], "unexpected 'stray'"), (["-x", "1"], "unexpected '-x'"),
+        (["--train-feeder-args.crop_size"], "expected a value"), (["--train-feeder-args.", "1"], "train_feeder_args"),
+        (["--optimizer.lr", "1"], "optimizer holds no names"), (["--optimiser.lr", "1"], "did you mean 'optimizer'"),
+        (["--train-feeder-args", "{a: 1"], "no valid inline YAML"), (["--batch-size"], "--batch_size: expected one argument"),
+        (["--seed", "--num-iter", "200"], "--seed: expected one argument"), (["--config"], "--config: expected one argument"),
+    ],
+)  # fmt: skip
+def test_a_malformed_command_line_is_one_line(argv, words):
+    message = refusal(load_config, argv)
+    assert words in message and "\n" not in message
+
+
+def test_a_feeder_argument_cannot_be_put_into_what_is_no_mapping(load):
+    assert "expected a mapping" in refusal(load, "train_feeder_args: null\n", "--train-feeder-args.a", "1")
+
+
+# ------------------------------------------------------------------------------------------------------------- YAML itself
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("seed: 1\nbatch_size: 4\nseed: 2\n", "line 1: key 'seed' stands twice"),
+        ("train_feeder_args:\n  a: 1\n  a: 2\n", "line 2: key 'a' stands twice"),
+        ("", "holds nothing"), ("# only a comment\n", "holds nothing"), ("- seed\n- 1\n", "holds no mapping"),
+        ("just text\n", "holds no mapping"),
+        ("seed: 1\n\tbatch_size: 4\n", "line 2"), ("train_feeder_args:\n\ta: 1\n", "line 2"),
+        ("seed: [1\n", "line 2"),
+        ("work_dir: caf\u00e9".encode("latin-1"), "is not UTF-8 text"), (b"\xff\xfes\x00", "is not UTF-8"),
+        ("seed: 1\0\n", "special characters are not allowed"), ("seed: *nowhere\n", "undefined alias"),
+        ("work_dir: 2024-02-30\n", "day is out of range"),
+        ("seed: 1\n---\nseed: 2\n", "line 2"), ("? [a]\n: 1\n", "unhashable"),
+        ("train_feeder_args: &a {b: *a}\n", "recursive"),
+    ],
+)  # fmt: skip
+def test_a_yaml_that_cannot_be_read_is_refused(load, content, words):
+    message = refusal(load, content)
+    assert message.startswith("--config: ") and "run.yaml" in message and words in message
+
+
+def test_a_config_that_is_not_there_is_refused(tmp_path):
+    for path in (tmp_path / "nothing.yaml", tmp_path):
+        assert f"--config: cannot read {path}" in refusal(load_config, ["--config", str(path)])
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/object/new:os.system", "!!python/name:os.system"])
+def test_yaml_never_makes_objects(load, tmp_path, tag):
+    sign = tmp_path / "executed"
+    written = f"{tag} ['touch {sign}']"
+    assert "could not determine a constructor" in refusal(load, f"work_dir: {written}\n")
+    for argv in (["--learning-rate", written], ["--train-feeder-args", written], ["--train-feeder-args.a", written]):
+        try:
+            config = load_config(argv)
+            assert config.train_feeder_args == {"a": written}  # plain text
+        except UserError:
+            pass
+    assert not sign.exists()
+    os.system(f"touch {sign}")
+    assert sign.exists()  # what the tag would have done
+
+
+def test_anchors_and_merge_keys_work(load):
+    config = load(
+        "train_feeder_args: &data\n  dataroot: /data\n  crop_size: 64\n  split: train\n"
+        "test_feeder_args:\n  <<: *data\n  split: test\n"
+    )
+    assert config.train_feeder_args == {"dataroot": "/data", "crop_size": 64, "split": "train"}
+    assert config.test_feeder_args == {"dataroot": "/data", "crop_size": 64, "split": "test"}
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(load):
+    assert load(b"\xef\xbb\xbfseed: 7\r\nbatch_size: 4\r\n").seed == 7
+
+
+def test_other_alphabets_survive(load):
+    assert load("prompt: \u5149\u5b66\u56fe\u50cf\n").prompt == load_config(["--prompt", "\u5149\u5b66\u56fe\u50cf"]).prompt
+
+
+# --------------------------------------------------------------------------------------------------------------- the help
+def test_help_is_grouped_names_every_key_with_its_default_and_ends_well(capsys):
+    with pytest.raises(SystemExit) as ended:
+        load_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert all(f"{group}: --" in text for group in GROUPS.values())
+    for name, knob in KNOBS.items():
+        names = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))  # in the same order every time
+        assert ", ".join(f"{option} VALUE" for option in names) in text and " ".join(knob.metadata["help"].split()) in text, (
+            name
+        )
+    assert "[3e-05]" in text and "[50000]" in text and "[null]" in text and "crop_size 256" in text
+
+
+def test_main_prints_a_mistake_as_one_line_and_ends_with_2():
+    command = [sys.executable, "main.py", "--batchsize", "4"]
+    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: unknown key 'batchsize' on the command line, did you mean 'batch_size'?\n"

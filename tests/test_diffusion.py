@@ -1,0 +1,265 @@
+"""The diffusion step against closed forms, the sampler against a plain diffusers loop and an oracle."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_unet, tiny_vae
+from diffusers import DDIMScheduler
+
+from cdiffset.diffusion import predict, sample, starting_noise, target_of, training_loss, translate
+from cdiffset.losses import cdiff_loss, variance
+from cdiffset.model import load_scheduler, patch_conv_in, patch_conv_out
+
+SIZE = (4, 16, 16)
+PROMPT = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(9))
+
+
+def latents(count: int, batch: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(batch, *SIZE, generator=generator) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def nets() -> dict:
+    """Stage 1 (4 out) and stage 2 (5 out) U-Nets; the variance channel has weights, so that σ² is not 1."""
+    stage1, stage2 = patch_conv_in(tiny_unet()), patch_conv_out(patch_conv_in(tiny_unet()))
+    torch.manual_seed(3)
+    for unet in (stage1, stage2):
+        torch.nn.init.normal_(unet.conv_in.weight, std=0.1)  # SAR and EO latent count differently
+        torch.nn.init.normal_(unet.conv_out.weight, std=0.05)
+    return {1: stage1, 2: stage2}
+
+
+def plain_ddim(prediction_type: str = "epsilon") -> DDIMScheduler:
+    """SD 2.1-base's schedule with the method's DDIM settings, every number written out."""
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading", prediction_type=prediction_type,
+    )  # fmt: skip
+
+
+def alpha_bar() -> torch.Tensor:
+    return torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square().neg().add(1).cumprod(0)
+
+
+class Probe:
+    """Stands for a U-Net: records what it is fed, answers with `answer(input, call index)`."""
+
+    dtype = torch.float32
+
+    def __init__(self, answer):
+        self.answer, self.calls = answer, []
+
+    def __call__(self, x, timesteps, encoder_hidden_states):
+        self.calls.append((x, timesteps, encoder_hidden_states))
+        return SimpleNamespace(sample=self.answer(x, len(self.calls) - 1))
+
+
+# ---------------------------------------------------------------------------------------------------------- one U-Net pass
+def test_the_sar_latent_comes_first_and_the_variance_last():
+    z_sar, z_t = latents(2)
+    output = torch.arange(5.0)[None, :, None, None].expand(3, 5, 16, 16)
+    probe = Probe(lambda x, _: output)
+    prediction, raw = predict(probe, z_sar, z_t, torch.tensor([1, 2, 3]), PROMPT)
+    seen, timesteps, prompt = probe.calls[0]
+    assert torch.equal(seen[:, :4], z_sar) and torch.equal(seen[:, 4:], z_t)
+    assert timesteps.tolist() == [1, 2, 3] and torch.equal(prompt, PROMPT.expand(3, -1, -1))
+    assert torch.equal(prediction, output[:, :4]) and torch.equal(raw, output[:, 4:])
+
+
+def test_a_stage_1_net_gives_no_variance():
+    z_sar, z_t = latents(2)
+    prediction, raw = predict(Probe(lambda x, _: x[:, 4:]), z_sar, z_t, torch.tensor(7), PROMPT)
+    assert torch.equal(prediction, z_t) and raw is None
+
+
+# ------------------------------------------------------------------------------------------------------------- the target
+def recovered(prediction_type: str, z_t, prediction, a):
+    """z_eo from z_t and a perfect prediction, a = ᾱ_t."""
+    return {
+        "epsilon": lambda: (z_t - (1 - a).sqrt() * prediction) / a.sqrt(),
+        "sample": lambda: prediction,
+        "v_prediction": lambda: a.sqrt() * z_t - (1 - a).sqrt() * prediction,
+    }[prediction_type]()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_a_perfect_prediction_of_the_target_recovers_the_eo_latent(tiny_base, prediction_type):
+    z_eo, noise = latents(2)
+    timesteps = torch.tensor([0, 300, 700])
+    a = alpha_bar()[timesteps][:, None, None, None]
+    scheduler = load_scheduler(tiny_base, prediction_type)
+    target = target_of(scheduler, z_eo, noise, timesteps)
+    closed = {"epsilon": noise, "sample": z_eo, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * z_eo}[prediction_type]
+    torch.testing.assert_close(target.double(), closed.double(), atol=1e-5, rtol=1e-5)
+    z_t = a.sqrt() * z_eo + (1 - a).sqrt() * noise
+    torch.testing.assert_close(recovered(prediction_type, z_t, target, a).double(), z_eo.double(), atol=1e-4, rtol=0)
+    # The sampler's scheduler reads the same prediction the same way.
+    scheduler.set_timesteps(50)
+    step = scheduler.step(target[1:2], 300, z_t[1:2].float())
+    torch.testing.assert_close(step.pred_original_sample, z_eo[1:2], atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------- the training loss
+def manual(unet, z_sar, z_eo, noise, timesteps):
+    """=> the U-Net's output for a batch, straight from the method."""
+    a = alpha_bar()[timesteps][:, None, None, None].float()
+    z_t = a.sqrt() * z_eo + (1 - a).sqrt() * noise
+    return unet(torch.cat([z_sar, z_t], 1), timesteps, PROMPT.repeat(len(z_t), 1, 1)).sample
+
+
+def test_stage_1_trains_by_the_mse_on_the_noise(tiny_base, nets):
+    z_sar, z_eo, noise = latents(3)
+    timesteps = torch.tensor([3, 500, 999])
+    loss, sigma2 = training_loss(
+        nets[1], load_scheduler(tiny_base, "epsilon"), z_sar, z_eo, noise, timesteps, PROMPT, "timestep"
+    )
+    output = manual(nets[1], z_sar, z_eo, noise, timesteps)
+    assert sigma2 is None and loss.item() == pytest.approx((output - noise).square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+@pytest.mark.parametrize("beta", ["timestep", 0, 0.5, 1.0])
+def test_stage_2_trains_by_the_cdiff_loss(tiny_base, nets, prediction_type, beta):
+    z_sar, z_eo, noise = latents(3)
+    timesteps = torch.tensor([3, 500, 999])
+    loss, mean_sigma2 = training_loss(
+        nets[2], load_scheduler(tiny_base, prediction_type), z_sar, z_eo, noise, timesteps, PROMPT, beta
+    )
+    output = manual(nets[2], z_sar, z_eo, noise, timesteps).double()
+    sigma2 = torch.nn.functional.softplus(output[:, 4:] + 0.5413230)  # c = log(e - 1) to 6 digits
+    exponent = alpha_bar()[timesteps].sqrt() if beta == "timestep" else torch.full((3,), float(beta), dtype=torch.float64)
+    error = ({"epsilon": noise, "sample": z_eo}[prediction_type] - output[:, :4]).square()
+    nll = 0.5 * (error / sigma2 + sigma2.log() + 1.8378770664)
+    expected = (sigma2 ** exponent[:, None, None, None] * nll).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-5)
+    torch.testing.assert_close(mean_sigma2.double(), sigma2.mean(dim=(1, 2, 3)), rtol=2e-5, atol=0)
+    assert not mean_sigma2.requires_grad and mean_sigma2.sub(1).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("timestep", [0, 1, 250, 999])
+def test_the_timestep_beta_is_the_square_root_of_alpha_bar(tiny_base, timestep):
+    z_sar, z_eo, noise = latents(3, batch=1)
+    raw = torch.full((1, 1, 16, 16), 2.0)
+    probe = Probe(lambda x, _: torch.cat([torch.zeros(1, *SIZE), raw], 1))
+    scheduler = load_scheduler(tiny_base, "epsilon")
+    loss, _ = training_loss(probe, scheduler, z_sar, z_eo, noise, torch.tensor([timestep]), PROMPT, "timestep")
+    # With a constant σ² the loss is σ²^β · NLL, so that β can be read off.
+    sigma2 = variance(raw)
+    nll = cdiff_loss(torch.zeros(1, *SIZE), noise, sigma2, torch.zeros(1))
+    beta = (loss / nll).log() / sigma2[0, 0, 0, 0].log()
+    assert beta.item() == pytest.approx(alpha_bar()[timestep].sqrt().item(), abs=2e-6)
+
+
+def test_the_loss_reaches_every_parameter_of_the_net(tiny_base, nets):
+    z_sar, z_eo, noise = latents(3)
+    scheduler = load_scheduler(tiny_base, "epsilon")
+    loss, _ = training_loss(nets[2], scheduler, z_sar, z_eo, noise, torch.tensor([3, 500, 999]), PROMPT, "timestep")
+    gradients = torch.autograd.grad(loss, list(nets[2].parameters()))
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+# ------------------------------------------------------------------------------------------------------------ the sampler
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_sampler_is_the_plain_ddim_loop(tiny_base, nets, stage, steps):
+    z_sar, noise = latents(2, batch=2)
+    z_eo, sigma2 = sample(nets[stage], load_scheduler(tiny_base, "epsilon"), z_sar, noise, PROMPT, steps)
+    ddim, x = plain_ddim(), noise
+    ddim.set_timesteps(steps)
+    with torch.no_grad():
+        for index, t in enumerate(ddim.timesteps):
+            output = nets[stage](torch.cat([z_sar, x], 1), t, PROMPT.repeat(2, 1, 1)).sample
+            if index == steps // 2:
+                middle = output[:, 4:]
+            x = ddim.step(output[:, :4], t, x).prev_sample
+    assert index == steps - 1
+    torch.testing.assert_close(z_eo, x, atol=1e-5, rtol=1e-5)
+    if stage == 1:
+        assert sigma2 is None
+    else:
+        torch.testing.assert_close(sigma2, torch.nn.functional.softplus(middle + 0.5413230) + 1e-6, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 3, 50])
+def test_an_oracle_leads_the_sampler_to_the_eo_latent(tiny_base, prediction_type, steps):
+    """The end is z_0 at ᾱ_0, not z_eo itself: with set_alpha_to_one false a last sqrt(1 - ᾱ_0) of noise (3 %) stays."""
+    z_sar, z_eo, noise = latents(3)
+    scheduler = load_scheduler(tiny_base, prediction_type)
+    alphas = alpha_bar().float()
+
+    def oracle(x, index):
+        a, z_t = alphas[scheduler.timesteps[index]], x[:, 4:]
+        eps = (z_t - a.sqrt() * z_eo) / (1 - a).sqrt()
+        return {"epsilon": eps, "sample": z_eo, "v_prediction": a.sqrt() * eps - (1 - a).sqrt() * z_eo}[prediction_type]
+
+    probe = Probe(oracle)
+    got, _ = sample(probe, scheduler, z_sar, noise, PROMPT, steps)
+    first = alphas[(steps - 1) * (1000 // steps) + 1]
+    eps = (noise - first.sqrt() * z_eo) / (1 - first).sqrt()  # DDIM carries the first step's noise to the end
+    torch.testing.assert_close(got, alphas[0].sqrt() * z_eo + (1 - alphas[0]).sqrt() * eps, atol=2e-4, rtol=0)
+    assert len(probe.calls) == steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 50])
+def test_the_variance_is_read_at_the_midpoint(tiny_base, steps):
+    z_sar, noise = latents(2)
+    probe = Probe(lambda x, index: torch.cat([x[:, 4:], torch.full((3, 1, 16, 16), index / 10)], 1))
+    _, sigma2 = sample(probe, load_scheduler(tiny_base, "epsilon"), z_sar, noise, PROMPT, steps)
+    torch.testing.assert_close(sigma2, variance(torch.full((3, 1, 16, 16), (steps // 2) / 10)), atol=0, rtol=0)
+
+
+def test_most_steps_that_a_configuration_allows_can_be_sampled(tiny_base):
+    z_sar, noise = latents(2, batch=1)
+    probe = Probe(lambda x, _: x[:, 4:])
+    sample(probe, load_scheduler(tiny_base, "epsilon"), z_sar, noise, PROMPT, 999)
+    assert len(probe.calls) == 999
+
+
+# ------------------------------------------------------------------------------------------------------------ translation
+def test_the_starting_noise_is_a_function_of_seed_and_size():
+    expected = torch.randn(1, *SIZE, generator=torch.Generator("cpu").manual_seed(11))
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert torch.equal(starting_noise(11, SIZE), expected) and torch.equal(starting_noise(11, SIZE), expected)
+    assert torch.equal(torch.get_rng_state(), before)  # nothing global is drawn from
+    assert not torch.equal(starting_noise(12, SIZE), expected)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_batch_is_translated_as_its_images_alone(tiny_base, nets, stage):
+    sar = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
+    together, sigma2 = translate(nets[stage], vae, scheduler, sar, PROMPT, 3, seed=4)
+    alone = [translate(nets[stage], vae, scheduler, image[None], PROMPT, 3, seed=4) for image in sar]
+    assert together.shape == (4, 3, 32, 32) and together.abs().max() <= 1
+    torch.testing.assert_close(together, torch.cat([eo for eo, _ in alone]), atol=1e-4, rtol=0)
+    assert together.std(dim=0).mean() > 1e-3  # the images do differ
+    if stage == 2:
+        torch.testing.assert_close(sigma2, torch.cat([s for _, s in alone]), atol=1e-4, rtol=0)
+    other_seed, _ = translate(nets[stage], vae, scheduler, sar, PROMPT, 3, seed=5)
+    assert (other_seed - together).abs().max() > 1e-3
+
+
+def test_translation_is_encode_sample_decode(tiny_base, nets):
+    vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
+    sar = torch.rand(1, 3, 32, 40, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    got, _ = translate(nets[2], vae, scheduler, sar, PROMPT, 4, seed=6)
+    with torch.no_grad():
+        z_sar = vae.encode(sar).latent_dist.mean * 0.7  # the tiny VAE's scaling factor
+        noise = torch.randn(1, 4, 8, 10, generator=torch.Generator().manual_seed(6))
+        z_eo, _ = sample(nets[2], scheduler, z_sar, noise, PROMPT, 4)
+        expected = vae.decode(z_eo / 0.7).sample.clamp(-1, 1)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_a_bfloat16_net_translates_nearly_as_the_float32_one(tiny_base):
+    unet = patch_conv_out(patch_conv_in(tiny_unet()))
+    vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
+    sar = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    full, full_sigma2 = translate(unet, vae, scheduler, sar, PROMPT, 4, seed=0)
+    half, half_sigma2 = translate(unet.bfloat16(), vae.bfloat16(), scheduler, sar, PROMPT, 4, seed=0)
+    assert half.dtype == half_sigma2.dtype == torch.float32
+    assert 0 < (half - full).abs().mean() < 0.02 and (half_sigma2 - full_sigma2).abs().max() < 0.02

@@ -1,0 +1,843 @@
+"""Training through main.py: both stages, resume, accumulation, several processes, validation, and what is refused."""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import main
+import train
+from cdiffset import errors
+from cdiffset.config import Config, load_config
+from cdiffset.diffusion import translate
+from cdiffset.errors import UserError
+from cdiffset.model import load_base_unet, patch_conv_in, patch_conv_out
+from train import BatchOrder, Trainer
+
+REPO = Path(__file__).parents[1]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PAIRS, TEST_PAIRS, BATCH = 12, 5, 4  # 3 iterations an epoch
+PROMPT = "electro-optical image"
+
+
+@pytest.fixture(scope="session")
+def argv(tiny_base, pair_folders):
+    """main.py's command line: a stage 1 run in `work_dir`, with `changes`."""
+
+    def make(work_dir, **changes) -> list[str]:
+        settings = {
+            "work_dir": str(work_dir), "pretrained_model_name_or_path": tiny_base, "confidence": False,
+            "feeder": "feeders.feeder.PairedFolderFeeder", "num_worker": 0, "num_iter": 3, "batch_size": BATCH, "num_warmup": 0,
+            "learning_rate": 1e-3, "num_inference_steps": 2, "test_batch_size": 3, "lpips": False, "log_iter": 1,
+            "eval_epoch": 0, "eval_each_epoch_from": 1, "save_iter": 0, "report_to": "none",
+        }  # fmt: skip
+        for split in ("train", "test"):
+            folders = {f"{kind}_dir": str(pair_folders / split / kind) for kind in ("sar", "eo")}
+            settings[f"{split}_feeder_args"] = {**folders, "split": split, "crop_size": 32}
+        settings |= {key: str(value) if isinstance(value, Path) else value for key, value in changes.items()}
+        return [
+            word
+            for key, value in settings.items()
+            for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+        ]
+
+    return make
+
+
+def forget_accelerator():
+    """Accelerate keeps one state for the life of a process, and refuses another precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    forget_accelerator()
+    yield
+    forget_accelerator()
+
+
+@pytest.fixture(scope="session")
+def run(argv):
+    """Train in process => the work_dir."""
+
+    def make(work_dir, **changes) -> Path:
+        forget_accelerator()
+        assert main.main(argv(work_dir, **changes)) == 0
+        return Path(work_dir)
+
+    return make
+
+
+@pytest.fixture
+def build(argv, tmp_path):
+    """A Trainer that has not begun."""
+    return lambda work_dir=tmp_path / "built", **changes: Trainer(load_config(argv(work_dir, **changes)))
+
+
+@pytest.fixture(scope="session")
+def few_pairs(pair_folders, tmp_path_factory) -> dict:
+    """Feeder arguments for two pairs, always cropped alike."""
+    root = tmp_path_factory.mktemp("few")
+    for kind in ("sar", "eo"):
+        (root / kind).mkdir()
+        for name in ("0.png", "1.png"):
+            shutil.copy(pair_folders / "train" / kind / name, root / kind)
+    return {"sar_dir": str(root / "sar"), "eo_dir": str(root / "eo"), "split": "test", "crop_size": 32}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / WEIGHTS)
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def deviation(a: dict, b: dict, base: str) -> float:
+    """How far apart two trainings ended, relative to how far they went from `base`, over all weights.
+
+    Not the largest difference: Adam's first steps divide rounding errors by gradients that are all but zero.
+    """
+    start = patch_conv_in(load_base_unet(base))
+    start = (patch_conv_out(start) if len(a["conv_out.bias"]) == 5 else start).state_dict()
+    assert a.keys() == b.keys() == start.keys()
+    apart, moved = (torch.cat([(a[name] - other[name]).flatten() for name in a]).norm().item() for other in (b, start))
+    assert moved > 0.01
+    return apart / moved
+
+
+def same(a, b) -> bool:
+    """Equality of nested containers, tensors bit for bit."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def meta_of(folder: Path) -> dict:
+    return json.loads((folder / "checkpoint.json").read_text())
+
+
+def train_lines(work_dir: Path) -> list[dict[str, float]]:
+    """train_log.txt => one dict of numbers for each logged iteration."""
+    number = r"-?(?:[\d.]+(?:e[+-]?\d+)?|inf|nan)"
+    rows = []
+    for line in (work_dir / "train_log.txt").read_text().splitlines():
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  \S", line), line
+        if match := re.search(r"  iteration (\d+)/(\d+)  (.+)", line):
+            assert re.fullmatch(rf"(\S+ {number}(  |$))+", match[3]), line
+            rows.append({"iteration": int(match[1])} | {k: float(v) for k, v in map(str.split, match[3].split("  "))})
+    return rows
+
+
+def val_lines(work_dir: Path) -> list[dict[str, float]]:
+    rows = []
+    for line in (work_dir / "val_log.txt").read_text().splitlines():
+        rows.append({key: float(value) for key, value in (part.split() for part in line.split("  ")[1:])})
+    return rows
+
+
+def scalars(work_dir: Path) -> dict[str, dict[int, float]]:
+    """TensorBoard's scalars: {tag: {iteration: float32 value}}, of all parts of a run."""
+    found: dict = {}
+    for file in sorted((work_dir / "tensorboard").iterdir()):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ both stages
+@pytest.fixture(scope="module")
+def stages(run, tmp_path_factory) -> tuple[Path, Path]:
+    """Stage 1 of two epochs, and stage 2 from its best."""
+    root = tmp_path_factory.mktemp("stages")
+    settings = {"num_iter": 6, "save_iter": 2, "save_epoch": 1, "eval_epoch": 1, "checkpoints_total_limit": None}
+    settings |= {"ema_decay": 0.9, "report_to": "tensorboard"}
+    first = run(root / "one", **settings)
+    return first, run(root / "two", **settings, confidence=True, accelerator_path=root / "one" / "best")
+
+
+@pytest.mark.parametrize("stage, outputs", [(0, 4), (1, 5)])
+def test_a_stage_leaves_checkpoints_that_plain_diffusers_loads(stages, stage, outputs):
+    folders = {path.parent for path in stages[stage].glob("*/checkpoint.json")}
+    names = {"checkpoint-2", "checkpoint-4", "checkpoint-6", "epoch-1", "epoch-2", "best", "latest"}
+    assert {folder.name for folder in folders} == names
+    latent = torch.zeros(1, 8, 8, 8)
+    for folder in folders:
+        for kind in ("unet", "unet_ema"):
+            unet = UNet2DConditionModel.from_pretrained(folder / kind)
+            assert (unet.config.in_channels, unet.config.out_channels) == (8, outputs)
+            assert unet(latent, 0, torch.zeros(1, 3, 64)).sample.shape == (1, outputs, 8, 8)
+    expected = {"checkpoint-2": 2, "epoch-1": 3, "checkpoint-4": 4, "checkpoint-6": 6, "epoch-2": 6, "latest": 6}
+    assert {name: meta_of(stages[stage] / name)["iteration"] for name in expected} == expected
+    two, six = (weights_of(stages[stage] / name / "unet") for name in ("checkpoint-2", "checkpoint-6"))
+    assert largest_difference(two, six) > 1e-4  # the later checkpoint is a later state
+    assert largest_difference(six, weights_of(stages[stage] / "latest" / "unet")) == 0
+    assert largest_difference(six, weights_of(stages[stage] / "latest" / "unet_ema")) > 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_logs_and_tensorboard_hold_the_same_numbers(stages, stage):
+    rows, board = train_lines(stages[stage]), scalars(stages[stage])
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in rows] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2], abs=0.006)
+    sigma2 = {f"sigma2_t{name}%" for name in ("0-25", "25-50", "50-75", "75-100")}
+    assert {tag for tag in board if tag.startswith("train/")} == {
+        f"train/{name}" for name in {"loss", "lr", "grad_norm", "images_per_s"} | (sigma2 if stage else set())
+    }
+    for row in rows:
+        logged = {name: value for name, value in row.items() if name not in ("iteration", "epoch")}
+        on_board = {tag[6:]: values[row["iteration"]] for tag, values in board.items() if row["iteration"] in values}
+        assert logged == pytest.approx({name: on_board[name] for name in logged}, rel=1e-3)
+        assert row["loss"] > 0 and row["grad_norm"] > 0 and row["images_per_s"] > 0
+    validations = val_lines(stages[stage])
+    assert [row["iteration"] for row in validations] == [3, 6] and {row["n"] for row in validations} == {TEST_PAIRS}
+    for row in validations:
+        for name in ("standard/psnr", "standard/ssim", "standard/scc", "paper/psnr"):
+            assert row[name] == pytest.approx(board[f"val/{name}"][row["iteration"]], abs=1e-4)
+    assert max(row["standard/psnr"] for row in validations) == pytest.approx(
+        meta_of(stages[stage] / "latest")["best_psnr"], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("stage, pictures", [(0, 3), (1, 4)])
+def test_every_validation_leaves_a_picture_of_each_pair(stages, pair_folders, stage, pictures):
+    """SAR, EO and generated EO side by side, with the confidence in stage 2."""
+    for iteration in (3, 6):
+        folder = stages[stage] / "results" / f"iteration-{iteration:06d}"
+        assert sorted(path.name for path in folder.iterdir()) == [f"{index}.png" for index in range(TEST_PAIRS)]
+        for path in folder.iterdir():
+            panel = np.array(Image.open(path))
+            header = panel.shape[0] - 32
+            assert panel.shape[1:] == (pictures * 32 + (pictures - 1) * 4, 3) and 0 < header < 32
+            for place, kind in enumerate(("sar", "eo")):
+                pixels = np.array(Image.open(pair_folders / "test" / kind / path.name).convert("RGB"))[4:36, 4:36]
+                assert np.array_equal(panel[header:, place * 36 : place * 36 + 32], pixels)
+            if stage:
+                confidence = panel[header:, 108:]
+                assert np.ptp(confidence) > 100 and (confidence == confidence[..., :1]).all()
+
+
+def test_overfitting_two_pairs_brings_the_loss_down(run, few_pairs, tmp_path):
+    """A list shorter than the batch gives short batches, and the U-Net learns them."""
+    work_dir = run(tmp_path, train_feeder_args=few_pairs, num_iter=150, learning_rate=4e-3, lr_scheduler="constant")
+    losses = [row["loss"] for row in train_lines(work_dir)]
+    assert len(losses) == 150 and np.mean(losses[-30:]) < 0.75 * np.mean(losses[:5])
+
+
+def test_validation_and_saving_do_not_count_in_images_per_s(run, tmp_path, monkeypatch):
+    """On a clock by which a step takes a second, a validation or a save a hundred."""
+    now = [0.0]
+
+    def takes(name: str, seconds: float):
+        method = getattr(Trainer, name)
+
+        def timed(self, *args):
+            now[0] += seconds
+            return method(self, *args)
+
+        monkeypatch.setattr(Trainer, name, timed)
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    takes("step", 1), takes("save", 100), takes("evaluate", 100)
+    run(tmp_path, num_iter=8, log_iter=4, eval_epoch=1, save_iter=5)
+    assert [row["images_per_s"] for row in train_lines(tmp_path)] == [BATCH, BATCH] and now[0] > 500
+
+
+# ---------------------------------------------------------------------------------------------- one step, by other means
+def by_hand(trainer: Trainer, base: str, iterations: int):
+    """The same training in plain torch => (weights, EMA weights, losses, σ² by timestep quarter of the last iteration).
+
+    It shares the trainer's feeder, order and random draws, and nothing else.
+    """
+    config = trainer.config
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet").train()
+    old = unet.conv_in
+    unet.conv_in = torch.nn.Conv2d(8, old.out_channels, 3, padding=1)
+    unet.conv_in.weight.data = torch.cat([old.weight.data, old.weight.data], dim=1) / 2
+    unet.conv_in.bias.data = old.bias.data
+    if config.confidence:
+        old = unet.conv_out
+        unet.conv_out = torch.nn.Conv2d(old.in_channels, 5, 3, padding=1)
+        unet.conv_out.weight.data = F.pad(old.weight.data, (0, 0, 0, 0, 0, 0, 0, 1))
+        unet.conv_out.bias.data = F.pad(old.bias.data, (0, 1))
+    tokens = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")(PROMPT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        prompt = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32)(tokens).last_hidden_state
+    alpha_bar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+    optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=config.weight_decay)
+    average, losses = [parameter.detach().clone() for parameter in unet.parameters()], []
+    keys = iter(BatchOrder(len(trainer.train_feeder), config, 0, 0, 1))
+    for iteration in range(iterations):
+        items = [trainer.train_feeder[key] for key in next(keys)]
+        with torch.no_grad():
+            sar, eo = (
+                vae.encode(torch.stack([item[kind] for item in items])).latent_dist.mean * vae.config.scaling_factor
+                for kind in ("sar", "eo")
+            )
+        trainer.iteration = iteration
+        noise, timesteps = trainer.draw_noise(eo.shape[1:])
+        a = alpha_bar[timesteps][:, None, None, None]
+        output = unet(torch.cat([sar, a.sqrt() * eo + (1 - a).sqrt() * noise], 1), timesteps, prompt.repeat(BATCH, 1, 1)).sample
+        target = {"epsilon": noise, "sample": eo, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * eo}
+        error2, quarters = (output[:, :4] - target[config.prediction_type]) ** 2, {}
+        if config.confidence:
+            sigma2 = (torch.log1p(torch.exp(output[:, 4:] + math.log(math.e - 1))) + 1e-6).clamp(1e-6, 10)
+            beta = a.sqrt() if config.beta == "timestep" else config.beta
+            loss = (sigma2.detach() ** beta * 0.5 * (error2 / sigma2 + sigma2.log() + math.log(2 * math.pi))).mean()
+            for t, mean in zip(timesteps.tolist(), sigma2.mean((1, 2, 3)).tolist(), strict=True):
+                quarters.setdefault(t // 250, []).append(mean)
+        else:
+            loss = error2.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if config.max_grad_norm:
+            total = math.sqrt(sum(parameter.grad.pow(2).sum().item() for parameter in unet.parameters()))
+            assert total > config.max_grad_norm  # so that clipping shows
+            for parameter in unet.parameters():
+                parameter.grad *= config.max_grad_norm / total
+        warm = iteration / config.num_warmup if iteration < config.num_warmup else 1
+        progress = max(0, iteration - config.num_warmup) / (config.num_iter - config.num_warmup)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * warm * (1 + math.cos(math.pi * progress)) / 2
+        optimizer.step()
+        decay = min(config.ema_decay, (1 + iteration) / (10 + iteration))
+        average = [decay * old + (1 - decay) * new.detach() for old, new in zip(average, unet.parameters(), strict=True)]
+        losses.append(loss.item())
+    names = [name for name, _ in unet.named_parameters()]
+    return unet.state_dict(), dict(zip(names, average, strict=True)), losses, {q: np.mean(v) for q, v in quarters.items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_grad_norm": 0.5},
+        {"confidence": True, "num_warmup": 2},
+        {"confidence": True, "beta": 0.5, "prediction_type": "sample"},
+        {"confidence": True, "beta": 0, "prediction_type": "v_prediction", "weight_decay": 0.5},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_training_equals_an_independent_computation(run, build, tiny_base, tmp_path, changes):
+    settings = {"num_iter": 4, "ema_decay": 0.3, "report_to": "tensorboard", **changes}
+    work_dir = run(tmp_path / "run", **settings)
+    weights, average, losses, quarters = by_hand(build(**settings), tiny_base, 4)
+    assert deviation(weights_of(work_dir / "latest" / "unet"), weights, tiny_base) < 1e-3
+    assert deviation(weights_of(work_dir / "latest" / "unet_ema"), average, tiny_base) < 1e-3
+    board = scalars(work_dir)
+    assert list(board["train/loss"].values()) == pytest.approx(losses, rel=1e-4)
+    names = ("0-25", "25-50", "50-75", "75-100")
+    logged = {q: board[f"train/sigma2_t{n}%"][4] for q, n in enumerate(names) if 4 in board.get(f"train/sigma2_t{n}%", {})}
+    assert logged == pytest.approx(quarters, rel=1e-4) and bool(quarters) == settings.get("confidence", False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 4},
+        {"gradient_checkpointing": True},
+        {"num_worker": 2},
+    ],
+    ids=lambda changes: " ".join(f"{key} {value}" for key, value in changes.items()),
+)
+def test_how_a_batch_is_worked_through_does_not_change_what_is_learnt(run, whole_batches, tiny_base, tmp_path, changes):
+    other = run(tmp_path, confidence=True, **changes)
+    mine, theirs = (weights_of(work_dir / "latest" / "unet") for work_dir in (other, whole_batches))
+    assert deviation(mine, theirs, tiny_base) < 1e-3
+    for row, expected in zip(train_lines(other), train_lines(whole_batches), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-3)
+
+
+@pytest.fixture(scope="module")
+def whole_batches(run, tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("whole"), confidence=True)
+
+
+def test_bf16_keeps_float32_weights(run, whole_batches, tmp_path):
+    other = run(tmp_path, confidence=True, mixed_precision="bf16")
+    weights = weights_of(other / "latest" / "unet")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
+    for row, expected in zip(train_lines(other), train_lines(whole_batches), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=0.02)
+    assert 0 < largest_difference(weights, weights_of(whole_batches / "latest" / "unet"))  # computed in another precision
+    assert val_lines(other)[0]["standard/psnr"] == pytest.approx(val_lines(whole_batches)[0]["standard/psnr"], abs=0.3)
+
+
+# ---------------------------------------------------------------------------------------------------------------- resume
+RESUMED = {"num_iter": 7, "save_iter": 2, "eval_epoch": 1, "ema_decay": 0.9, "confidence": True, "report_to": "tensorboard"}
+
+
+def stop_at(monkeypatch, iteration: int) -> None:
+    """Ctrl-C in the first step after `iteration`."""
+    step = Trainer.step
+
+    def stopped(self, *args):
+        if self.iteration == iteration:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory):
+    """{accumulation steps: the work_dir of a run in one go}."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    return {steps: run(root / str(steps), **RESUMED, gradient_accumulation_steps=steps) for steps in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    "stop, kept, changes",
+    [
+        (3, 3, {"save_epoch": 1}),  # right after an epoch and its validation
+        (5, 4, {}),  # in mid-epoch, with an iteration to repeat
+        (5, 4, {"num_worker": 2}),
+        (5, 4, {"gradient_accumulation_steps": 2}),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(argv, uninterrupted, tmp_path, monkeypatch, stop, kept, changes):
+    """Bit for bit: weights, average, optimizer, schedule, best PSNR, every logged loss and validation."""
+    command = argv(tmp_path, **RESUMED, **changes)
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        assert errors.run(main.main, command) == 130
+    assert meta_of(tmp_path / "latest")["iteration"] == kept
+    assert main.main(command) == 0  # the same command again
+    whole = uninterrupted[changes.get("gradient_accumulation_steps", 1)]
+    for kind in ("unet", "unet_ema"):
+        assert same(weights_of(tmp_path / "latest" / kind), weights_of(whole / "latest" / kind))
+    states = [torch.load(folder / "latest" / "training_state.pt", weights_only=True) for folder in (tmp_path, whole)]
+    assert len(states[0]["optimizer"]["state"]) > 100 and same(*states)
+    for name in ("latest", "best"):
+        mine, theirs = meta_of(tmp_path / name), meta_of(whole / name)
+        assert all(mine[key] == theirs[key] for key in ("iteration", "epoch", "best_psnr"))
+    mine, theirs = scalars(tmp_path), scalars(whole)
+    assert len(mine["train/loss"]) == 7 and mine.keys() == theirs.keys()
+    assert all(mine[tag] == theirs[tag] for tag in theirs if tag != "train/images_per_s")
+    assert f"resumed from {tmp_path / 'checkpoint'}-{kept}" in (log := (tmp_path / "train_log.txt").read_text()) or (
+        f"resumed from {tmp_path / 'latest'} at iteration {kept}" in log
+    )
+
+
+@pytest.fixture
+def begun(run, tmp_path) -> Path:
+    """A finished run of two iterations, with checkpoint-1 and checkpoint-2."""
+    return run(tmp_path / "begun", num_iter=2, save_iter=1, confidence=True)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"learning_rate": 2e-3}, "learning_rate: 0.001 -> 0.002"),
+        ({"num_iter": 3}, "num_iter: 2 -> 3"),
+        ({"prompt": "radar"}, f"prompt: {PROMPT} -> radar"),
+        ({"confidence": False}, "confidence: True -> False"),
+    ],
+)
+def test_a_changed_setting_is_refused(argv, begun, changes, message):
+    before = {path: path.stat().st_mtime_ns for path in begun.rglob("*")}
+    settings = {"num_iter": 2, "save_iter": 1, "confidence": True, **changes}
+    with pytest.raises(UserError, match=re.escape(f"work_dir: {begun} holds a run of other settings ({message})")):
+        main.main(argv(begun, **settings))
+    assert {path: path.stat().st_mtime_ns for path in begun.rglob("*")} == before
+
+
+def test_a_changed_feeder_argument_is_named(argv, begun):
+    command = [*argv(begun, num_iter=2, save_iter=1, confidence=True), "--train-feeder-args.crop_size", "24"]
+    with pytest.raises(UserError, match=r"\(train_feeder_args\.crop_size: 32 -> 24\)"):
+        main.main(command)
+
+
+def test_what_does_not_change_learning_may_change(run, begun):
+    free = {"num_worker": 1, "log_iter": 2, "save_iter": 0, "val_len": 2, "test_batch_size": 1, "gradient_checkpointing": True}
+    run(begun, num_iter=2, confidence=True, **free)
+    assert meta_of(begun / "latest")["iteration"] == 2
+
+
+def test_resume_latest_continues_with_changed_settings(run, begun, tmp_path):
+    """What the command says now counts: learning rate, weight decay and length of the schedule."""
+    run(begun, num_iter=4, confidence=True, resume="latest", learning_rate=2e-3, weight_decay=0.5)
+    log = (begun / "train_log.txt").read_text()
+    for line in ("num_iter: 2 -> 4", "learning_rate: 0.001 -> 0.002", "weight_decay: 0.01 -> 0.5"):
+        assert f"changed since: {line}" in log
+    rows = train_lines(begun)
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    assert rows[2]["lr"] == pytest.approx(2e-3 * (1 + math.cos(math.pi * 3 / 4)) / 2, rel=1e-3)
+    group = torch.load(begun / "latest" / "training_state.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.5
+
+
+def test_the_first_step_after_a_change_takes_the_new_learning_rate(build, begun):
+    trainer = build(begun, num_iter=4, confidence=True, resume="latest", learning_rate=2e-3)
+    assert trainer.iteration == 2
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * (1 + math.cos(math.pi / 2)) / 2)
+
+
+def test_resume_from_a_folder(run, begun, tmp_path):
+    other = run(tmp_path / "other", num_iter=2, confidence=True, resume=begun / "checkpoint-1")
+    assert "at iteration 1" in (other / "train_log.txt").read_text()
+    assert [row["iteration"] for row in train_lines(other)] == [2]
+    assert same(weights_of(other / "latest" / "unet"), weights_of(begun / "latest" / "unet"))
+
+
+def test_resume_null_and_latest_look_at_the_folder(argv, begun, tmp_path):
+    with pytest.raises(UserError, match=f"resume: null starts afresh, but {begun} holds"):
+        main.main(argv(begun, num_iter=2, confidence=True, resume=None))
+    with pytest.raises(UserError, match=f"resume: latest, but {tmp_path / 'empty'} holds no checkpoint"):
+        main.main(argv(tmp_path / "empty", resume="latest"))
+    with pytest.raises(UserError, match="resume: .*nowhere lacks checkpoint.json"):
+        main.main(argv(tmp_path / "empty", resume=tmp_path / "nowhere"))
+    assert not (tmp_path / "empty").exists()
+
+
+def test_stage_2_cannot_resume_stage_1(argv, run, tmp_path):
+    """That is what accelerator_path is for: the optimizer's state is of another shape."""
+    first = run(tmp_path / "one", num_iter=1)
+    with pytest.raises(UserError, match="resume"):
+        main.main(argv(tmp_path / "two", num_iter=2, confidence=True, resume=first / "latest"))
+    second = run(tmp_path / "other", num_iter=1, confidence=True)
+    with pytest.raises(UserError, match="stage 1 .*expects 4 output channels"):
+        main.main(argv(tmp_path / "three", num_iter=2, resume=second / "latest"))
+
+
+def test_old_checkpoints_are_pruned(run, tmp_path):
+    run(tmp_path, num_iter=7, save_iter=2, save_epoch=1, eval_epoch=1, checkpoints_total_limit=2)
+    assert {path.parent.name for path in tmp_path.glob("*/checkpoint.json")} == {"checkpoint-6", "epoch-2", "latest", "best"}
+    assert meta_of(tmp_path / "latest")["iteration"] == 7
+    assert not list(tmp_path.glob(".*"))
+
+
+# ----------------------------------------------------------------------------------------------------------- batch order
+def order(length=12, start=0, rank=0, world_size=1, **changes) -> list:
+    return list(BatchOrder(length, Config(**{"batch_size": 4, "num_iter": 9, **changes}), start, rank, world_size))
+
+
+def test_an_epoch_is_a_permutation_without_its_incomplete_batch():
+    batches = order(length=14, num_iter=12)
+    epochs = [[key for batch in batches[start : start + 3] for key in batch] for start in range(0, 12, 3)]
+    for epoch, keys in enumerate(epochs):
+        assert {key[0] for key in keys} == {epoch} and len({index for _, index in keys}) == 12
+        assert {index for _, index in keys} <= set(range(14))
+    orders = {tuple(index for _, index in keys) for keys in epochs}
+    assert len(orders) == 4  # shuffled anew
+    assert len({frozenset(order) for order in orders}) > 1  # what is left out changes too
+    assert order(length=14, num_iter=12) == batches != order(length=14, num_iter=12, seed=1)
+
+
+def test_a_list_shorter_than_the_batch_is_one_short_batch_an_epoch():
+    batches = order(length=3, num_iter=5)
+    assert [[epoch for epoch, _ in batch] for batch in batches] == [[epoch] * 3 for epoch in range(5)]
+    assert all(sorted(index for _, index in batch) == [0, 1, 2] for batch in batches)
+
+
+@pytest.mark.parametrize("world_size, steps", [(2, 1), (1, 2), (2, 2), (4, 1)])
+def test_shares_joined_are_the_batch(world_size, steps):
+    shares = [order(rank=rank, world_size=world_size, gradient_accumulation_steps=steps) for rank in range(world_size)]
+    for iteration, batch in enumerate(order()):
+        parts = [share[iteration * steps + micro] for share in shares for micro in range(steps)]
+        assert {len(part) for part in parts} == {4 // world_size // steps} and sum(parts, []) == batch
+
+
+def test_the_share_of_the_noise_matches_the_share_of_the_pairs():
+    sampler = BatchOrder(12, Config(batch_size=8, num_iter=1, gradient_accumulation_steps=2), 0, 1, 2)
+    assert [sampler.share(micro) for micro in range(2)] == [(4, 6), (6, 8)]
+
+
+@pytest.mark.parametrize("start", [3, 4, 8, 9])
+def test_the_order_continues_where_it_stopped(start):
+    config = Config(batch_size=4, num_iter=9, gradient_accumulation_steps=2)
+    assert list(BatchOrder(12, config, start, 0, 1)) == list(BatchOrder(12, config, 0, 0, 1))[start * 2 :]
+    assert len(BatchOrder(12, config, start, 0, 1)) == (9 - start) * 2
+
+
+def test_an_uneven_share_is_refused():
+    with pytest.raises(UserError, match="batch_size: 3 pairs cannot be shared evenly by 2 processes x 1 accumulation steps"):
+        order(length=3, world_size=2)
+
+
+def test_noise_and_timesteps_are_a_function_of_seed_and_iteration(build):
+    trainer, draws = build(), []
+    for iteration in (0, 1, 0):
+        trainer.iteration = iteration
+        torch.rand(3)  # the global generator plays no part
+        draws.append(trainer.draw_noise(torch.Size([4, 8, 8])))
+    assert same(draws[0], draws[2]) and not same(draws[0], draws[1])
+    trainer.order.batch_size = 4000
+    noise, timesteps = trainer.draw_noise(torch.Size([4, 2, 2]))
+    assert noise.mean().abs() < 0.02 and abs(noise.std() - 1) < 0.02
+    assert (
+        (timesteps.min(), timesteps.max()) <= (3, 999) and timesteps.max() > 995 and abs(timesteps.float().mean() - 499.5) < 20
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ not finite
+def poison(monkeypatch, iteration: int) -> None:
+    """A weight becomes NaN before the step after `iteration`."""
+    step = Trainer.step
+
+    def poisoned(self, *args):
+        if self.iteration == iteration:
+            self.parameters[0].data.flatten()[0] = math.nan
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(argv, build, tmp_path, monkeypatch, capsys):
+    command = argv(tmp_path / "run", num_iter=6, save_iter=1)
+    with monkeypatch.context() as patch:
+        poison(patch, 2)
+        assert errors.run(main.main, command) == 2
+    message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1 and "Traceback" not in message[0]
+    trainer = build(tmp_path / "other")
+    trainer.iteration = 2
+    _, timesteps = trainer.draw_noise(torch.Size([4, 8, 8]))
+    assert "iteration 3:" in message[0] and str(timesteps.tolist()) in message[0]  # counted as in the log
+    kept = sorted((tmp_path / "run").glob("*/checkpoint.json"))
+    assert {file.parent.name for file in kept} == {"checkpoint-1", "checkpoint-2", "latest"}
+    assert message[0].endswith(f"last good checkpoint: {tmp_path / 'run' / 'latest'}")
+    assert all(tensor.isfinite().all() for tensor in weights_of(tmp_path / "run" / "latest" / "unet").values())
+    assert main.main(command) == 0 and meta_of(tmp_path / "run" / "latest")["iteration"] == 6
+
+
+def test_a_latent_that_is_not_finite_stops_the_run(argv, tmp_path, monkeypatch):
+    encode = train.encode
+    monkeypatch.setattr(train, "encode", lambda vae, pixels: encode(vae, pixels) * math.inf)
+    with pytest.raises(UserError, match="iteration 1: .*last good checkpoint: none yet"):
+        main.main(argv(tmp_path))
+    assert not list(tmp_path.glob("*/checkpoint.json"))
+
+
+def test_weights_that_left_the_finite_numbers_do_not_pass_validation(argv, tmp_path, capsys):
+    """The one step has a finite gradient, and is so long that the U-Net overflows: the validation must tell."""
+    assert errors.run(main.main, argv(tmp_path, num_iter=1, learning_rate=1e30)) == 2
+    assert "error: iteration 1: " in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/checkpoint.json"))
+
+
+# ------------------------------------------------------------------------------------------------------------ validation
+def test_validation_is_repeatable_and_equals_torchmetrics(build, pair_folders, tmp_path):
+    """Every image starts from the same noise whatever its batch: the last batch of 5 by 3 is short."""
+    trainer = build(confidence=True)
+    rows = [trainer.evaluate(range(TEST_PAIRS), tmp_path / name) for name in ("a", "b")]
+    assert rows[0] == rows[1] and [row["name"] for row in rows[0]] == trainer.test_feeder.names
+    for index, row in enumerate(rows[0]):
+        pair = trainer.test_feeder[index]
+        generated, _ = translate(
+            trainer.unet, trainer.vae, trainer.scheduler, pair["sar"][None], trainer.prompt_embedding, 2, 2024
+        )
+        expected = peak_signal_noise_ratio((generated[0] + 1) / 2, (pair["eo"] + 1) / 2, data_range=1.0)
+        assert row["standard/psnr"] == pytest.approx(expected.item(), abs=1e-3)
+        panel = np.array(Image.open(tmp_path / "a" / f"{row['name']}.png"))
+        shown = panel[-32:, 72:104].astype(float)
+        assert np.abs(shown - ((generated[0] + 1) * 127.5).permute(1, 2, 0).numpy()).max() < 0.6
+    assert len({row["standard/psnr"] for row in rows[0]}) == TEST_PAIRS
+    trainer.validate(), trainer.validate()
+    logged = val_lines(trainer.work_dir)
+    assert logged[0] == logged[1] and logged[0]["standard/psnr"] == pytest.approx(
+        np.mean([row["standard/psnr"] for row in rows[0]]), abs=1e-3
+    )
+
+
+def test_validation_takes_the_first_pairs_of_the_list(build):
+    trainer = build(val_len=2)
+    trainer.validate()
+    names = sorted(path.name for path in (trainer.work_dir / "results" / "iteration-000000").iterdir())
+    assert names == ["0.png", "1.png"] and val_lines(trainer.work_dir)[0]["n"] == 2
+
+
+def test_the_average_is_what_is_validated(build, tmp_path):
+    """With ema_decay the EMA is judged, and the trained weights play no part."""
+    trainer = build(ema_decay=0.9)
+    before = trainer.evaluate(range(1), tmp_path / "before")
+    for parameter in trainer.parameters:
+        parameter.data.mul_(1.5)
+    assert trainer.evaluate(range(1), tmp_path / "after") == before
+    trainer.ema_unet = None
+    assert trainer.evaluate(range(1), tmp_path / "raw") != before
+
+
+def test_best_is_the_highest_psnr(run, tmp_path, monkeypatch):
+    psnrs = iter([10.0, 30.0, 20.0, 30.0])
+    monkeypatch.setattr(Trainer, "evaluate", lambda *args: [{"name": "0", "standard/psnr": next(psnrs)}])
+    run(tmp_path, num_iter=12, eval_epoch=1)
+    assert meta_of(tmp_path / "best")["iteration"] == 6 and meta_of(tmp_path / "latest")["iteration"] == 12
+    assert meta_of(tmp_path / "latest")["best_psnr"] == 30 and next(psnrs, None) is None
+    assert not same(weights_of(tmp_path / "best" / "unet"), weights_of(tmp_path / "latest" / "unet"))
+
+
+@pytest.mark.parametrize(
+    "changes, due",
+    [
+        ({"eval_epoch": 2}, [6, 12, 15]),
+        ({"eval_epoch": 0, "eval_each_epoch_from": 0.6}, [12, 15]),
+        ({"eval_epoch": 0, "eval_each_epoch_from": 1, "num_iter": 14}, [14]),
+        ({"eval_epoch": 4, "eval_each_epoch_from": 0.8, "num_iter": 16}, [12, 15, 16]),
+    ],
+)
+def test_when_validation_is_due(build, changes, due):
+    trainer, found = build(**{"num_iter": 15, **changes}), []
+    for iteration in range(1, trainer.config.num_iter + 1):
+        trainer.iteration = iteration
+        found += [iteration] if trainer.validation_is_due() else []
+    assert found == due
+
+
+# ------------------------------------------------------------------------------------------------------ accelerator_path
+def test_where_the_weights_come_from(stages, build, tiny_base):
+    """null: the base, and the log says so; a stage 1 checkpoint gets its variance channel; a stage 2 one is continued."""
+    one, two = (weights_of(stage / "best" / "unet_ema") for stage in stages)
+
+    def start(**changes):
+        trainer = build(confidence=True, **changes)
+        line = (trainer.work_dir / "train_log.txt").read_text().splitlines()[-1]
+        return {name: tensor.detach() for name, tensor in trainer.unet.state_dict().items()}, line
+
+    weights, line = start()
+    base = weights_of(Path(tiny_base) / "unet")
+    assert "stage 2" in line and f"base model {tiny_base} (accelerator_path is null)" in line
+    assert torch.equal(weights["conv_in.weight"], torch.cat([base["conv_in.weight"]] * 2, 1) / 2)
+    weights, line = start(accelerator_path=stages[0] / "best")
+    assert str(stages[0] / "best" / "unet_ema" / WEIGHTS) in line
+    assert all(torch.equal(weights[name], one[name]) for name in one if not name.startswith("conv_out"))
+    assert torch.equal(weights["conv_out.weight"][:4], one["conv_out.weight"])
+    assert not weights["conv_out.weight"][4].any() and weights["conv_out.bias"][4] == 0
+    weights, _ = start(accelerator_path=stages[1] / "best")
+    assert same(weights, two) and weights["conv_out.weight"][4].any()
+
+
+def test_checkpoints_that_do_not_fit_are_refused_before_training(stages, argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "fit", lambda self: pytest.fail("training began"))
+    with pytest.raises(UserError, match="stage 1 .*expects 4 output channels, .* has 5"):
+        main.main(argv(tmp_path / "a", accelerator_path=stages[1] / "best"))
+    with pytest.raises(UserError, match="accelerator_path: there is no .*nowhere"):
+        main.main(argv(tmp_path / "b", accelerator_path=tmp_path / "nowhere"))
+
+
+# ------------------------------------------------------------------------------------------------------------ phase test
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_phase_test_reports_on_the_whole_list(stages, run, pair_folders, tmp_path, offline, given):
+    """On the checkpoint given, or the run's own best; whatever val_len says."""
+    if given:
+        work_dir = run(tmp_path / "test", phase="test", accelerator_path=stages[1] / "best", confidence=True, val_len=2)
+    else:
+        work_dir = run(shutil.copytree(stages[1], tmp_path / "copy"), phase="test", confidence=True, val_len=2)
+        assert f"U-Net from {work_dir / 'best'}" in (work_dir / "train_log.txt").read_text()
+    folder, names = work_dir / "test", [str(index) for index in range(TEST_PAIRS)]
+    report = json.loads((folder / "report.json").read_text())
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert report["images"] == TEST_PAIRS and [row["name"] for row in rows] == names
+    for convention in ("standard", "paper"):
+        for metric in ("psnr", "ssim", "scc"):
+            mean = np.mean([float(row[f"{convention}/{metric}"]) for row in rows])
+            assert report["means"][convention][metric] == {"mean": pytest.approx(mean), "n": TEST_PAIRS, "infinite": 0}
+    assert report["set"] == {} and set(report["absent"]) == {"lpips", "fid", "inception_score"}
+    assert report["absent"]["lpips"] == "switched off" and "Name or service not known" in report["absent"]["fid"]
+    table = (folder / "report.md").read_text()
+    assert f"{report['means']['standard']['psnr']['mean']:.4f}" in table and "LPIPS: switched off" in table
+    for name, row in zip(names, rows, strict=True):
+        eo, generated = (np.array(Image.open(folder / kind / f"{name}.png")) for kind in ("eo", "generated"))
+        assert np.array_equal(eo, np.array(Image.open(pair_folders / "test" / "eo" / f"{name}.png"))[4:36, 4:36])
+        psnr = 10 * math.log10(255**2 / np.mean((eo.astype(float) - generated) ** 2))
+        assert psnr == pytest.approx(float(row["standard/psnr"]), abs=0.05)
+        assert Image.open(folder / "results" / f"{name}.png").size[0] == 4 * 32 + 3 * 4
+    best = max(row["standard/psnr"] for row in val_lines(stages[1]))
+    assert report["means"]["standard"]["psnr"]["mean"] == pytest.approx(best, abs=1e-3)
+
+
+def test_phase_test_without_a_checkpoint_says_so(argv, tmp_path):
+    with pytest.raises(UserError, match="accelerator_path: null, and .* has neither best/ nor latest/"):
+        main.main(argv(tmp_path, phase="test"))
+
+
+# --------------------------------------------------------------------------------------------------------- two processes
+def test_two_processes_train_like_one(argv, run, tiny_base, tmp_path):
+    settings = {"num_iter": 4, "confidence": True, "ema_decay": 0.9, "save_iter": 2, "gradient_accumulation_steps": 2}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(REPO / "main.py")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = launch + argv(tmp_path / "two", **settings)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = run(tmp_path / "one", **settings), tmp_path / "two"
+    for kind in ("unet", "unet_ema"):
+        assert deviation(weights_of(two / "latest" / kind), weights_of(one / "latest" / kind), tiny_base) < 1e-3
+    for row, expected in zip(train_lines(two), train_lines(one), strict=True):  # each logged once, over both shares
+        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+        assert {name: v for name, v in row.items() if "sigma2" in name} == pytest.approx(
+            {name: v for name, v in expected.items() if "sigma2" in name}, rel=2e-3
+        )
+    assert len(val_lines(two)) == 1 and val_lines(two)[0]["n"] == TEST_PAIRS
+    assert val_lines(two)[0]["standard/psnr"] == pytest.approx(val_lines(one)[0]["standard/psnr"], abs=0.01)
+    assert len(list((two / "results" / "iteration-000004").iterdir())) == TEST_PAIRS
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"feeder": "feeders.feeder.NoFeeder"}, "feeder: cannot import 'feeders.feeder.NoFeeder'"),
+        ({"feeder": "Feeder"}, "feeder: cannot import 'Feeder'"),
+        ({"test_feeder_args": {"crop_size": 32, "colour": 1}}, "test_feeder_args: .*unexpected keyword argument 'colour'"),
+        (
+            {"pretrained_model_name_or_path": "/nowhere/base"},
+            "pretrained_model_name_or_path: there is no folder '/nowhere/base'",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_folder(argv, tmp_path, capsys, changes, message):
+    assert errors.run(main.main, argv(tmp_path / "run", **changes)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: {message}", line) and not (tmp_path / "run").exists()
+
+
+def test_a_work_dir_that_is_a_file_is_refused(argv, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="work_dir: cannot write into"):
+        main.main(argv(tmp_path / "file"))
+
+
+def test_a_damaged_image_stops_the_run_by_its_name(argv, few_pairs, tmp_path, capsys):
+    shutil.copytree(Path(few_pairs["sar_dir"]).parent, tmp_path / "pairs")
+    broken = tmp_path / "pairs" / "eo" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    pairs = {**few_pairs, "sar_dir": str(tmp_path / "pairs" / "sar"), "eo_dir": str(tmp_path / "pairs" / "eo")}
+    for workers in (0, 1):
+        assert errors.run(main.main, argv(tmp_path / str(workers), train_feeder_args=pairs, num_worker=workers)) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1 and lines[0].startswith(f"error: {broken}: ")
