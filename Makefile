@@ -9,12 +9,13 @@ DEMO := work_dir/demo
 
 .PHONY: demo test lint clean
 
-# glibc gives the large blocks of every iteration back to the system and asks for them again, unless told to keep them.
+# glibc gives the large blocks of every iteration back to the system and asks for them again, unless told to keep them: with
+# this, an iteration takes about 0.29 s instead of 0.35 s on two cores.
 demo: export MALLOC_TRIM_THRESHOLD_ = 8589934592
-demo: export MALLOC_MMAP_THRESHOLD_ = 8589934592
+demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
 demo: .venv/installed
 	rm -rf $(DEMO) data/demo
-	$(PY) data/simulate.py --output data/demo --train $(DEMO_TRAIN) --test $(DEMO_TEST)
+	$(PY) data/simulate.py --output data/demo --train $(DEMO_TRAIN) --test $(DEMO_TEST) --texture 0.4 --p-eo-only 0.2
 	$(PY) main.py --config configs/demo.yaml $(DEMO_OPTIONS)
 	$(PY) main.py --config configs/demo_conf.yaml $(DEMO_OPTIONS)
 	$(PY) test.py --sar-dir data/demo/test/sar --checkpoint $(DEMO)/stage2/best --batch-size 32 --output-dir $(DEMO)/translated/eo \

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cdiffset.checkpoint import load_unet, read_meta
+from cdiffset.checkpoint import find_weights, load_unet, read_meta
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT
 from cdiffset.diffusion import translate
 from cdiffset.errors import UserError, run
@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     kinds = ("epsilon", "sample", "v_prediction")
     group.add_argument("--prediction-type", choices=kinds, help="what the U-Net predicts [the checkpoint's own, else epsilon]")
     group = parser.add_argument_group("sampling")
-    group.add_argument("--num-inference-steps", type=int, default=50, help="DDIM steps, 1 to 1000 [50]")
+    group.add_argument("--num-inference-steps", type=int, default=50, help="DDIM steps, 1 to 999 [50]")
     group.add_argument("--seed", type=int, default=0, help="fixes the starting noise [0]")
     group = parser.add_argument_group("machine")
     group.add_argument("--batch-size", type=int, default=1, help="images of one size translated together [1]")
@@ -70,7 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     translator = Translator(args)
     started = time.monotonic()
-    failures = translate_all(translator, todo, args.batch_size)
+    try:
+        failures = translate_all(translator, todo, args.batch_size)
+    except OSError as error:
+        raise UserError(f"cannot write the outputs: {error}") from error
     seconds, done = time.monotonic() - started, len(todo) - len(failures)
     print(f"{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
     if failures:
@@ -79,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
-    for name, low, high in (("num_inference_steps", 1, 1000), ("batch_size", 1, None), ("seed", 0, 2**63 - 1)):
+    for name, low, high in (("num_inference_steps", 1, 999), ("batch_size", 1, None), ("seed", 0, 2**63 - 1)):
         value = getattr(args, name)
         if value < low or (high is not None and value > high):
             allowed = f"at least {low}" + (f" and at most {high}" if high is not None else "")
@@ -91,6 +94,9 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         folder = getattr(args, option[2:].replace("-", "_"))
         if folder is not None and (earlier := seen.setdefault(folder.resolve(), option)) != option:
             raise UserError(f"{option}: {folder} is {earlier} already, expected a folder of its own")
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise UserError(f"{option}: {folder} is a file, expected a folder")
+    find_weights(Path(args.checkpoint).expanduser(), "--checkpoint")  # before the base model, which may be far away
     return args
 
 

@@ -35,6 +35,7 @@ from cdiffset.model import (
     load_vae,
     patch_conv_in,
     patch_conv_out,
+    vae_factor,
 )
 from cdiffset.uncertainty import confidence_map
 
@@ -109,7 +110,10 @@ class Trainer:
     def __init__(self, config: Config):
         self.config = config
         # Batches go to this process by BatchOrder, so Accelerate prepares the U-Net and the optimizer and nothing else.
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        try:
+            self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        except ValueError as error:
+            raise UserError(f"mixed_precision: {config.mixed_precision} cannot be had on this machine ({error})") from error
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.work_dir = Path(config.work_dir)
@@ -119,6 +123,7 @@ class Trainer:
         resume_from = self.find_resume() if config.phase == "train" else None
         self.open_work_dir()
         self.load_model(resume_from)
+        self.check_crops()
         if config.phase == "train":
             self.prepare_training(resume_from)
 
@@ -170,6 +175,14 @@ class Trainer:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.unet = unet.to(self.device)
+
+    def check_crops(self) -> None:
+        """Read a pair of each feeder: crops must be multiples of the VAE's factor."""
+        factor = vae_factor(self.vae)
+        for which, feeder in (("train", self.train_feeder), ("test", self.test_feeder)):
+            size = feeder[0]["sar"].shape[-1] if feeder is not None else factor
+            if size % factor:
+                raise UserError(f"{which}_feeder_args: crop_size {size}, expected a multiple of {factor}, the VAE's factor")
 
     def prepare_training(self, resume_from: Path | None) -> None:
         config = self.config
@@ -229,8 +242,14 @@ class Trainer:
         """Optimizer, schedule, scaler, average and counters of a checkpoint; its U-Net is loaded already."""
         state, meta = checkpoint.read_state(folder)
         try:
-            optimizer.load_state_dict(state["optimizer"])
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            for index, parameter in enumerate(self.parameters):  # PyTorch would notice in the first step only
+                if state["optimizer"]["state"][index]["exp_avg"].shape != parameter.shape:
+                    raise ValueError("it is of another stage; accelerator_path starts a stage from the weights of another")
+            # The moments and the place in the schedule are the checkpoint's, all settings are this configuration's.
+            optimizer.load_state_dict({**state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+            self.lr_scheduler.load_state_dict({**state["lr_scheduler"], "base_lrs": self.lr_scheduler.base_lrs})
+            share = self.lr_scheduler.lr_lambdas[0](self.lr_scheduler.last_epoch)
+            optimizer.param_groups[0]["lr"] = self.lr_scheduler.base_lrs[0] * share
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (KeyError, ValueError) as error:
@@ -269,10 +288,11 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------------- training
     def run(self) -> None:
-        if self.config.phase == "test":
-            self.test()
-        else:
-            self.fit()
+        try:
+            self.test() if self.config.phase == "test" else self.fit()
+        finally:
+            if self.board:
+                self.board.close()
 
     def fit(self) -> None:
         """Train to num_iter, validating and saving on the way."""
@@ -282,19 +302,19 @@ class Trainer:
         bar = tqdm(
             total=config.num_iter, initial=self.iteration, desc="training", unit="it", disable=not self.is_main, mininterval=1
         )
-        while self.iteration < config.num_iter:
-            self.step(batches, window)
-            self.iteration += 1
-            bar.update()
-            last = self.iteration == config.num_iter
-            if last or self.iteration % config.log_iter == 0:
-                self.log(window, bar)
-            improved = self.validation_is_due() and self.validate()
-            if names := self.checkpoint_names(improved, last):
-                self.save(names)
-            if improved or names:
-                window.restart_clock()
-        bar.close()
+        with bar:  # closed also by an error, whose message then has a line of its own
+            while self.iteration < config.num_iter:
+                self.step(batches, window)
+                self.iteration += 1
+                bar.update()
+                last = self.iteration == config.num_iter
+                if last or self.iteration % config.log_iter == 0:
+                    self.log(window, bar)
+                paused = time.monotonic()
+                improved = self.validation_is_due() and self.validate()
+                if names := self.checkpoint_names(improved, last):
+                    self.save(names)
+                window.started += time.monotonic() - paused  # images/s are those of training alone
         self.train_log.info("finished: %d iterations, best PSNR %.3f dB", self.iteration, self.best_psnr)
 
     def train_loader(self) -> DataLoader:
@@ -347,12 +367,14 @@ class Trainer:
             return
         if self.accelerator.scaler is not None and torch.isfinite(self.accelerator.reduce(loss.detach())):
             return  # fp16 overflows now and then; the scaler skips the step and lowers its scale
-        kept = checkpoint.list_checkpoints(self.work_dir)
         raise UserError(
-            f"iteration {self.iteration}: the gradient norm is {grad_norm.item()} and the loss {loss.item():.4g}, at timesteps "
-            f"{timesteps.tolist()}; the weights are as before this step and were not saved; last good checkpoint: "
-            f"{kept[-1] if kept else 'none yet'}"
+            f"iteration {self.iteration + 1}: the gradient norm is {grad_norm.item()} and the loss {loss.item():.4g}, at "
+            f"timesteps {timesteps.tolist()}; the weights are as before this step and were not saved; {self.last_good()}"
         )
+
+    def last_good(self) -> str:
+        kept = checkpoint.list_checkpoints(self.work_dir)
+        return f"last good checkpoint: {kept[-1] if kept else 'none yet'}"
 
     def update_ema(self) -> None:
         """Exponential average of the weights, with a short memory at first: decay min(ema_decay, (1 + n) / (10 + n))."""
@@ -429,7 +451,7 @@ class Trainer:
         A picture per pair (SAR, EO, generated EO, confidence) goes to `folder`; with `singles`, the bare EO and generated EO
         also go to its eo/ and generated/.
         """
-        translator = self.translator()
+        translator = self.translator().eval()
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
         loader = DataLoader(Subset(self.test_feeder, mine), self.config.test_batch_size, num_workers=self.config.num_worker)
         rows = []
@@ -439,8 +461,12 @@ class Trainer:
                     translator, self.vae, self.scheduler, batch["sar"].to(self.device), self.prompt_embedding,
                     self.config.num_inference_steps, self.config.seed,
                 )  # fmt: skip
+            if not generated.isfinite().all():
+                where = f"iteration {self.iteration}: " if self.config.phase == "train" else ""
+                raise UserError(f"{where}the generated images are not finite; {self.last_good()}")
             rows += utils.image_rows(batch["name"], self.metrics(generated, batch["eo"]))
             write_pictures(folder, singles, batch, generated.cpu(), sigma2)
+        self.unet.train(self.config.phase == "train")
         gathered = gather_object(rows)
         in_order = {self.test_feeder.names[index]: place for place, index in enumerate(indices)}
         return sorted(gathered, key=lambda row: in_order[row["name"]])
@@ -451,7 +477,10 @@ class Trainer:
 
     @cached_property
     def metrics(self) -> utils.PairMetrics:
-        return utils.PairMetrics(self.device, with_lpips=self.config.lpips)
+        metrics = utils.PairMetrics(self.device, with_lpips=self.config.lpips)
+        for name, reason in metrics.absent.items():
+            self.val_log.info("%s is left out: %s", name, reason)
+        return metrics
 
 
 class LogWindow:
@@ -466,10 +495,6 @@ class LogWindow:
         self.loss = torch.zeros((), device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
         self.sigma2 = torch.zeros(2, 4, device=self.device)  # (sum, count) by quarter of the timesteps
-
-    def restart_clock(self) -> None:
-        """Leave validation and saving out of images/s."""
-        self.started = time.monotonic()
 
     def add(self, loss: torch.Tensor, timesteps: torch.Tensor, sigma2: torch.Tensor | None, num_train_timesteps: int) -> None:
         self.loss += loss.detach()

@@ -37,6 +37,7 @@ class Simulation:
     looks: float = 4.0  # equivalent number of looks of the speckle: 1 is the noisiest
     p_sar_only: float = 0.3  # share of the ships and vehicles that only the SAR shows
     p_eo_only: float = 0.3  # share of the ships and vehicles that only the EO shows
+    texture: float = 1.0  # strength of the EO's texture and tint, which no SAR foretells
 
 
 # Land cover: EO colour (0-255), EO texture, SAR backscatter in dB, SAR texture in dB.
@@ -127,7 +128,7 @@ def disc(centre, radius: float) -> np.ndarray:
     return np.asarray(centre) + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
-def lay_ground(rng: np.random.Generator, canvas: Canvas) -> None:
+def lay_ground(rng: np.random.Generator, canvas: Canvas, texture: float) -> None:
     """Water by a thresholded smooth field, land as Voronoi parcels of one cover each."""
     size = canvas.size
     spacing_px = 26
@@ -138,12 +139,12 @@ def lay_ground(rng: np.random.Generator, canvas: Canvas) -> None:
     cover_share = rng.dirichlet([0.7, 0.7, 0.7, 0.7, 1.4])
     canvas.land[:] = rng.choice(len(LAND), len(sites), p=cover_share)[parcel]
     canvas.land[smooth_noise(rng, size, size_limited(14.0, size)) < rng.uniform(-2.0, 0.9)] = -1
-    tint = rng.normal(0, 5.0, (len(sites), 3)).astype(np.float32)
+    tint = rng.normal(0, 5.0, (len(sites), 3)).astype(np.float32) * texture
     for index, cover in enumerate((WATER, *LAND.values()), start=-1):
         colour, eo_texture, db, db_texture = cover
         here = canvas.land == index
         grain = smooth_noise(rng, size, 1.0)
-        canvas.eo[here] = np.array(colour) + (grain * eo_texture)[here][:, None]
+        canvas.eo[here] = np.array(colour) + (grain * eo_texture * texture)[here][:, None]
         canvas.db[here] = db + (grain * db_texture)[here]
         if index >= 0:
             canvas.eo[here] += tint[parcel[here]]
@@ -252,7 +253,7 @@ def simulate_scene(rng: np.random.Generator, simulation: Simulation) -> dict[str
     canvas = Canvas(simulation.size)
     sun_angle = rng.uniform(np.pi / 8, 3 * np.pi / 8)
     sun = np.array([np.cos(sun_angle), np.sin(sun_angle)])
-    lay_ground(rng, canvas)
+    lay_ground(rng, canvas, simulation.texture)
     roads = lay_roads(rng, canvas)
     place_bright_statics(rng, canvas, sun)
     place_buildings(rng, canvas, sun)
@@ -294,12 +295,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--looks", type=float, default=Simulation.looks, help="looks of the speckle; fewer are noisier")
     parser.add_argument("--p-sar-only", type=float, default=Simulation.p_sar_only, help="share of movables only in the SAR")
     parser.add_argument("--p-eo-only", type=float, default=Simulation.p_eo_only, help="share of movables only in the EO")
+    parser.add_argument("--texture", type=float, default=Simulation.texture, help="strength of the EO's texture and tint")
     args = parser.parse_args(argv)
-    if args.size < 32 or args.looks <= 0 or min(args.train, args.test, args.seed) < 0:
-        parser.error("--size must be at least 32, --looks above 0, and --train, --test and --seed not negative")
+    if args.size < 32 or args.looks <= 0 or min(args.train, args.test, args.seed, args.texture) < 0:
+        parser.error("--size must be at least 32, --looks above 0; --train, --test, --seed and --texture not negative")
     if min(args.p_sar_only, args.p_eo_only) < 0 or args.p_sar_only + args.p_eo_only > 1:
         parser.error("--p-sar-only and --p-eo-only must be shares from 0 to 1 that add up to at most 1")
-    simulation = Simulation(args.size, args.looks, args.p_sar_only, args.p_eo_only)
+    simulation = Simulation(args.size, args.looks, args.p_sar_only, args.p_eo_only, args.texture)
     for split, count in (("train", args.train), ("test", args.test)):
         write_split(args.output, split, count, args.seed, simulation)
     record = {"seed": args.seed, "gsd_m": GSD_M, "train": args.train, "test": args.test, **asdict(simulation)}
