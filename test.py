@@ -94,6 +94,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         folder = getattr(args, option[2:].replace("-", "_"))
         if folder is not None and (earlier := seen.setdefault(folder.resolve(), option)) != option:
             raise UserError(f"{option}: {folder} is {earlier} already, expected a folder of its own")
+        if folder is not None and args.sar_dir.resolve() in folder.resolve().parents:
+            raise UserError(f"{option}: {folder} lies in --sar-dir, whose images would then include the results")
         if folder is not None and folder.exists() and not folder.is_dir():
             raise UserError(f"{option}: {folder} is a file, expected a folder")
     find_weights(Path(args.checkpoint).expanduser(), "--checkpoint")  # before the base model, which may be far away

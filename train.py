@@ -45,7 +45,7 @@ ORDER, NOISE = 1, 2  # purposes of random draws, so that no two share a stream
 FREE_TO_CHANGE = {
     "phase", "work_dir", "num_worker", "gpu", "num_inference_steps", "val_len", "test_batch_size", "test_feeder_args",
     "lpips", "eval_epoch", "eval_each_epoch_from", "log_iter", "save_iter", "save_epoch", "checkpoints_total_limit", "resume",
-    "report_to", "accelerator_path", "gradient_checkpointing", "gradient_accumulation_steps",
+    "report_to", "gradient_checkpointing", "gradient_accumulation_steps",
 }  # fmt: skip
 
 
@@ -111,7 +111,8 @@ class Trainer:
         self.config = config
         # Batches go to this process by BatchOrder, so Accelerate prepares the U-Net and the optimizer and nothing else.
         try:
-            self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+            # `cpu` also tells a launcher's processes to talk by gloo where there is nothing to accelerate on.
+            self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
         except ValueError as error:
             raise UserError(f"mixed_precision: {config.mixed_precision} cannot be had on this machine ({error})") from error
         self.device = self.accelerator.device
@@ -131,7 +132,7 @@ class Trainer:
     def open_work_dir(self) -> None:
         try:
             self.work_dir.mkdir(parents=True, exist_ok=True)
-            if self.is_main:
+            if self.is_main and self.config.phase == "train":
                 (self.work_dir / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"work_dir: cannot write into {self.work_dir}: {error.strerror}") from error
@@ -151,13 +152,12 @@ class Trainer:
         self.scheduler = load_scheduler(base, config.prediction_type)
         self.prompt_embedding = embed_prompt(base, config.prompt).to(self.device)
         latent_channels = self.vae.config.latent_channels
-        start = str(resume_from) if resume_from else config.accelerator_path
+        option, start = ("resume", str(resume_from)) if resume_from else ("accelerator_path", config.accelerator_path)
         if start is None and config.phase == "test":
             start = str(self.newest_result())
         if start is None:
             unet, origin = patch_conv_in(load_base_unet(base)), f"the base model {base} (accelerator_path is null)"
         else:
-            option = "resume" if resume_from else "accelerator_path"
             source = resume_from / "unet" if resume_from else start
             unet, weights = checkpoint.load_unet(str(source), base, latent_channels, option)
             origin = str(weights)
@@ -166,10 +166,10 @@ class Trainer:
             unet = patch_conv_out(unet)
         elif has_variance and not config.confidence and config.phase == "train":
             raise UserError(
-                f"accelerator_path: stage 1 (confidence: false) expects {latent_channels} output channels, {start} has "
+                f"{option}: stage 1 (confidence: false) expects {latent_channels} output channels, {start} has "
                 f"{latent_channels + 1}: it is a stage 2 checkpoint"
             )
-        check_prompt_width(unet, self.prompt_embedding, base, "accelerator_path")
+        check_prompt_width(unet, self.prompt_embedding, base, option)
         stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
         self.train_log.info("%s: %s, U-Net from %s", config.phase, stage, origin)
         if config.gradient_checkpointing:

@@ -98,6 +98,12 @@ def write_tiff(path: str | Path, values: np.ndarray) -> None:
         target.write(values.astype(np.float32, copy=False), 1)
 
 
+def read_tiff(path: str | Path) -> np.ndarray:
+    """What write_tiff wrote: float32 [H, W]."""
+    with _without_georeference(), rasterio.open(path) as source:
+        return source.read(1)
+
+
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to, then move it there; after a failure nothing is left of it."""

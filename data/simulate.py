@@ -37,6 +37,7 @@ class Simulation:
     looks: float = 4.0  # equivalent number of looks of the speckle: 1 is the noisiest
     p_sar_only: float = 0.3  # share of the ships and vehicles that only the SAR shows
     p_eo_only: float = 0.3  # share of the ships and vehicles that only the EO shows
+    parcel_px: float = 26.0  # mean distance of neighbouring land parcels
     texture: float = 1.0  # strength of the EO's texture and tint, which no SAR foretells
 
 
@@ -128,10 +129,10 @@ def disc(centre, radius: float) -> np.ndarray:
     return np.asarray(centre) + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
-def lay_ground(rng: np.random.Generator, canvas: Canvas, texture: float) -> None:
+def lay_ground(rng: np.random.Generator, canvas: Canvas, simulation: Simulation) -> None:
     """Water by a thresholded smooth field, land as Voronoi parcels of one cover each."""
     size = canvas.size
-    spacing_px = 26
+    spacing_px, texture = simulation.parcel_px, simulation.texture
     sites = rng.uniform(-spacing_px, size + spacing_px, (max(4, round((size / spacing_px + 2) ** 2)), 2))
     yx = np.stack(np.mgrid[:size, :size], -1).reshape(-1, 2)
     wobble = np.stack([smooth_noise(rng, size, 5.0) for _ in range(2)], -1).reshape(-1, 2) * 1.5
@@ -253,7 +254,7 @@ def simulate_scene(rng: np.random.Generator, simulation: Simulation) -> dict[str
     canvas = Canvas(simulation.size)
     sun_angle = rng.uniform(np.pi / 8, 3 * np.pi / 8)
     sun = np.array([np.cos(sun_angle), np.sin(sun_angle)])
-    lay_ground(rng, canvas, simulation.texture)
+    lay_ground(rng, canvas, simulation)
     roads = lay_roads(rng, canvas)
     place_bright_statics(rng, canvas, sun)
     place_buildings(rng, canvas, sun)
@@ -295,13 +296,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--looks", type=float, default=Simulation.looks, help="looks of the speckle; fewer are noisier")
     parser.add_argument("--p-sar-only", type=float, default=Simulation.p_sar_only, help="share of movables only in the SAR")
     parser.add_argument("--p-eo-only", type=float, default=Simulation.p_eo_only, help="share of movables only in the EO")
+    parser.add_argument("--parcel-px", type=float, default=Simulation.parcel_px, help="mean distance of land parcels, px")
     parser.add_argument("--texture", type=float, default=Simulation.texture, help="strength of the EO's texture and tint")
     args = parser.parse_args(argv)
-    if args.size < 32 or args.looks <= 0 or min(args.train, args.test, args.seed, args.texture) < 0:
-        parser.error("--size must be at least 32, --looks above 0; --train, --test, --seed and --texture not negative")
+    if args.size < 32 or args.looks <= 0 or args.parcel_px < 4 or min(args.train, args.test, args.seed, args.texture) < 0:
+        parser.error(
+            "--size must be at least 32, --parcel-px 4, --looks above 0; --train, --test, --seed, --texture not negative"
+        )
     if min(args.p_sar_only, args.p_eo_only) < 0 or args.p_sar_only + args.p_eo_only > 1:
         parser.error("--p-sar-only and --p-eo-only must be shares from 0 to 1 that add up to at most 1")
-    simulation = Simulation(args.size, args.looks, args.p_sar_only, args.p_eo_only, args.texture)
+    simulation = Simulation(args.size, args.looks, args.p_sar_only, args.p_eo_only, args.parcel_px, args.texture)
     for split, count in (("train", args.train), ("test", args.test)):
         write_split(args.output, split, count, args.seed, simulation)
     record = {"seed": args.seed, "gsd_m": GSD_M, "train": args.train, "test": args.test, **asdict(simulation)}

@@ -17,13 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cdiffset  # noqa: F401  first: it mends torchvision
 
 # isort: split
-import rasterio
 import torch
 from PIL import Image
 
 import utils
 from cdiffset.errors import UserError, run
-from cdiffset.images import list_images, read_eo, read_sar, to_signed, write_png, written_whole
+from cdiffset.images import list_images, read_eo, read_sar, read_tiff, to_signed, write_png, written_whole
 from cdiffset.model import decode, encode, load_vae
 from cdiffset.uncertainty import auroc, ause, spearman
 
@@ -41,8 +40,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def read_variance(path: Path) -> np.ndarray:
-    with rasterio.open(path.with_suffix(".tif")) as source:
-        return source.read(1)
+    return read_tiff(path.with_suffix(".tif"))
 
 
 def as_batch(pixels: np.ndarray) -> torch.Tensor:

@@ -414,3 +414,11 @@ def test_main_prints_a_mistake_as_one_line_and_ends_with_2():
     ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "error: unknown key 'batchsize' on the command line, did you mean 'batch_size'?\n"
+
+
+def test_placeholders_of_a_feeder_that_is_not_read_do_not_matter(tmp_path):
+    written = tmp_path / "run.yaml"
+    written.write_text("train_feeder_args: {dataroot: /path/to/data}\ntest_feeder_args: {dataroot: data}\n")
+    assert load_config(["--config", str(written), "--phase", "test"]).phase == "test"
+    with pytest.raises(UserError, match="train_feeder_args.dataroot"):
+        load_config(["--config", str(written)])

@@ -1,0 +1,78 @@
+"""The scene simulator: reproducible, and its masks say exactly what only one of the two images shows."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import binary_dilation
+
+from data.simulate import SAR_DB_RANGE, Simulation, acquire_sar, main, simulate_scene
+
+
+def scene(index: int, **changes) -> dict[str, np.ndarray]:
+    return simulate_scene(np.random.default_rng([7, index]), Simulation(**changes))
+
+
+def scenes_with_movables(**changes) -> list[int]:
+    return [index for index in range(30) if scene(index, **changes)["mask_sar_only"].any()]
+
+
+def test_masks_hold_all_that_differs():
+    """The same draws with every movable object in both images, only in the SAR, or only in the EO."""
+    indices = scenes_with_movables(p_sar_only=1, p_eo_only=0)
+    assert len(indices) >= 10
+    for index in indices:
+        both = scene(index, p_sar_only=0, p_eo_only=0)
+        sar_only = scene(index, p_sar_only=1, p_eo_only=0)
+        eo_only = scene(index, p_sar_only=0, p_eo_only=1)
+        objects = sar_only["mask_sar_only"] > 0
+        assert not both["mask_sar_only"].any() and not both["mask_eo_only"].any()
+        assert (objects == (eo_only["mask_eo_only"] > 0)).all()
+        np.testing.assert_array_equal(sar_only["sar"], both["sar"])
+        np.testing.assert_array_equal(eo_only["eo"], both["eo"])
+        reach = binary_dilation(objects, iterations=6)  # the blur of the optics
+        np.testing.assert_array_equal(sar_only["eo"][~reach], both["eo"][~reach])
+        np.testing.assert_array_equal(eo_only["sar"][~reach], both["sar"][~reach])
+        assert eo_only["sar"][objects].mean() < both["sar"][objects].mean() - 40
+        assert np.abs(sar_only["eo"].astype(float) - both["eo"])[objects].mean() > 30
+
+
+def test_permanent_structures_are_as_bright_as_movables():
+    """Else the SAR's brightness alone would tell the doubtful objects."""
+    movable, permanent = [], []
+    for index in range(60):
+        drawn = scene(index, p_sar_only=1, p_eo_only=0)
+        objects = drawn["mask_sar_only"] > 0
+        movable += drawn["sar"][objects].tolist()
+        permanent += drawn["sar"][~binary_dilation(objects, iterations=2)].tolist()
+    bright = np.percentile(movable, 25)
+    assert np.sum(np.array(permanent) > bright) > np.sum(np.array(movable) > bright)
+
+
+@pytest.mark.parametrize("looks", [1, 4, 16])
+def test_speckle_is_gamma_of_the_stated_looks(looks):
+    low, high = SAR_DB_RANGE
+    shown = acquire_sar(np.random.default_rng(0), np.full((400, 400), -8.0), looks)
+    intensity = 10 ** ((shown / 255 * (high - low) + low) / 10) / 10**-0.8
+    assert intensity.mean() == pytest.approx(1, abs=0.01)
+    assert intensity.var() == pytest.approx(1 / looks, rel=0.03)
+
+
+def test_command_is_reproducible_and_scenes_do_not_depend_on_the_count(tmp_path):
+    for folder, count in (("a", 3), ("b", 3), ("c", 1)):
+        assert main(["--output", str(tmp_path / folder), "--train", str(count), "--test", "1", "--size", "48"]) == 0
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.png"))
+    assert len(files) == 4 * (3 + 1)
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        if (tmp_path / "c" / file).exists():
+            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "c" / file).read_bytes()
+    with Image.open(tmp_path / "a/train/eo/00000.png") as eo, Image.open(tmp_path / "a/train/eo/00001.png") as other:
+        assert eo.size == (48, 48) and eo.tobytes() != other.tobytes()
+    assert (tmp_path / "a/train/sar/00000.png").read_bytes() != (tmp_path / "a/test/sar/00000.png").read_bytes()
+
+
+@pytest.mark.parametrize("wrong", [["--size", "8"], ["--looks", "0"], ["--p-sar-only", "0.8", "--p-eo-only", "0.4"]])
+def test_wrong_options_are_refused(tmp_path, wrong):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--output", str(tmp_path / "out"), *wrong])
+    assert stopped.value.code == 2 and not (tmp_path / "out").exists()
