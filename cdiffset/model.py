@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from torch import nn
@@ -19,6 +20,7 @@ from cdiffset.errors import UserError
 
 # The libraries' retries and bars say less than our own one-line error.
 hub_logging.set_verbosity_error()
+diffusers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 COMPONENTS = ("scheduler", "tokenizer", "text_encoder", "vae", "unet")

@@ -794,7 +794,7 @@ def test_phase_test_without_a_checkpoint_says_so(argv, tmp_path):
 def test_two_processes_train_like_one(argv, run, tiny_base, tmp_path):
     settings = {"num_iter": 4, "confidence": True, "ema_decay": 0.9, "save_iter": 2, "gradient_accumulation_steps": 2}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(REPO / "main.py")]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = launch + argv(tmp_path / "two", **settings)
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
