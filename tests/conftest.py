@@ -17,7 +17,7 @@ from PIL import Image
 
 from demo.pretrain_base import make_scheduler, make_text_encoder
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).resolve().parents[1]
 
 
 def tiny_unet(**changes) -> UNet2DConditionModel:
@@ -38,6 +38,15 @@ def tiny_vae() -> AutoencoderKL:
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=[8, 8, 8],
         layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32, scaling_factor=0.7,
     ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def samples() -> Path:
+    """Real pairs in the datasets' layouts, QXSLAB_SAROPT/ and sar2opt/, where someone has put them."""
+    folder = Path(os.environ.get("CDIFFSET_SAMPLES", REPO.parent / "shared/samples"))
+    if not folder.is_dir():
+        pytest.skip(f"no real samples in {folder}")
+    return folder
 
 
 @pytest.fixture(scope="session")

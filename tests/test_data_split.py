@@ -9,21 +9,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import REPO
 
 from cdiffset.errors import UserError
 from data.data_split import held_out, main, shuffled_split
 from feeders.feeder import QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder
 
-REPO = Path(__file__).resolve().parents[1]
 SEASONS = ("ROIs1158_spring", "ROIs1868_summer", "ROIs1970_fall", "ROIs2017_winter")
-
-
-@pytest.fixture
-def samples() -> Path:
-    folder = Path(os.environ.get("CDIFFSET_SAMPLES", REPO.parent / "shared/samples"))
-    if not folder.is_dir():
-        pytest.skip(f"no real samples in {folder}")
-    return folder
 
 
 def touch(root, *names):

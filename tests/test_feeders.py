@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
@@ -14,17 +14,8 @@ from torch.utils.data import DataLoader
 from cdiffset.errors import UserError
 from feeders.feeder import PairedFolderFeeder, QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder, StellarFeeder, split_of
 
-REPO = Path(__file__).resolve().parents[1]
 SIZE, CROP = 12, 8
 ENTRIES = [f"opt_256_oc_0.2/{number}.png" for number in (1, 2, 3)]
-
-
-@pytest.fixture
-def samples() -> Path:
-    folder = Path(os.environ.get("CDIFFSET_SAMPLES", REPO.parent / "shared/samples"))
-    if not folder.is_dir():
-        pytest.skip(f"no real samples in {folder}")
-    return folder
 
 
 def coded(size=SIZE, blue=0):

@@ -15,16 +15,7 @@ from PIL import Image
 from cdiffset.errors import UserError, run
 from cdiffset.images import list_images, read_eo, read_sar, to_signed, to_uint8, write_png, write_tiff
 
-REPO = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-@pytest.fixture
-def samples() -> Path:
-    folder = Path(os.environ.get("CDIFFSET_SAMPLES", REPO.parent / "shared/samples"))
-    if not folder.is_dir():
-        pytest.skip(f"no real samples in {folder}")
-    return folder
 
 
 @pytest.fixture
