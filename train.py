@@ -348,10 +348,11 @@ class Trainer:
             window.add(loss, timesteps[mine], sigma2, self.scheduler.config.num_train_timesteps)
         grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         self.stop_if_not_finite(grad_norm, loss, timesteps)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        window.close_step(grad_norm)
+        window.close_step(grad_norm, learning_rate)
         self.update_ema()
 
     def draw_noise(self, latent_shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
@@ -385,7 +386,7 @@ class Trainer:
         torch._foreach_lerp_(averages, [parameter.detach() for parameter in self.parameters], 1 - decay)
 
     def log(self, window: "LogWindow", bar: tqdm) -> None:
-        values = window.read(self.accelerator) | {"lr": self.lr_scheduler.get_last_lr()[0]}
+        values = window.read(self.accelerator)
         values["images_per_s"] = window.steps * self.order.batch_size / window.seconds()
         window.reset()
         epoch = self.iteration / self.order.iterations_per_epoch
@@ -503,17 +504,18 @@ class LogWindow:
             quarter = timesteps * 4 // num_train_timesteps  # [B]
             self.sigma2.index_add_(1, quarter, torch.stack([sigma2, torch.ones_like(sigma2)]))
 
-    def close_step(self, grad_norm: torch.Tensor) -> None:
+    def close_step(self, grad_norm: torch.Tensor, learning_rate: float) -> None:
         self.steps += 1
+        self.learning_rate = learning_rate
         self.grad_norm += grad_norm.detach()
 
     def seconds(self) -> float:
         return max(time.monotonic() - self.started, 1e-9)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over the window and all processes; σ² only for the quarters that were drawn."""
+        """Means over the window and all processes, and the last step's lr; σ² only for the quarters that were drawn."""
         loss, grad_norm, sigma2 = (accelerator.reduce(value, "mean") for value in (self.loss, self.grad_norm, self.sigma2))
-        values = {"loss": loss.item() / self.parts, "grad_norm": grad_norm.item() / self.steps}
+        values = {"loss": loss.item() / self.parts, "grad_norm": grad_norm.item() / self.steps, "lr": self.learning_rate}
         names = ("sigma2_t0-25%", "sigma2_t25-50%", "sigma2_t50-75%", "sigma2_t75-100%")
         return values | {name: total / count for name, total, count in zip(names, *sigma2.tolist(), strict=True) if count}
 

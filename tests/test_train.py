@@ -495,7 +495,7 @@ def test_resume_latest_continues_with_changed_settings(run, begun, tmp_path):
         assert f"changed since: {line}" in log
     rows = train_lines(begun)
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
-    assert rows[2]["lr"] == pytest.approx(2e-3 * (1 + math.cos(math.pi * 3 / 4)) / 2, rel=1e-3)
+    assert rows[2]["lr"] == pytest.approx(2e-3 * (1 + math.cos(math.pi * 2 / 4)) / 2, rel=1e-3)
     group = torch.load(begun / "latest" / "training_state.pt", weights_only=True)["optimizer"]["param_groups"][0]
     assert group["weight_decay"] == 0.5
 
