@@ -506,6 +506,15 @@ def test_the_first_step_after_a_change_takes_the_new_learning_rate(build, begun)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * (1 + math.cos(math.pi / 2)) / 2)
 
 
+def test_validation_gives_the_unet_back_in_training_mode(build, monkeypatch):
+    """Else gradient checkpointing and dropout would be off from the first validation on."""
+    trainer, seen = build(), []
+    monkeypatch.setattr(train, "translate", lambda unet, *rest: seen.append(unet.training) or translate(unet, *rest))
+    trainer.validate()
+    assert seen and not any(seen)
+    assert trainer.unet.training
+
+
 def test_resume_from_a_folder(run, begun, tmp_path):
     other = run(tmp_path / "other", num_iter=2, confidence=True, resume=begun / "checkpoint-1")
     assert "at iteration 1" in (other / "train_log.txt").read_text()
