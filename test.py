@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from cdiffset.checkpoint import find_weights, load_unet, read_meta
-from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT
+from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES
 from cdiffset.diffusion import translate
 from cdiffset.errors import UserError, run
 from cdiffset.images import list_images, read_sar, to_signed, to_uint8, write_png, write_tiff
@@ -34,8 +34,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--checkpoint", required=True, help="U-Net: .safetensors file, diffusers folder or checkpoint folder")
     group.add_argument("--pretrained-model-name-or-path", help=f"base model [the checkpoint's own, else {DEFAULT_BASE}]")
     group.add_argument("--prompt", help=f"text prompt [the checkpoint's own, else {DEFAULT_PROMPT!r}]")
-    kinds = ("epsilon", "sample", "v_prediction")
-    group.add_argument("--prediction-type", choices=kinds, help="what the U-Net predicts [the checkpoint's own, else epsilon]")
+    group.add_argument(
+        "--prediction-type", choices=PREDICTION_TYPES, help="what the U-Net predicts [the checkpoint's own, else epsilon]"
+    )
     group = parser.add_argument_group("sampling")
     group.add_argument("--num-inference-steps", type=int, default=50, help="DDIM steps, 1 to 999 [50]")
     group.add_argument("--seed", type=int, default=0, help="fixes the starting noise [0]")

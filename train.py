@@ -5,6 +5,7 @@ import importlib
 import json
 import logging
 import math
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -438,6 +439,10 @@ class Trainer:
     def test(self) -> None:
         """Translate the whole test list and write report.json, report.md and metrics.csv beside the pictures."""
         folder = self.work_dir / "test"
+        if self.is_main:  # FID reads whole folders: pictures of an earlier, longer list must not count
+            for name in ("results", "generated", "eo"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         rows = self.evaluate(range(len(self.test_feeder)), folder / "results", singles=folder)
         if self.is_main:
             set_values, absent = utils.set_metrics(folder / "generated", folder / "eo", self.device)
@@ -468,9 +473,9 @@ class Trainer:
             rows += utils.image_rows(batch["name"], self.metrics(generated, batch["eo"]))
             write_pictures(folder, singles, batch, generated.cpu(), sigma2)
         self.unet.train(self.config.phase == "train")
-        gathered = gather_object(rows)
-        in_order = {self.test_feeder.names[index]: place for place, index in enumerate(indices)}
-        return sorted(gathered, key=lambda row: in_order[row["name"]])
+        names = self.test_feeder.names
+        place = {names[index]: index for index in indices}
+        return sorted(gather_object(rows), key=lambda row: place[row["name"]])
 
     def translator(self):
         """The U-Net to judge: the average where one is kept, without the distributed wrapper."""

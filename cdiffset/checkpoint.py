@@ -76,7 +76,6 @@ def load_unet(path: str, base: str, latent_channels: int, option: str) -> tuple[
     """Load a stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net in float32, whole or not at all.
 
     Returns the U-Net, in evaluation mode, and its weights file.
-
     `base` gives the architecture to weights that come without a config.json; `option` is what errors name.
     """
     weights = find_weights(Path(path).expanduser(), option)

@@ -117,6 +117,7 @@ GROUPS = {  # the first setting of each group, for --help
     "log_iter": "logs and checkpoints",
 }  # fmt: skip
 
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
 
 
@@ -138,7 +139,7 @@ class Config:
     confidence: bool = knob(True, boolean, "true: stage 2, variance channel and C-Diff loss; false: stage 1, MSE")
     prompt: str = knob(DEFAULT_PROMPT, text, "the one text prompt; empty: the null prompt")
 
-    prediction_type: str = knob("epsilon", choice("epsilon", "sample", "v_prediction"), "what the U-Net predicts")
+    prediction_type: str = knob("epsilon", choice(*PREDICTION_TYPES), "what the U-Net predicts")
     beta: str | float = knob("timestep", beta_value, "C-Diff exponent: timestep (sqrt of alpha-bar) or 0 to 1")
 
     optimizer: str = knob("AdamW", choice("AdamW", "Adam"), "optimizer")

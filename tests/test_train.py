@@ -771,6 +771,9 @@ def offline(monkeypatch, tmp_path):
 def test_phase_test_reports_on_the_whole_list(stages, run, pair_folders, tmp_path, offline, given):
     """On the checkpoint given, or the run's own best; whatever val_len says."""
     if given:
+        stale = tmp_path / "test" / "test" / "generated" / "of_an_earlier_list.png"  # FID would count it
+        stale.parent.mkdir(parents=True)
+        stale.touch()
         work_dir = run(tmp_path / "test", phase="test", accelerator_path=stages[1] / "best", confidence=True, val_len=2)
     else:
         work_dir = run(shutil.copytree(stages[1], tmp_path / "copy"), phase="test", confidence=True, val_len=2)
@@ -787,6 +790,8 @@ def test_phase_test_reports_on_the_whole_list(stages, run, pair_folders, tmp_pat
     assert report["absent"]["lpips"] == "switched off" and "Name or service not known" in report["absent"]["fid"]
     table = (folder / "report.md").read_text()
     assert f"{report['means']['standard']['psnr']['mean']:.4f}" in table and "LPIPS: switched off" in table
+    for kind in ("eo", "generated", "results"):
+        assert sorted(path.stem for path in (folder / kind).iterdir()) == names
     for name, row in zip(names, rows, strict=True):
         eo, generated = (np.array(Image.open(folder / kind / f"{name}.png")) for kind in ("eo", "generated"))
         assert np.array_equal(eo, np.array(Image.open(pair_folders / "test" / "eo" / f"{name}.png"))[4:36, 4:36])
