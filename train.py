@@ -5,9 +5,11 @@ import importlib
 import json
 import logging
 import math
+import os
 import shutil
+import signal
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, Sampler, Subset
 from tqdm import tqdm
@@ -24,7 +26,7 @@ import utils
 from cdiffset import checkpoint
 from cdiffset.config import Config, flatten
 from cdiffset.diffusion import training_loss, translate
-from cdiffset.errors import UserError
+from cdiffset.errors import Stopped, UserError, message_of
 from cdiffset.images import to_uint8, write_png
 from cdiffset.model import (
     check_base,
@@ -40,13 +42,14 @@ from cdiffset.model import (
 )
 from cdiffset.uncertainty import confidence_map
 
+ECHO_S = 5  # launchers pass a signal on that the processes have got themselves
 ORDER, NOISE = 1, 2  # purposes of random draws, so that no two share a stream
 
 # Settings that may change between two parts of a run without changing what is learnt.
 FREE_TO_CHANGE = {
     "phase", "work_dir", "num_worker", "gpu", "num_inference_steps", "val_len", "test_batch_size", "test_feeder_args",
     "lpips", "eval_epoch", "eval_each_epoch_from", "log_iter", "save_iter", "save_epoch", "checkpoints_total_limit", "resume",
-    "report_to", "gradient_checkpointing", "gradient_accumulation_steps",
+    "report_to", "gradient_checkpointing", "gradient_accumulation_steps", "skip_nonfinite",
 }  # fmt: skip
 
 
@@ -118,11 +121,12 @@ class Trainer:
             raise UserError(f"mixed_precision: {config.mixed_precision} cannot be had on this machine ({error})") from error
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
-        self.work_dir = Path(config.work_dir)
+        self.work_dir, self.lock = Path(config.work_dir), None
+        self.found_at_start: list[str] = []  # what an earlier run left behind, for the log
         check_base(config.pretrained_model_name_or_path)
         self.test_feeder = build_feeder(config, "test")
         self.train_feeder = build_feeder(config, "train") if config.phase == "train" else None
-        resume_from = self.find_resume() if config.phase == "train" else None
+        resume_from = self.agree_on_resume() if config.phase == "train" else None
         self.open_work_dir()
         self.load_model(resume_from)
         self.check_crops()
@@ -134,16 +138,14 @@ class Trainer:
         try:
             self.work_dir.mkdir(parents=True, exist_ok=True)
             if self.is_main and self.config.phase == "train":
+                self.lock = self.lock or checkpoint.lock(self.work_dir)
                 (self.work_dir / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+            self.train_log = text_log(self.work_dir / "train_log.txt", self.is_main)
+            self.val_log = text_log(self.work_dir / "val_log.txt", self.is_main)
         except OSError as error:
             raise UserError(f"work_dir: cannot write into {self.work_dir}: {error.strerror}") from error
-        self.train_log = text_log(self.work_dir / "train_log.txt", self.is_main)
-        self.val_log = text_log(self.work_dir / "val_log.txt", self.is_main)
-        self.board = None
-        if self.is_main and self.config.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self.board = SummaryWriter(str(self.work_dir / "tensorboard"))
+        for line in self.found_at_start:
+            self.train_log.info(line)
 
     def load_model(self, resume_from: Path | None) -> None:
         """The frozen VAE and prompt embedding, and the U-Net from the base, from accelerator_path or from a resumed run."""
@@ -195,15 +197,34 @@ class Trainer:
             config.lr_scheduler, optimizer, num_warmup_steps=config.num_warmup, num_training_steps=config.num_iter
         )
         self.ema_unet = copy.deepcopy(self.unet).requires_grad_(False).eval() if config.ema_decay else None
-        self.iteration, self.best_psnr = 0, -math.inf
+        self.iteration, self.best_psnr, self.skipped = 0, -math.inf, 0
+        self.unfinished = False  # whether validation and saving of the present iteration are still to be done
+        self.window, self.signals = LogWindow(self.device), StopSignals(self.accelerator.num_processes)
         if resume_from:
             self.restore(resume_from, optimizer)
+        self.saved = self.iteration  # the latest iteration that is on the disk
         self.unet, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
         self.order = BatchOrder(
             len(self.train_feeder), config, self.iteration, self.accelerator.process_index, self.accelerator.num_processes
         )
 
     # ------------------------------------------------------------------------------------------------------------ resume
+    def agree_on_resume(self) -> Path | None:
+        """The checkpoint that all processes continue from, or None; the main one looks, once the folder is its own."""
+        outcome = [None, None]
+        if self.is_main:
+            try:
+                if self.work_dir.is_dir():
+                    self.lock = checkpoint.lock(self.work_dir)
+                    self.found_at_start = checkpoint.tidy(self.work_dir)
+                outcome = [self.find_resume(), None]
+            except (UserError, OSError) as error:
+                outcome = [None, str(error)]
+        folder, fault = broadcast_object_list(outcome)
+        if fault:
+            raise UserError(fault)
+        return folder
+
     def find_resume(self) -> Path | None:
         """The checkpoint folder to continue from, or None; see `resume` in the config."""
         written, found = self.config.resume, checkpoint.list_checkpoints(self.work_dir)
@@ -220,12 +241,16 @@ class Trainer:
             if written == "latest":
                 raise UserError(f"resume: latest, but {self.work_dir} holds no checkpoint")
             return None
-        if written == "auto" and (changed := self.changed_settings(found[-1])):
+        newest, passed_over = checkpoint.newest_whole(self.work_dir)
+        if newest is None:
+            raise UserError(f"work_dir: no checkpoint to continue from: {'; '.join(passed_over)}; choose another work_dir")
+        self.found_at_start += [f"passed over: {fault}" for fault in passed_over]
+        if written == "auto" and (changed := self.changed_settings(newest)):
             raise UserError(
                 f"work_dir: {self.work_dir} holds a run of other settings ({'; '.join(changed)}): choose another work_dir, "
                 f"or continue it with these by --resume latest"
             )
-        return found[-1]
+        return newest
 
     def newest_result(self) -> Path:
         """What phase test judges where accelerator_path is null: this run's best, else its latest."""
@@ -253,6 +278,9 @@ class Trainer:
             optimizer.param_groups[0]["lr"] = self.lr_scheduler.base_lrs[0] * share
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.skipped = state["skipped"]
+            if len(windows := state["windows"]) == self.accelerator.num_processes:
+                self.window.restore(windows[self.accelerator.process_index])
         except (KeyError, ValueError) as error:
             raise UserError(f"resume: the optimizer state of {folder} does not fit this configuration: {error}") from error
         if self.ema_unet and (folder / "unet_ema").is_dir():
@@ -260,63 +288,107 @@ class Trainer:
             average, _ = checkpoint.load_unet(str(folder / "unet_ema"), base, latent_channels, "resume")
             self.ema_unet.load_state_dict(average.state_dict())
         self.iteration, self.best_psnr = meta["iteration"], -math.inf if meta["best_psnr"] is None else meta["best_psnr"]
+        self.unfinished = meta["unfinished"]
         self.train_log.info("resumed from %s at iteration %d", folder, self.iteration)
         for name in self.changed_settings(folder):
             self.train_log.info("changed since: %s", name)
+        before, now = meta["batch_parts"], self.batch_parts()
+        if before != now:
+            self.train_log.info("batches are shared as %s, before as %s: equal up to rounding, not bit for bit", now, before)
 
-    def save(self, names: list[str]) -> None:
+    def batch_parts(self) -> str:
+        return f"{self.accelerator.num_processes} processes x {self.config.gradient_accumulation_steps} accumulation steps"
+
+    def save(self, names: list[str], unfinished: bool = False) -> None:
         """Write the present state under each name (one set of files)."""
+        windows = gather_object([self.window.state()])
         if self.is_main:
             unet = self.accelerator.unwrap_model(self.unet)
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                "windows": windows,
+                "skipped": self.skipped,
             }
             meta = {
                 "iteration": self.iteration,
+                "unfinished": unfinished,
                 "epoch": self.iteration // self.order.iterations_per_epoch,
+                "batch_parts": self.batch_parts(),
                 "best_psnr": self.best_psnr if math.isfinite(self.best_psnr) else None,
                 "gsd_m": getattr(self.train_feeder, "gsd_m", None),
                 "config": asdict(self.config),
             }
-            try:
-                checkpoint.write_checkpoint(self.work_dir, names, unet, self.ema_unet, state, meta)
-            except OSError as error:
-                raise UserError(f"cannot write {names[0]} into {self.work_dir}: {error.strerror or error}") from error
+            checkpoint.write_checkpoint(self.work_dir, names, unet, self.ema_unet, state, meta)
             checkpoint.prune(self.work_dir, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
+        self.saved = self.iteration
 
     # ---------------------------------------------------------------------------------------------------------- training
     def run(self) -> None:
+        self.board = None
         try:
-            self.test() if self.config.phase == "test" else self.fit()
+            if self.config.phase == "test":
+                return self.test()
+            with self.signals:
+                self.train()
+        except OSError as error:  # a full disk, first of all; the feeders tell of their own files themselves
+            raise UserError(f"cannot write into {self.work_dir}: {error.strerror or error}; {self.last_good()}") from error
         finally:
             if self.board:
-                self.board.close()
+                with suppress(OSError):  # what it could not write it has told before
+                    self.board.close()
+
+    def train(self) -> None:
+        """`fit`, and where it ends early, a checkpoint of what is done so far."""
+        if self.is_main and self.config.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            # What a killed run wrote after the checkpoint will be written again.
+            self.board = SummaryWriter(str(self.work_dir / "tensorboard"), purge_step=self.iteration + 1)
+        try:
+            self.fit()
+        except Stopped as stopped:
+            self.save_early()
+            raise Stopped(f"{stopped}; {self.last_good()}; the same command continues") from None
+        except LoaderFault as fault:
+            if self.accelerator.num_processes == 1:  # else the others are in the middle of something
+                self.save_early()
+            raise UserError(f"{fault}; stopped after iteration {self.iteration}; {self.last_good()}") from None
+        self.train_log.info("finished: %d iterations, best PSNR %.3f dB", self.iteration, self.best_psnr)
+
+    def save_early(self) -> None:
+        if self.iteration > self.saved:
+            self.save(["latest"], self.unfinished)
 
     def fit(self) -> None:
         """Train to num_iter, validating and saving on the way."""
         config = self.config
-        batches = iter(self.train_loader())
-        window = LogWindow(self.device)
         bar = tqdm(
             total=config.num_iter, initial=self.iteration, desc="training", unit="it", disable=not self.is_main, mininterval=1
         )
         with bar:  # closed also by an error, whose message then has a line of its own
+            if self.unfinished:
+                self.validate_and_save()
+            batches = self.batches(self.train_loader())
             while self.iteration < config.num_iter:
-                self.step(batches, window)
+                self.signals.stop_if_asked()
+                self.step(batches)
                 self.iteration += 1
+                self.unfinished = True
                 bar.update()
-                last = self.iteration == config.num_iter
-                if last or self.iteration % config.log_iter == 0:
-                    self.log(window, bar)
+                if self.iteration == config.num_iter or self.iteration % config.log_iter == 0:
+                    self.log(bar)
                 paused = time.monotonic()
-                improved = self.validation_is_due() and self.validate()
-                if names := self.checkpoint_names(improved, last):
-                    self.save(names)
-                window.started += time.monotonic() - paused  # images/s are those of training alone
-        self.train_log.info("finished: %d iterations, best PSNR %.3f dB", self.iteration, self.best_psnr)
+                self.validate_and_save()
+                self.window.started += time.monotonic() - paused  # images/s are those of training alone
+
+    def validate_and_save(self) -> None:
+        improved = self.validation_is_due() and self.validate()
+        self.unfinished = False
+        if names := self.checkpoint_names(improved, last=self.iteration == self.config.num_iter):
+            self.save(names)
 
     def train_loader(self) -> DataLoader:
         workers = self.config.num_worker
@@ -328,12 +400,29 @@ class Trainer:
             persistent_workers=workers > 0,
             # Items draw from (seed, epoch, index); this is for feeders of other origin that use the workers' own generators.
             generator=seeded(self.config.seed, ORDER, self.iteration, self.accelerator.process_index),
+            worker_init_fn=leave_signals_to_the_trainer,
         )
 
-    def step(self, batches, window: "LogWindow") -> None:
+    def batches(self, loader: DataLoader):
+        """The loader's batches; LoaderFault where one cannot be had, always between two steps of the training."""
+        try:
+            batches = iter(loader)
+            # PyTorch would break into whatever is being computed when a loader process dies; `next` notices it as well.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield from batches
+        except UserError as error:
+            raise LoaderFault(message_of(error)) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise LoaderFault(f"num_worker: a loader process died: {str(error).splitlines()[0]}") from error
+
+    def step(self, batches) -> None:
         """One optimizer step on one batch, in gradient_accumulation_steps parts."""
+        parts, names = [], []
         for micro in range(self.order.micro_steps):
             batch = next(batches)
+            names += batch["name"]
             with torch.no_grad():
                 z_sar, z_eo = (encode(self.vae, batch[kind].to(self.device, non_blocking=True)) for kind in ("sar", "eo"))
             if micro == 0:
@@ -346,15 +435,17 @@ class Trainer:
                         self.config.beta,
                     )  # fmt: skip
                 self.accelerator.backward(loss / self.order.micro_steps)
-            window.add(loss, timesteps[mine], sigma2, self.scheduler.config.num_train_timesteps)
+            parts.append((loss.detach(), timesteps[mine], sigma2))
         grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
-        self.stop_if_not_finite(grad_norm, loss, timesteps)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
+        if self.is_finite(grad_norm, parts, timesteps, names):
+            self.optimizer.step()
+            self.window.add(parts, grad_norm, learning_rate, self.scheduler.config.num_train_timesteps)
+            self.update_ema()
+        elif self.accelerator.scaler is not None:
+            self.optimizer.step()  # the scaler leaves the step out by itself, and has to know of it
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        window.close_step(grad_norm, learning_rate)
-        self.update_ema()
 
     def draw_noise(self, latent_shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise [batch, C, h, w] and timesteps [batch] of a whole batch, a function of (seed, iteration)."""
@@ -363,16 +454,22 @@ class Trainer:
         noise = torch.randn(self.order.batch_size, *latent_shape, generator=generator)
         return noise.to(self.device), timesteps.to(self.device)
 
-    def stop_if_not_finite(self, grad_norm: torch.Tensor, loss: torch.Tensor, timesteps: torch.Tensor) -> None:
-        """End the run before a bad step is taken. All processes share the gradient, so all of them stop."""
+    def is_finite(self, grad_norm: torch.Tensor, parts: list, timesteps: torch.Tensor, names: list[str]) -> bool:
+        """Whether the step may be taken. All processes share the gradient, so all of them skip the step or end the run."""
         if torch.isfinite(grad_norm):
-            return
-        if self.accelerator.scaler is not None and torch.isfinite(self.accelerator.reduce(loss.detach())):
-            return  # fp16 overflows now and then; the scaler skips the step and lowers its scale
-        raise UserError(
-            f"iteration {self.iteration + 1}: the gradient norm is {grad_norm.item()} and the loss {loss.item():.4g}, at "
-            f"timesteps {timesteps.tolist()}; the weights are as before this step and were not saved; {self.last_good()}"
+            return True
+        loss = self.accelerator.reduce(sum(loss for loss, *_ in parts) / len(parts), "mean").item()
+        if self.accelerator.scaler is not None and math.isfinite(loss):
+            return True  # fp16 overflows now and then; the scaler skips the step and lowers its scale
+        diagnosis = (
+            f"iteration {self.iteration + 1}: the gradient norm is {grad_norm.item()} and the loss {loss:.4g}, at timesteps "
+            f"{timesteps.tolist()}, for {', '.join(gather_object(names))}"
         )
+        self.skipped += 1
+        if self.skipped <= self.config.skip_nonfinite:
+            self.train_log.info("step left out (%d of %d): %s", self.skipped, self.config.skip_nonfinite, diagnosis)
+            return False
+        raise UserError(f"{diagnosis}; the weights are as before this step and were not saved; {self.last_good()}")
 
     def last_good(self) -> str:
         kept = checkpoint.list_checkpoints(self.work_dir)
@@ -386,10 +483,12 @@ class Trainer:
         averages = list(self.ema_unet.parameters())
         torch._foreach_lerp_(averages, [parameter.detach() for parameter in self.parameters], 1 - decay)
 
-    def log(self, window: "LogWindow", bar: tqdm) -> None:
-        values = window.read(self.accelerator)
-        values["images_per_s"] = window.steps * self.order.batch_size / window.seconds()
-        window.reset()
+    def log(self, bar: tqdm) -> None:
+        if not self.window.steps:  # every step was left out
+            return
+        values = self.window.read(self.accelerator)
+        values["images_per_s"] = self.window.steps_here * self.order.batch_size / self.window.seconds()
+        self.window.reset()
         epoch = self.iteration / self.order.iterations_per_epoch
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.train_log.info("iteration %d/%d  epoch %.2f  %s", self.iteration, self.config.num_iter, epoch, text)
@@ -459,9 +558,20 @@ class Trainer:
         """
         translator = self.translator().eval()
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
-        loader = DataLoader(Subset(self.test_feeder, mine), self.config.test_batch_size, num_workers=self.config.num_worker)
-        rows = []
-        for batch in tqdm(loader, desc="validating", unit="batch", disable=not self.is_main, leave=False, mininterval=1):
+        loader = DataLoader(
+            Subset(self.test_feeder, mine),
+            self.config.test_batch_size,
+            num_workers=self.config.num_worker,
+            worker_init_fn=leave_signals_to_the_trainer,
+        )
+        batches, rows = self.batches(loader), []
+        share = math.ceil(len(indices) / self.accelerator.num_processes)  # the first process's, none has more
+        rounds = range(math.ceil(share / self.config.test_batch_size))
+        for _ in tqdm(rounds, desc="validating", unit="batch", disable=not self.is_main, leave=False, mininterval=1):
+            if self.config.phase == "train":
+                self.signals.stop_if_asked()
+            if (batch := next(batches, None)) is None:
+                continue
             with self.accelerator.autocast():
                 generated, sigma2 = translate(
                     translator, self.vae, self.scheduler, batch["sar"].to(self.device), self.prompt_embedding,
@@ -497,22 +607,24 @@ class LogWindow:
         self.reset()
 
     def reset(self) -> None:
-        self.steps, self.parts, self.started = 0, 0, time.monotonic()
+        self.steps, self.parts, self.learning_rate = 0, 0, 0.0
+        self.steps_here, self.started = 0, time.monotonic()  # for the speed: a resumed run's window began in another process
         self.loss = torch.zeros((), device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
         self.sigma2 = torch.zeros(2, 4, device=self.device)  # (sum, count) by quarter of the timesteps
 
-    def add(self, loss: torch.Tensor, timesteps: torch.Tensor, sigma2: torch.Tensor | None, num_train_timesteps: int) -> None:
-        self.loss += loss.detach()
-        self.parts += 1
-        if sigma2 is not None:
-            quarter = timesteps * 4 // num_train_timesteps  # [B]
-            self.sigma2.index_add_(1, quarter, torch.stack([sigma2, torch.ones_like(sigma2)]))
-
-    def close_step(self, grad_norm: torch.Tensor, learning_rate: float) -> None:
+    def add(self, parts: list[tuple], grad_norm: torch.Tensor, learning_rate: float, num_train_timesteps: int) -> None:
+        """One step: (loss, timesteps [B], mean σ² [B] or None) of each micro-batch, and what they led to."""
         self.steps += 1
+        self.steps_here += 1
+        self.parts += len(parts)
         self.learning_rate = learning_rate
         self.grad_norm += grad_norm.detach()
+        for loss, timesteps, sigma2 in parts:
+            self.loss += loss
+            if sigma2 is not None:
+                quarter = timesteps * 4 // num_train_timesteps  # [B]
+                self.sigma2.index_add_(1, quarter, torch.stack([sigma2, torch.ones_like(sigma2)]))
 
     def seconds(self) -> float:
         return max(time.monotonic() - self.started, 1e-9)
@@ -523,6 +635,57 @@ class LogWindow:
         values = {"loss": loss.item() / self.parts, "grad_norm": grad_norm.item() / self.steps, "lr": self.learning_rate}
         names = ("sigma2_t0-25%", "sigma2_t25-50%", "sigma2_t50-75%", "sigma2_t75-100%")
         return values | {name: total / count for name, total, count in zip(names, *sigma2.tolist(), strict=True) if count}
+
+    def state(self) -> dict:
+        """What a checkpoint keeps, so that the first log line after a resume is that of a run in one go."""
+        sums = {name: getattr(self, name).cpu() for name in ("loss", "grad_norm", "sigma2")}
+        return {"steps": self.steps, "parts": self.parts, "learning_rate": self.learning_rate, **sums}
+
+    def restore(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)
+
+
+class LoaderFault(UserError):
+    """A batch that cannot be had: a file is gone or damaged, or a loader process died. The training itself is whole."""
+
+
+class StopSignals:
+    """SIGTERM and SIGINT, from schedulers and Ctrl-C: the first asks the run to save and end, a second ends it at once."""
+
+    def __init__(self, num_processes: int):
+        self.received, self.first_s = 0, 0.0
+        # On CPUs, so that asking the other processes waits for no GPU.
+        self.group = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None
+
+    def __enter__(self) -> None:
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, _) -> None:
+        if not self.received:
+            self.received, self.first_s = number, time.monotonic()
+            os.write(2, b"\nsaving and ending; once more ends at once\n")  # print could be in the middle of a line
+        elif self.group is None or time.monotonic() > self.first_s + ECHO_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def stop_if_asked(self) -> None:
+        """Raise Stopped where a signal has come, to any of the processes: all of them learn of it here."""
+        received = torch.tensor(self.received)
+        if self.group is not None:
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, self.group)
+        if received:
+            raise Stopped(f"by {signal.Signals(received.item()).name}")
+
+
+def leave_signals_to_the_trainer(_: int) -> None:
+    """In a loader process: schedulers and terminals signal whole groups, and the last iteration still needs its batches."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def write_pictures(folder: Path, singles: Path | None, batch: dict, generated: torch.Tensor, sigma2) -> None:
@@ -548,10 +711,17 @@ def text_log(file: Path, is_main: bool) -> logging.Logger:
         logger.removeHandler(handler)
         handler.close()
     if is_main:
-        for handler in (logging.FileHandler(file), TqdmHandler()):
+        for handler in (LogFile(file), TqdmHandler()):
             handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
             logger.addHandler(handler)
     return logger
+
+
+class LogFile(logging.FileHandler):
+    """Tells of a full disk as any file does, where `logging` would print a traceback and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
 
 
 class TqdmHandler(logging.Handler):

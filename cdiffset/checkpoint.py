@@ -1,13 +1,18 @@
 """Checkpoints: writing our own, and loading U-Net weights in every form in which they are found. Save and load side by side.
 
 A checkpoint folder holds unet/ (diffusers layout), unet_ema/ where an average is kept, training_state.pt (optimizer,
-schedule, scaler) and checkpoint.json (iteration, epoch, best PSNR, the run's configuration), which is written last.
+schedule, scaler), checkpoint.json (iteration, epoch, best PSNR, the run's configuration) and manifest.json, which lists
+every other file with its size and SHA-256, so that damage is noticed before it is trained on.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,7 +22,7 @@ from safetensors.torch import load_file
 from cdiffset.errors import UserError
 from cdiffset.model import load_component
 
-META, STATE = "checkpoint.json", "training_state.pt"
+META, STATE, MANIFEST, LOCK = "checkpoint.json", "training_state.pt", "manifest.json", ".lock"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers; Accelerate, hence the released code's runs
 FORMS = "a .safetensors file, a diffusers U-Net folder, a checkpoint folder of this code, or a folder with model.safetensors"
 
@@ -79,6 +84,7 @@ def load_unet(path: str, base: str, latent_channels: int, option: str) -> tuple[
     `base` gives the architecture to weights that come without a config.json; `option` is what errors name.
     """
     weights = find_weights(Path(path).expanduser(), option)
+    check_listed(weights, option)
     tensors = read_weights(weights, option)
     check_channels(tensors, latent_channels, f"{option}: {weights}")
     outputs = tensors["conv_out.weight"].shape[0]
@@ -134,22 +140,56 @@ def read_meta(path: str | Path) -> dict:
 def write_checkpoint(work_dir: Path, names: list[str], unet, ema_unet, state: dict, meta: dict) -> None:
     """Write one checkpoint under each of `names` in work_dir. The later names share the first one's files by hard links.
 
-    A checkpoint is built in a hidden folder and renamed, so that a name never stands for half of one.
+    A checkpoint is built in a hidden folder, flushed to the disk and renamed, so that a name never stands for half of one.
+    OSError where it cannot be written; what stood under the names before is then still there.
     """
-    building = work_dir / f".{names[0]}.building"
+    building = hidden(work_dir / names[0], "building")
     shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    unet.save_pretrained(building / "unet")
-    if ema_unet is not None:
-        ema_unet.save_pretrained(building / "unet_ema")
-    torch.save(state, building / STATE)
-    (building / META).write_text(json.dumps(meta, indent=2) + "\n")
-    put_in_place(building, work_dir / names[0])
-    for name in names[1:]:
-        copy = work_dir / f".{name}.building"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(work_dir / names[0], copy, copy_function=link_or_copy)
-        put_in_place(copy, work_dir / name)
+    try:
+        building.mkdir(parents=True)
+        unet.save_pretrained(building / "unet")
+        if ema_unet is not None:
+            ema_unet.save_pretrained(building / "unet_ema")
+        torch.save(state, building / STATE)
+        (building / META).write_text(json.dumps(meta, indent=2) + "\n")
+        seal(building)
+        put_in_place(building, work_dir / names[0])
+        for name in names[1:]:
+            building = hidden(work_dir / name, "building")
+            shutil.rmtree(building, ignore_errors=True)
+            shutil.copytree(work_dir / names[0], building, copy_function=link_or_copy)
+            put_in_place(building, work_dir / name)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError to torch.save
+        shutil.rmtree(building, ignore_errors=True)
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def hidden(folder: Path, purpose: str) -> Path:
+    """Where a checkpoint stands while it is being written, replaced or removed; `tidy` knows these names."""
+    return folder.with_name(f".{folder.name}.{purpose}")
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a folder's files, and have the disk hold all of them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=2) + "\n")
+    for path in (*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        flush(path)
+
+
+def fingerprint(file: Path) -> dict:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk holds a file's content or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def link_or_copy(source: str, target: str) -> None:
@@ -160,32 +200,99 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def put_in_place(building: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
+    old = hidden(target, "old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     building.rename(target)
+    flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def tidy(work_dir: Path) -> list[str]:
+    """Clear up what a killed run left behind => what was found. Only the owner of the folder's lock may do this."""
+    found = []
+    for old in work_dir.glob(".*.old"):
+        target = old.with_name(old.name[1:].removesuffix(".old"))
+        if not target.exists():  # killed between the two renames of put_in_place
+            old.rename(target)
+            found.append(f"{target.name} was being replaced when the run ended: the earlier one is back")
+    for purpose in ("building", "old", "pruned"):
+        for folder in work_dir.glob(f".*.{purpose}"):
+            if purpose == "building":
+                found.append(f"{folder.name} is an unfinished checkpoint: removed")
+            shutil.rmtree(folder)
+    return found
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder of ours, in a few words; None where every listed file is as it was written."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text())["files"]
+        for name in (META, STATE, *listed):
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if fingerprint(folder / name) != listed[name]:
+                return f"{name} is not as it was written"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def check_listed(weights: Path, option: str) -> None:
+    """Refuse a weights file of a checkpoint of ours that is not as it was written."""
+    manifest = weights.parent.parent / MANIFEST
+    try:
+        listed = json.loads(manifest.read_text())["files"].get(weights.relative_to(manifest.parent).as_posix())
+    except FileNotFoundError:
+        return  # weights of another origin
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{option}: {manifest} is damaged ({type(error).__name__}), take another checkpoint") from error
+    if listed is not None and fingerprint(weights) != listed:
+        raise UserError(f"{option}: {weights} is damaged: not as it was written by {manifest.name}, take another checkpoint")
+
+
 def list_checkpoints(work_dir: Path) -> list[Path]:
-    """Complete checkpoint folders of a run, the earliest iteration first."""
-    folders = [file.parent for file in work_dir.glob(f"*/{META}") if not file.parent.name.startswith(".")]
-    return sorted(folders, key=lambda folder: (read_meta(folder)["iteration"], folder.name))
+    """Checkpoint folders of a run, whole or not, the earliest iteration first, those that hide theirs last."""
+    folders = {file.parent for name in (META, MANIFEST) for file in work_dir.glob(f"*/{name}")}
+    return sorted((folder for folder in folders if not folder.name.startswith(".")), key=age)
+
+
+def age(folder: Path) -> tuple[float, str]:
+    try:
+        return float(read_meta(folder)["iteration"]), folder.name
+    except (UserError, OSError, KeyError, TypeError, ValueError):
+        return float("inf"), folder.name
+
+
+def newest_whole(work_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint to continue from, and what is wrong with those passed over for it."""
+    passed_over = []
+    for folder in reversed(list_checkpoints(work_dir)):
+        if (fault := damage(folder)) is None:
+            return folder, passed_over
+        passed_over.append(f"{folder} is damaged ({fault})")
+    return None, passed_over
 
 
 def prune(work_dir: Path, limit: int | None) -> None:
-    """Keep the newest `limit` numbered checkpoints; latest and best stay."""
+    """Keep the newest `limit` numbered checkpoints; latest and best stay. Nothing goes while none of those kept is whole."""
     numbered = [folder for folder in list_checkpoints(work_dir) if folder.name.startswith(("checkpoint-", "epoch-"))]
-    for folder in numbered[:-limit] if limit else []:
-        shutil.rmtree(folder)
+    surplus = numbered[:-limit] if limit else []
+    if surplus and any(damage(folder) is None for folder in reversed(numbered[-limit:])):
+        for folder in surplus:
+            shutil.rmtree(folder.rename(hidden(folder, "pruned")))
 
 
 def require_state(folder: Path) -> None:
-    """Refuse to resume from what is no checkpoint folder of ours, before anything is loaded."""
+    """Refuse to resume from what is no whole checkpoint folder of ours, before anything is loaded."""
     missing = [name for name in (META, STATE, "unet") if not (folder / name).exists()]
     if missing:
         raise UserError(f"resume: {folder} lacks {' and '.join(missing)}, expected a checkpoint folder of this code")
+    if fault := damage(folder):
+        raise UserError(f"resume: {folder} is damaged ({fault}), expected a whole checkpoint folder: take another")
 
 
 def read_state(folder: Path) -> tuple[dict, dict]:
@@ -196,3 +303,21 @@ def read_state(folder: Path) -> tuple[dict, dict]:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"resume: {folder / STATE} is damaged ({reason})") from error
     return state, read_meta(folder)
+
+
+def lock(folder: Path) -> TextIO:
+    """Hold a folder for this process alone, until it ends or the returned file is closed; loader processes do not inherit it.
+
+    UserError names the process that holds it. A file left by a run that was killed holds nothing.
+    """
+    file = (folder / LOCK).open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        raise UserError(f"work_dir: {folder} is in use by {owner}: wait for it, end it, or choose another work_dir") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file

@@ -151,6 +151,9 @@ class Config:
     batch_size: int = knob(64, whole(1), "pairs per optimizer step, over all processes and accumulation steps")
     gradient_accumulation_steps: int = knob(1, whole(1), "parts in which each process works through its share of a batch")
     max_grad_norm: float | None = knob(None, optional(number(0, above=True)), "clip the gradient norm to this; null: no")
+    skip_nonfinite: int = knob(
+        0, whole(0), "leave out up to so many steps of a non-finite loss or gradient; 0: stop at the first"
+    )
     ema_decay: float | None = knob(None, optional(number(0, 1)), "keep an exponential average of the weights; null: none")
 
     mixed_precision: str = knob("no", choice("no", "fp16", "bf16"), "autocast type; trained weights stay float32")

@@ -1,21 +1,33 @@
-"""Mistakes of the user, told from faults of the program."""
+"""How commands end: mistakes of the user, told from faults of the program, and runs that were asked to stop."""
 
 import sys
 from collections.abc import Callable
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
 
 
 class UserError(Exception):
     """A mistake the user can mend; commands print it as one line and exit with code 2."""
 
 
+class Stopped(Exception):
+    """A run that a signal asked to stop; commands print it as one line and exit with code STOPPED."""
+
+
+def message_of(error: UserError) -> str:
+    """One line. A DataLoader worker hands over its whole traceback as the message; what was raised there stands last."""
+    return " ".join(str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].split("\n")).strip()
+
+
 def run(main: Callable[..., int], argv: list[str] | None = None) -> int:
-    """Exit code of `main(argv)`; a UserError becomes `error: <message>` on stderr and 2, Ctrl-C becomes 130."""
+    """Exit code of `main(argv)`; a UserError becomes `error: <message>` on stderr and 2, Stopped 75, Ctrl-C 130."""
     try:
         return main(argv)
     except UserError as error:
-        # A DataLoader worker hands over its whole traceback as the message; what was raised there stands last.
-        message = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
-        print("error:", " ".join(message.split("\n")).strip(), file=sys.stderr)
+        print("error:", message_of(error), file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         return 130

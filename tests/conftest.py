@@ -14,7 +14,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
+from training import command_line, forget_accelerator
 
+import main
 from demo.pretrain_base import make_scheduler, make_text_encoder
 
 REPO = Path(__file__).resolve().parents[1]
@@ -72,3 +74,28 @@ def pair_folders(tmp_path_factory) -> Path:
                 (root / split / kind).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).resize((40, 40)).save(root / split / kind / f"{index}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def argv(tiny_base, pair_folders):
+    """main.py's command line, see `command_line`."""
+    return lambda work_dir, **changes: command_line(work_dir, tiny_base, pair_folders, **changes)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    forget_accelerator()
+    yield
+    forget_accelerator()
+
+
+@pytest.fixture(scope="session")
+def run(argv):
+    """Train in process => the work_dir."""
+
+    def make(work_dir, **changes) -> Path:
+        forget_accelerator()
+        assert main.main(argv(work_dir, **changes)) == 0
+        return Path(work_dir)
+
+    return make

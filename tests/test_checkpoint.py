@@ -308,7 +308,7 @@ def test_a_checkpoint_comes_back_as_it_was_written(tiny_base, tmp_path):
     for name in ("checkpoint-6", "latest"):
         folder = tmp_path / "run" / name
         assert sorted(file.name for file in folder.iterdir()) == [
-            "checkpoint.json", "training_state.pt", "unet", "unet_ema",
+            "checkpoint.json", "manifest.json", "training_state.pt", "unet", "unet_ema",
         ]  # fmt: skip
         require_state(folder)
         state, meta = read_state(folder)

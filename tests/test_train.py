@@ -18,12 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchmetrics.functional.image import peak_signal_noise_ratio
+from training import BATCH, WEIGHTS, forget_accelerator, meta_of, same, scalars, train_lines, val_lines, weights_of
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import main
@@ -37,57 +35,8 @@ from cdiffset.model import load_base_unet, patch_conv_in, patch_conv_out
 from train import BatchOrder, Trainer
 
 REPO = Path(__file__).parents[1]
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-PAIRS, TEST_PAIRS, BATCH = 12, 5, 4  # 3 iterations an epoch
+PAIRS, TEST_PAIRS = 12, 5
 PROMPT = "electro-optical image"
-
-
-@pytest.fixture(scope="session")
-def argv(tiny_base, pair_folders):
-    """main.py's command line: a stage 1 run in `work_dir`, with `changes`."""
-
-    def make(work_dir, **changes) -> list[str]:
-        settings = {
-            "work_dir": str(work_dir), "pretrained_model_name_or_path": tiny_base, "confidence": False,
-            "feeder": "feeders.feeder.PairedFolderFeeder", "num_worker": 0, "num_iter": 3, "batch_size": BATCH, "num_warmup": 0,
-            "learning_rate": 1e-3, "num_inference_steps": 2, "test_batch_size": 3, "lpips": False, "log_iter": 1,
-            "eval_epoch": 0, "eval_each_epoch_from": 1, "save_iter": 0, "report_to": "none",
-        }  # fmt: skip
-        for split in ("train", "test"):
-            folders = {f"{kind}_dir": str(pair_folders / split / kind) for kind in ("sar", "eo")}
-            settings[f"{split}_feeder_args"] = {**folders, "split": split, "crop_size": 32}
-        settings |= {key: str(value) if isinstance(value, Path) else value for key, value in changes.items()}
-        return [
-            word
-            for key, value in settings.items()
-            for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
-        ]
-
-    return make
-
-
-def forget_accelerator():
-    """Accelerate keeps one state for the life of a process, and refuses another precision."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    forget_accelerator()
-    yield
-    forget_accelerator()
-
-
-@pytest.fixture(scope="session")
-def run(argv):
-    """Train in process => the work_dir."""
-
-    def make(work_dir, **changes) -> Path:
-        forget_accelerator()
-        assert main.main(argv(work_dir, **changes)) == 0
-        return Path(work_dir)
-
-    return make
 
 
 @pytest.fixture
@@ -107,10 +56,6 @@ def few_pairs(pair_folders, tmp_path_factory) -> dict:
     return {"sar_dir": str(root / "sar"), "eo_dir": str(root / "eo"), "split": "test", "crop_size": 32}
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / WEIGHTS)
-
-
 def largest_difference(a: dict, b: dict) -> float:
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
@@ -127,53 +72,6 @@ def deviation(a: dict, b: dict, base: str) -> float:
     apart, moved = (torch.cat([(a[name] - other[name]).flatten() for name in a]).norm().item() for other in (b, start))
     assert moved > 0.01
     return apart / moved
-
-
-def same(a, b) -> bool:
-    """Equality of nested containers, tensors bit for bit."""
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def meta_of(folder: Path) -> dict:
-    return json.loads((folder / "checkpoint.json").read_text())
-
-
-def train_lines(work_dir: Path) -> list[dict[str, float]]:
-    """train_log.txt => one dict of numbers for each logged iteration."""
-    number = r"-?(?:[\d.]+(?:e[+-]?\d+)?|inf|nan)"
-    rows = []
-    for line in (work_dir / "train_log.txt").read_text().splitlines():
-        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  \S", line), line
-        if match := re.search(r"  iteration (\d+)/(\d+)  (.+)", line):
-            assert re.fullmatch(rf"(\S+ {number}(  |$))+", match[3]), line
-            rows.append({"iteration": int(match[1])} | {k: float(v) for k, v in map(str.split, match[3].split("  "))})
-    return rows
-
-
-def val_lines(work_dir: Path) -> list[dict[str, float]]:
-    """val_log.txt => one dict of numbers for each validation."""
-    rows = []
-    for line in (work_dir / "val_log.txt").read_text().splitlines():
-        assert "  iteration " in line or "lpips is left out: " in line
-        if "  iteration " not in line:
-            continue
-        rows.append({key: float(value) for key, value in (part.split() for part in line.split("  ")[1:])})
-    return rows
-
-
-def scalars(work_dir: Path) -> dict[str, dict[int, float]]:
-    """TensorBoard's scalars: {tag: {iteration: float32 value}}, of all parts of a run."""
-    found: dict = {}
-    for file in sorted((work_dir / "tensorboard").iterdir()):
-        events = EventAccumulator(str(file))
-        events.Reload()
-        for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ both stages
