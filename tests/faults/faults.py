@@ -25,8 +25,8 @@ def start(script: str, argv: list[str], launcher: tuple[str, ...] = ()) -> subpr
 def finish(process: subprocess.Popen) -> tuple[int, list[str]]:
     """Wait for the end => (exit code, the lines on stderr that are no progress bar)."""
     _, errors = process.communicate(timeout=PATIENCE_S)
-    lines = [line.rpartition("\r")[2] for line in errors.splitlines()]
-    return process.returncode, [line for line in lines if line.strip() and "it/s" not in line and "s/it" not in line]
+    lines = [line.rpartition("\r")[2].replace("\x1b[A", "").strip() for line in errors.splitlines()]
+    return process.returncode, [line for line in lines if line and "%|" not in line]
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
