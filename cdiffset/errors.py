@@ -1,11 +1,19 @@
 """Mistakes of the user, told from faults of the program."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
     """A mistake the user can mend; commands print it as one line and exit with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake on the command line as every other one: in one line, without the usage of all options."""
+
+    def error(self, message: str):
+        raise UserError(message)
 
 
 def run(main: Callable[..., int], argv: list[str] | None = None) -> int:
