@@ -256,7 +256,9 @@ def nested_overrides(rest: list[str]) -> list[tuple[str, str]]:
 
 def unknown_key(name: str, where: str) -> UserError:
     near = difflib.get_close_matches(name.replace("-", "_"), KNOBS, n=1, cutoff=0.5) if isinstance(name, str) else []
-    return UserError(f"unknown key {shown(name)}{where}" + (f", did you mean {near[0]!r}?" if near else "; --help lists all keys"))
+    return UserError(
+        f"unknown key {shown(name)}{where}" + (f", did you mean {near[0]!r}?" if near else "; --help lists all keys")
+    )
 
 
 def parse_written(name: str, written: str) -> Any:

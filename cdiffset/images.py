@@ -215,7 +215,7 @@ def _read(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _require_size(path: Path, height: int, width: int, bands: int, max_pixels: int) -> None:
-    """Refuse what a file's header claims before memory is taken for it. Bands beyond the four of a SAR image count as pixels."""
+    """Refuse the size that a header claims before memory is taken for it; bands beyond a SAR image's four count as pixels."""
     if height * width * max(bands, 4) > 4 * max_pixels:
         raise UserError(
             f"{path}: {width} x {height} px in {bands} bands; at most {max_pixels} px are opened, cut it into tiles or raise "

@@ -302,6 +302,8 @@ def _unpickle_strings(path: Path) -> list[str]:
 def relative_path(text: str, where: str) -> PurePosixPath:
     """Path of a list entry, relative to the data root and staying inside it."""
     path = PurePosixPath(_real_path(where, text))
+    if text != text.strip() or re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):
+        raise UserError(f"{where}: {text!r} has spaces at an end, control characters or is not UTF-8; rename the file")
     if "\\" in text or path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", text) or not path.name:
         raise UserError(f"{where}: {text!r} is not a path relative to the data root with forward slashes and without '..'")
     return path
@@ -311,7 +313,10 @@ def read_pairs(root: Path, listroot: str | Path) -> list[Pair]:
     """Pairs from a text or CSV list of `sar,eo` lines."""
     rows = []
     for where, text in read_list(listroot, (".csv", ".tsv", ".txt")):
-        row = [field.strip() for field in next(csv.reader([text], delimiter="\t" if "\t" in text else ","))]
+        try:
+            row = [field.strip() for field in next(csv.reader([text], delimiter="\t" if "\t" in text else ","))]
+        except csv.Error as error:
+            raise UserError(f"{where}: expected 'sar,eo' ({error})") from error
         if len(row) != 2:
             raise UserError(f"{where}: expected 'sar,eo', found {text!r}")
         rows.append((where, row))
