@@ -167,7 +167,7 @@ def require_inside(root: Path, paths: Iterable[Path], follow_links: bool) -> Non
     real_folder = cache(os.path.realpath)  # many paths share few folders
     real_root = os.path.join(real_folder(root), "")
     for path in paths:
-        if os.path.islink(path):
+        if os.path.islink(path) or path == root:
             real = os.path.realpath(path)
         else:
             real = os.path.join(real_folder(path.parent), path.name)
