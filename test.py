@@ -3,23 +3,25 @@
 Every image under --sar-dir becomes an EO image of the same size and relative path; confidence and variance maps on request.
 """
 
+# PyTorch and what needs it are imported where they are used: --help and wrong options do not wait for them.
+from __future__ import annotations
+
 import argparse
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from cdiffset.checkpoint import find_weights, load_unet, read_meta
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES
-from cdiffset.diffusion import translate
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import MAX_PIXELS, list_images, read_sar, require_inside, to_signed, to_uint8, write_png, write_tiff
-from cdiffset.model import check_base, check_prompt_width, embed_prompt, load_scheduler, load_vae, vae_factor
-from cdiffset.uncertainty import confidence_map
+
+if TYPE_CHECKING:
+    import torch
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,6 +104,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"{option}: {folder} lies in --sar-dir, whose images would then include the results")
         if folder is not None and folder.exists() and not folder.is_dir():
             raise UserError(f"{option}: {folder} is a file, expected a folder")
+    from cdiffset.checkpoint import find_weights
+
     find_weights(Path(args.checkpoint).expanduser(), "--checkpoint")  # before the base model, which may be far away
     return args
 
@@ -136,6 +140,11 @@ class Translator:
     """Everything loaded once: networks, scheduler, prompt embedding; then batch after batch of images."""
 
     def __init__(self, args: argparse.Namespace):
+        import torch
+
+        from cdiffset.checkpoint import load_unet, read_meta
+        from cdiffset.model import check_base, check_prompt_width, embed_prompt, load_scheduler, load_vae, vae_factor
+
         trained = read_meta(args.checkpoint).get("config", {})
         base = args.pretrained_model_name_or_path or trained.get("pretrained_model_name_or_path") or DEFAULT_BASE
         prompt = next(text for text in (args.prompt, trained.get("prompt"), DEFAULT_PROMPT) if text is not None)
@@ -159,6 +168,11 @@ class Translator:
 
     def __call__(self, batch: list[tuple[Job, np.ndarray]]) -> None:
         """Translate images of one padded size and write every output of each, the EO image last."""
+        import torch
+
+        from cdiffset.diffusion import translate
+        from cdiffset.uncertainty import confidence_map
+
         padded = np.stack([pad_to_multiple(pixels, self.factor) for _, pixels in batch])  # [B,H',W',3]
         sar = to_signed(torch.from_numpy(padded).permute(0, 3, 1, 2)).to(self.device)
         eo, sigma2 = translate(
@@ -179,11 +193,15 @@ class Translator:
 
 def upsample(sigma2: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     """σ² of one image [1, h, w] => [H, W] float32: bicubic like the confidence map, kept within the range of σ²."""
+    import torch
+
     upsampled = torch.nn.functional.interpolate(sigma2[None].float(), size, mode="bicubic", align_corners=False)[0, 0]
     return upsampled.clamp(sigma2.min().item(), sigma2.max().item()).cpu().numpy()
 
 
 def pick_device(written: str | None) -> torch.device:
+    import torch
+
     available = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(written or available)
