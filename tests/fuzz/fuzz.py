@@ -1,7 +1,8 @@
 """Fuzz the readers of what comes from elsewhere: python tests/fuzz/fuzz.py config|list|image [libFuzzer options]
 
 A reader may return something sound or raise UserError, which commands print as one line; whatever else happens is a fault.
-The corpus is made here, from small files in every format; atheris mutates it towards code not yet reached.
+The corpus is made here, from small files in every format; atheris mutates it towards code not yet reached. It sees the code
+that is imported while it watches, hence the imports within functions.
 """
 
 import io
@@ -11,9 +12,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 REPO = Path(__file__).resolve().parents[2]
 MAX_PIXELS = 2**16
@@ -65,7 +63,7 @@ def read_images(data: bytes, folder: Path) -> None:
         except UserError as error:
             assert str(path) in str(error), error
         else:
-            assert pixels.dtype == np.float32 and pixels.ndim == 3 and pixels.shape[2] == 3
+            assert pixels.dtype == "float32" and pixels.ndim == 3 and pixels.shape[2] == 3
             assert pixels.size <= 12 * MAX_PIXELS and pixels.min() >= 0 and pixels.max() <= 255  # False for NaN too
 
 
@@ -89,6 +87,9 @@ def list_corpus() -> Iterator[bytes]:
 
 
 def image_corpus() -> Iterator[bytes]:
+    import numpy as np
+    from PIL import Image
+
     rng = np.random.default_rng(0)
     for place, suffix in enumerate(SUFFIXES):
         for mode in ("L", "RGB", "RGBA", "P", "1", "I;16", "F", "CMYK"):
@@ -97,7 +98,9 @@ def image_corpus() -> Iterator[bytes]:
             image = Image.fromarray(array) if mode == "I;16" else image.convert(mode)
             written = io.BytesIO()
             try:
-                np.save(written, np.asarray(image)) if suffix == ".npy" else image.save(written, Image.EXTENSION[suffix])
+                np.save(written, np.asarray(image)) if suffix == ".npy" else image.save(
+                    written, Image.registered_extensions()[suffix]
+                )
             except (OSError, KeyError, ValueError):
                 continue  # a mode that the format does not have
             yield bytes([place]) + written.getvalue()
@@ -114,8 +117,12 @@ def main() -> None:
     import atheris
 
     with atheris.instrument_imports(include=["cdiffset", "feeders", "yaml", "PIL", "pickletools", "numpy.lib"]):
+        import PIL.Image
+
         import cdiffset.config  # noqa: F401
         import feeders.feeder  # noqa: F401
+
+        PIL.Image.init()  # imports its readers, one for each format
     read, corpus = TARGETS[sys.argv.pop(1)]
     with tempfile.TemporaryDirectory() as scratch:
         seeds, folder = Path(scratch, "corpus"), Path(scratch, "data")
