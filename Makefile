@@ -9,7 +9,7 @@ DEMO := work_dir/demo
 # Scenes that a small network can learn in minutes: what no SAR foretells is kept moderate, and the speckle as well.
 DEMO_SCENES := --looks 9 --parcel-px 40 --texture 0.4 --p-eo-only 0.2
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults fuzz lint clean
 
 # glibc gives the large blocks of every iteration back to the system and asks for them again, unless told to keep them: with
 # this, an iteration takes about 0.29 s instead of 0.35 s on two cores.
@@ -26,6 +26,17 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(PY) -m pytest
+
+# Dozens of SIGKILLs at random moments of training and translation, and 2,000 steps of each watched for leaks.
+faults: .venv/installed
+	$(PY) -m pytest -m long -s
+	$(PY) benchmarks/soak.py
+
+# Damaged and hostile configurations, lists and images, for so many seconds each; atheris is installed for this alone.
+FUZZ_SECONDS ?= 60
+fuzz: .venv/installed
+	$(PY) -m pip install --quiet atheris==3.0.0
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -m fuzz -s
 
 lint: .venv/installed
 	$(PY) -m ruff check .

@@ -3,33 +3,37 @@
 Every image under --sar-dir becomes an EO image of the same size and relative path; confidence and variance maps on request.
 """
 
+# PyTorch and what needs it are imported where they are used: --help and wrong options do not wait for them.
+from __future__ import annotations
+
 import argparse
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from cdiffset.checkpoint import find_weights, load_unet, read_meta
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES
-from cdiffset.diffusion import translate
-from cdiffset.errors import UserError, run
-from cdiffset.images import list_images, read_sar, to_signed, to_uint8, write_png, write_tiff
-from cdiffset.model import check_base, check_prompt_width, embed_prompt, load_scheduler, load_vae, vae_factor
-from cdiffset.uncertainty import confidence_map
+from cdiffset.errors import Parser, UserError, run
+from cdiffset.images import MAX_PIXELS, list_images, read_sar, require_inside, to_signed, to_uint8, write_png, write_tiff
+
+if TYPE_CHECKING:
+    import torch
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Translate SAR images to EO images, with confidence maps.", allow_abbrev=False)
+    parser = Parser(description="Translate SAR images to EO images, with confidence maps.", allow_abbrev=False)
     group = parser.add_argument_group("files")
     group.add_argument("--sar-dir", type=Path, required=True, help="folder of SAR images, PNG, JPEG or TIFF, recursive")
     group.add_argument("--output-dir", type=Path, required=True, help="EO images, 8-bit PNG, same relative paths")
     group.add_argument("--conf-dir", type=Path, help="confidence maps, 8-bit PNG, each image on its own scale")
     group.add_argument("--variance-dir", type=Path, help="variance maps, float32 TIFF, on one scale for all images")
     group.add_argument("--skip-existing", action="store_true", help="leave images alone whose outputs are all there")
+    group.add_argument("--follow-links", action="store_true", help="let symbolic links lead out of these folders")
+    group.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help=f"skip images that claim more [{MAX_PIXELS}]")
     group = parser.add_argument_group("model")
     group.add_argument("--checkpoint", required=True, help="U-Net: .safetensors file, diffusers folder or checkpoint folder")
     group.add_argument("--pretrained-model-name-or-path", help=f"base model [the checkpoint's own, else {DEFAULT_BASE}]")
@@ -63,7 +67,7 @@ class Job:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 where single images could not be read."""
     args = check(make_parser().parse_args(argv))
-    jobs = make_jobs(args, list_images(args.sar_dir))
+    jobs = make_jobs(args, list_images(args.sar_dir, args.follow_links))
     todo = [job for job in jobs if not (args.skip_existing and job.is_done())]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already")
@@ -72,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     translator = Translator(args)
     started = time.monotonic()
     try:
-        failures = translate_all(translator, todo, args.batch_size)
+        failures = translate_all(translator, todo, args.batch_size, args.max_pixels)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
     seconds, done = time.monotonic() - started, len(todo) - len(failures)
@@ -83,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
-    for name, low, high in (("num_inference_steps", 1, 999), ("batch_size", 1, None), ("seed", 0, 2**63 - 1)):
+    limits = (("num_inference_steps", 1, 999), ("batch_size", 1, None), ("seed", 0, 2**63 - 1), ("max_pixels", 1, None))
+    for name, low, high in limits:
         value = getattr(args, name)
         if value < low or (high is not None and value > high):
             allowed = f"at least {low}" + (f" and at most {high}" if high is not None else "")
@@ -99,6 +104,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"{option}: {folder} lies in --sar-dir, whose images would then include the results")
         if folder is not None and folder.exists() and not folder.is_dir():
             raise UserError(f"{option}: {folder} is a file, expected a folder")
+    from cdiffset.checkpoint import find_weights
+
     find_weights(Path(args.checkpoint).expanduser(), "--checkpoint")  # before the base model, which may be far away
     return args
 
@@ -117,6 +124,9 @@ def make_jobs(args: argparse.Namespace, images: list[Path]) -> list[Job]:
                 variance=args.variance_dir / image.with_suffix(".tif") if args.variance_dir else None,
             )
         )
+    for folder, kind in ((args.output_dir, "eo"), (args.conf_dir, "confidence"), (args.variance_dir, "variance")):
+        if folder is not None:  # a file that is itself a link is replaced, not written through
+            require_inside(folder, {getattr(job, kind).parent for job in jobs}, args.follow_links)
     return jobs
 
 
@@ -130,6 +140,11 @@ class Translator:
     """Everything loaded once: networks, scheduler, prompt embedding; then batch after batch of images."""
 
     def __init__(self, args: argparse.Namespace):
+        import torch
+
+        from cdiffset.checkpoint import load_unet, read_meta
+        from cdiffset.model import check_base, check_prompt_width, embed_prompt, load_scheduler, load_vae, vae_factor
+
         trained = read_meta(args.checkpoint).get("config", {})
         base = args.pretrained_model_name_or_path or trained.get("pretrained_model_name_or_path") or DEFAULT_BASE
         prompt = next(text for text in (args.prompt, trained.get("prompt"), DEFAULT_PROMPT) if text is not None)
@@ -153,6 +168,11 @@ class Translator:
 
     def __call__(self, batch: list[tuple[Job, np.ndarray]]) -> None:
         """Translate images of one padded size and write every output of each, the EO image last."""
+        import torch
+
+        from cdiffset.diffusion import translate
+        from cdiffset.uncertainty import confidence_map
+
         padded = np.stack([pad_to_multiple(pixels, self.factor) for _, pixels in batch])  # [B,H',W',3]
         sar = to_signed(torch.from_numpy(padded).permute(0, 3, 1, 2)).to(self.device)
         eo, sigma2 = translate(
@@ -173,11 +193,15 @@ class Translator:
 
 def upsample(sigma2: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     """σ² of one image [1, h, w] => [H, W] float32: bicubic like the confidence map, kept within the range of σ²."""
+    import torch
+
     upsampled = torch.nn.functional.interpolate(sigma2[None].float(), size, mode="bicubic", align_corners=False)[0, 0]
     return upsampled.clamp(sigma2.min().item(), sigma2.max().item()).cpu().numpy()
 
 
 def pick_device(written: str | None) -> torch.device:
+    import torch
+
     available = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(written or available)
@@ -188,13 +212,13 @@ def pick_device(written: str | None) -> torch.device:
     return device
 
 
-def translate_all(translator: Translator, jobs: list[Job], batch_size: int) -> list[Job]:
+def translate_all(translator: Translator, jobs: list[Job], batch_size: int, max_pixels: int) -> list[Job]:
     """Read, translate and write every job, batching images of one padded size => the jobs that failed."""
     failures, waiting = [], {}
     with tqdm(total=len(jobs), desc="translating", unit="image", mininterval=1) as bar:
         for job in jobs:
             try:
-                pixels = read_sar(job.sar)
+                pixels = read_sar(job.sar, max_pixels)
             except UserError as error:
                 failures.append(job)
                 bar.write(f"skipped: {error}", file=sys.stderr)

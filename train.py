@@ -30,6 +30,7 @@ from cdiffset.errors import Stopped, UserError, message_of
 from cdiffset.images import to_uint8, write_png
 from cdiffset.model import (
     check_base,
+    check_latent_channels,
     check_prompt_width,
     embed_prompt,
     encode,
@@ -159,7 +160,9 @@ class Trainer:
         if start is None and config.phase == "test":
             start = str(self.newest_result())
         if start is None:
-            unet, origin = patch_conv_in(load_base_unet(base)), f"the base model {base} (accelerator_path is null)"
+            unet, origin = load_base_unet(base), f"the base model {base} (accelerator_path is null)"
+            check_latent_channels(unet, self.vae, base)
+            unet = patch_conv_in(unet)
         else:
             source = resume_from / "unet" if resume_from else start
             unet, weights = checkpoint.load_unet(str(source), base, latent_channels, option)

@@ -1,10 +1,9 @@
 """C-DiffSET: SAR-to-EO image translation by fine-tuning Stable Diffusion, with a confidence map."""
 
 import importlib.util
+import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-
-import torch
 
 _declared = None  # the torch.library.Library of mend_torchvision; what it declares lives only as long as this object
 
@@ -19,6 +18,8 @@ def mend_torchvision() -> None:
     nothing where torchvision is absent or sound.
     """
     global _declared
+    import torch
+
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.origin or hasattr(torch.ops.torchvision, "nms"):
         return
@@ -34,4 +35,19 @@ def mend_torchvision() -> None:
         _declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-mend_torchvision()
+class _MendWhenImported:
+    """Asked by Python for every module about to be imported; mends torchvision when its turn comes.
+
+    Mending imports PyTorch, which `--help` and mistakes in a configuration should not have to wait for.
+    """
+
+    mended = False
+
+    def find_spec(self, name: str, path=None, target=None) -> None:
+        """Always None: where a module lies, the finders after this one know."""
+        if name == "torchvision" and not self.mended:
+            self.mended = True  # at once, because mending looks for torchvision again
+            mend_torchvision()
+
+
+sys.meta_path.insert(0, _MendWhenImported())

@@ -24,6 +24,7 @@ from cdiffset.model import load_component
 
 META, STATE, MANIFEST, LOCK = "checkpoint.json", "training_state.pt", "manifest.json", ".lock"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers; Accelerate, hence the released code's runs
+INDEX = ".index.json"  # what diffusers and Accelerate add to these names where the weights are split over several files
 FORMS = "a .safetensors file, a diffusers U-Net folder, a checkpoint folder of this code, or a folder with model.safetensors"
 
 
@@ -37,22 +38,37 @@ def find_weights(path: Path, option: str) -> Path:
     if not path.is_dir():
         raise UserError(f"{option}: there is no {path}, expected {FORMS}")
     for folder in (path / "unet_ema", path / "unet", path):
-        for name in WEIGHTS:
+        for name in (*WEIGHTS, *(f"{name}{INDEX}" for name in WEIGHTS)):
             if (folder / name).is_file():
                 return folder / name
     raise UserError(f"{option}: {path} holds none of unet_ema/, unet/, {', '.join(WEIGHTS)}; expected {FORMS}")
 
 
 def read_weights(file: Path, option: str) -> dict[str, torch.Tensor]:
-    """Safetensors file => float32 state dict, without the `module.` and `unet.` that wrappers put before every name."""
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{option}: {file} is damaged or no safetensors file ({str(error).splitlines()[0]})") from error
+    """Safetensors file or index => float32 state dict, without the `module.` and `unet.` that wrappers put before names."""
+    tensors = {}
+    for part in parts_of(file, option):
+        try:
+            tensors |= load_file(part)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{option}: {part} is damaged or no safetensors file ({str(error).splitlines()[0]})") from error
     for prefix in ("module.", "unet.", "module."):
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def parts_of(file: Path, option: str) -> list[Path]:
+    """A weights file itself; of an index the files beside it that it names."""
+    if not file.name.endswith(INDEX):
+        return [file]
+    try:
+        names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+        if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+            raise ValueError("it names what is no .safetensors file beside it")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{option}: {file} is no index of safetensors files ({error})") from error
+    return [file.with_name(name) for name in names]
 
 
 def config_beside(weights: Path, base: str) -> dict:
@@ -60,7 +76,7 @@ def config_beside(weights: Path, base: str) -> dict:
     beside = weights.with_name("config.json")
     try:
         config = json.loads(beside.read_text())
-        if config.get("_class_name") == "UNet2DConditionModel":
+        if isinstance(config, dict) and config.get("_class_name") == "UNet2DConditionModel":
             return config
     except FileNotFoundError:
         pass
@@ -89,8 +105,12 @@ def load_unet(path: str, base: str, latent_channels: int, option: str) -> tuple[
     check_channels(tensors, latent_channels, f"{option}: {weights}")
     outputs = tensors["conv_out.weight"].shape[0]
     config = {**config_beside(weights, base), "in_channels": 2 * latent_channels, "out_channels": outputs}
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
+    except Exception as error:  # values that make no sense break the constructor wherever they reach
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{option}: config.json of {weights} describes no U-Net ({reason})") from error
     check_tensors(tensors, unet.state_dict(), f"{option}: {weights}")
     unet.load_state_dict(tensors, assign=True)
     return unet.requires_grad_(True).eval(), weights
@@ -130,7 +150,10 @@ def read_meta(path: str | Path) -> dict:
     for folder in (path, path.parent, path.parent.parent):
         if (folder / META).is_file():
             try:
-                return json.loads((folder / META).read_text())
+                meta = json.loads((folder / META).read_text())
+                if not isinstance(meta, dict) or not isinstance(meta.get("config", {}), dict):
+                    raise ValueError("expected a mapping, and in it a mapping `config`")
+                return meta
             except ValueError as error:
                 raise UserError(f"{folder / META} is damaged: {error}") from error
     return {}

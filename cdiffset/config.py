@@ -5,6 +5,7 @@
 
 import argparse
 import difflib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -13,17 +14,19 @@ from typing import Any
 
 import yaml
 
-from cdiffset.errors import UserError
+from cdiffset.errors import Parser, UserError
 
 DEFAULT_BASE = "Manojb/stable-diffusion-2-1-base"
 DEFAULT_PROMPT = "electro-optical image"
+MAX_VALUES = 10_000  # in a YAML, all aliases written out; a run has some fifty
 
 
 # -------------------------------------------------- kinds of values: each returns the value or says what is allowed
 def whole(low: int, high: int = 2**63 - 1) -> Callable:
     def check(value):
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"a whole number of at least {low}" + ("" if high == 2**63 - 1 else f" and at most {high}"))
+            unlimited = high == 2**63 - 1 and (not isinstance(value, int) or value <= high)  # few need to know of that limit
+            raise ValueError(f"a whole number of at least {low}" + ("" if unlimited else f" and at most {high}"))
         return value
 
     return check
@@ -76,6 +79,10 @@ def choice(*allowed: str) -> Callable:
 def mapping(value):
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("a mapping of names to values")
+    try:
+        json.dumps(value)  # as which the run keeps them
+    except (TypeError, ValueError):
+        raise ValueError("a mapping of names to values that are numbers, text, true, false, null or lists of them") from None
     return value
 
 
@@ -104,6 +111,15 @@ def beta_value(value):
         return value if value == "timestep" else number(0, 1)(value)
     except ValueError as error:
         raise ValueError(f"timestep, or {error}") from None
+
+
+def shown(value) -> str:
+    """A value as messages show it."""
+    try:
+        written = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return written if len(written) <= 120 else f"{written[:120]}…"
 
 
 def knob(default: Any, kind: Callable, help: str) -> Any:
@@ -195,14 +211,9 @@ def load_config(argv: list[str] | None = None) -> Config:
     for key, written in nested_overrides(rest):
         name, inner = key.split(".", 1)
         if not isinstance(values.setdefault(name, {}), dict):
-            raise UserError(f"--{key}: {name} is {values[name]!r}, expected a mapping of names to values")
+            raise UserError(f"--{key}: {name} is {shown(values[name])}, expected a mapping of names to values")
         values[name] = {**values[name], inner.replace("-", "_"): parse_written(key, written)}
     return check(values)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)  # one line, without the usage's fifty options
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -247,8 +258,10 @@ def nested_overrides(rest: list[str]) -> list[tuple[str, str]]:
 
 
 def unknown_key(name: str, where: str) -> UserError:
-    near = difflib.get_close_matches(str(name).replace("-", "_"), KNOBS, n=1, cutoff=0.5)
-    return UserError(f"unknown key {name!r}{where}" + (f", did you mean {near[0]!r}?" if near else "; --help lists all keys"))
+    near = difflib.get_close_matches(name.replace("-", "_"), KNOBS, n=1, cutoff=0.5) if isinstance(name, str) else []
+    return UserError(
+        f"unknown key {shown(name)}{where}" + (f", did you mean {near[0]!r}?" if near else "; --help lists all keys")
+    )
 
 
 def parse_written(name: str, written: str) -> Any:
@@ -257,10 +270,10 @@ def parse_written(name: str, written: str) -> Any:
     Settings that are text take it as it stands: YAML would end `image #3` at the #. Only null keeps its meaning.
     """
     try:
-        value = yaml.load(written, UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError) as error:
+        value = yaml.load(written, CarefulLoader)
+    except Exception as error:  # see read_yaml
         if written.lstrip().startswith(("{", "[")) and name.partition(".")[0].endswith("_feeder_args"):
-            raise UserError(f"--{name}: {written!r} is no valid inline YAML") from error
+            raise UserError(f"--{name}: {shown(written)} is no valid inline YAML") from error
         return written
     kind = KNOBS[name].metadata["kind"] if name in KNOBS else None
     if not written.strip() or (value is not None and getattr(kind, "inner", kind) in (text, filled_text)):
@@ -274,17 +287,35 @@ def merge(values: dict, name: str, value: Any) -> None:
     values[name] = {**values[name], **value} if both_mappings else value
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML without duplicate keys: which of two would count is anybody's guess."""
+class CarefulLoader(yaml.SafeLoader):
+    """YAML without duplicate keys, of which one would silently win, and without aliases that multiply beyond all measure."""
 
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        if twice := {key for key in keys if keys.count(key) > 1}:
-            raise yaml.constructor.ConstructorError(None, None, f"key {sorted(twice)[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)  # here, because merge keys are later expanded in place
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", node.start_mark)
+                seen.add(key.value)
+        return self.weighed(node, [part for pair in node.value for part in pair])
+
+    def compose_sequence_node(self, anchor):
+        node = super().compose_sequence_node(anchor)
+        return self.weighed(node, node.value)
+
+    def weighed(self, node, parts: list):
+        """The node, with its number of values once every alias is written out."""
+        try:
+            node.weight = 1 + sum(1 if isinstance(part, yaml.ScalarNode) else part.weight for part in parts)
+        except AttributeError:  # a part is still being composed: this node lies within it
+            raise yaml.constructor.ConstructorError(None, None, "a recursive alias", node.start_mark) from None
+        if node.weight > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, f"aliases that make over {MAX_VALUES} values", node.start_mark)
+        return node
 
 
-UniqueKeyLoader.add_constructor(
+CarefulLoader.add_constructor(
     yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: loader.construct_mapping(node, deep=True)
 )
 
@@ -292,15 +323,17 @@ UniqueKeyLoader.add_constructor(
 def read_yaml(path: str) -> dict:
     try:
         written = Path(path).read_text(encoding="utf-8-sig")
-        values = yaml.load(written, UniqueKeyLoader)
+        values = yaml.load(written, CarefulLoader)
     except OSError as error:
         raise UserError(f"--config: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--config: {path} is not UTF-8 text: {error}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+    except RecursionError as error:
+        raise UserError(f"--config: {path}: brackets nested too deep") from error
+    except Exception as error:  # besides its own errors those of dates that do not exist, of tags on what they do not fit, ...
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config: {path}{where}: {getattr(error, 'problem', None) or error}") from error
+        raise UserError(f"--config: {path}{where}: {getattr(error, 'problem', None) or f'no valid YAML ({error})'}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config: {path} holds {'nothing' if values is None else 'no mapping'}, expected lines of key: value")
     return values
@@ -312,7 +345,7 @@ def check(values: dict) -> Config:
         try:
             values[name] = KNOBS[name].metadata["kind"](value)
         except ValueError as error:
-            raise UserError(f"{name}: expected {error}, found {value!r}") from None
+            raise UserError(f"{name}: expected {error}, found {shown(value)}") from None
     config = Config(**values)
     for name, value in flatten(asdict(config)):
         unread = config.phase == "test" and name.startswith("train_feeder_args")

@@ -1,5 +1,6 @@
 """How commands end: mistakes of the user, told from faults of the program, and runs that were asked to stop."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -17,6 +18,13 @@ class Stopped(Exception):
 def message_of(error: UserError) -> str:
     """One line. A DataLoader worker hands over its whole traceback as the message; what was raised there stands last."""
     return " ".join(str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].split("\n")).strip()
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake on the command line as every other one: in one line, without the usage of all options."""
+
+    def error(self, message: str):
+        raise UserError(message)
 
 
 def run(main: Callable[..., int], argv: list[str] | None = None) -> int:

@@ -6,32 +6,39 @@ Files are read into 0-255 (float32 [H, W, 3]); networks work in [-1, 1]. SAR and
 
 import os
 import re
-import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import rasterio
-import torch
 from PIL import Image, ImageOps
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 
 from cdiffset.errors import UserError
 
+if TYPE_CHECKING:
+    import torch  # slow to import, and lists can be made without it
+
 STRETCH_PERCENTILES = (1, 99)
+MAX_PIXELS = 2**28  # 16,384 x 16,384 px: a few kB can claim any size, and are then unpacked to it
+PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # Pillow opens others too, some by running programs
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, in whose place max_pixels stands
 
 
-def read_sar(path: str | Path) -> np.ndarray:
+def read_sar(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """SAR file => float32 [H, W, 3] in 0-255.
 
     8-bit data is taken as is; each deeper band is stretched from its 1st-99th percentile. One band is repeated, two become
     (b1, mean, b2), four (HH, HV, VH, VV) become (HH, (HV + VH) / 2, VV). A band declared as alpha is dropped; note that GDAL
-    declares the fourth band of an 8-bit TIFF to be alpha unless told otherwise. UserError names the file if it is unreadable.
+    declares the fourth band of an 8-bit TIFF to be alpha unless told otherwise. UserError names the file if it is unreadable
+    or claims more than max_pixels.
     """
-    bands, valid = _read(Path(path))
+    bands, valid = _read(Path(path), max_pixels)
     if bands.dtype != np.uint8:
         bands = np.stack([stretch(bands[..., k], valid[..., k]) for k in range(bands.shape[-1])], axis=-1)
     channels = [bands[..., k].astype(np.float32) for k in range(bands.shape[-1])]
@@ -49,13 +56,13 @@ def read_sar(path: str | Path) -> np.ndarray:
     return np.stack(channels, axis=-1)
 
 
-def read_eo(path: str | Path) -> np.ndarray:
+def read_eo(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """EO file => float32 [H, W, 3] in 0-255: RGB, grey repeated, alpha dropped.
 
     8-bit data is taken as is; deeper data is stretched from the 1st-99th percentile of all bands together, which keeps its
-    colours. UserError names the file if it is unreadable.
+    colours. UserError names the file if it is unreadable or claims more than max_pixels.
     """
-    bands, valid = _read(Path(path))
+    bands, valid = _read(Path(path), max_pixels)
     if bands.shape[-1] not in (1, 3):
         raise UserError(f"{path}: {bands.shape[-1]} bands besides alpha; an EO image has 1 or 3")
     if bands.dtype != np.uint8:
@@ -78,9 +85,9 @@ def to_signed(pixels):
     return pixels / 127.5 - 1
 
 
-def to_uint8(signed: torch.Tensor) -> np.ndarray:
+def to_uint8(signed: "torch.Tensor") -> np.ndarray:
     """[..., 3, H, W] in [-1, 1] => uint8 array [..., H, W, 3], rounded; values outside are clipped."""
-    pixels = ((signed.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    pixels = ((signed.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
     return pixels.movedim(-3, -1).cpu().numpy()
 
 
@@ -106,10 +113,14 @@ def read_tiff(path: str | Path) -> np.ndarray:
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to, then move it there; after a failure nothing is left of it."""
+    """Yield a temporary path beside `path` to write to, then move it there; after a failure nothing is left of it.
+
+    The name is always the same one, so that what a killed process left is gone once the file has been written after all.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -117,22 +128,57 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def list_images(folder: str | Path) -> list[Path]:
+def list_images(folder: str | Path, follow_links: bool = False) -> list[Path]:
     """Images under a folder, relative to it, numbers in names in counting order; hidden files and folders are skipped.
 
-    Links to folders are followed, since data roots are often put together from them.
+    A folder is listed once however many links lead to it, under its own name if it has one here. UserError names a link that
+    leads out of the folder, unless `follow_links`.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, files in _walk(folder, follow_links):
         names = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES]
-        found += [(Path(parent) / name).relative_to(folder) for name in names]
+        found += [parent / name for name in names]
     if not found:
         raise UserError(f"{folder}: holds no images ({' '.join(IMAGE_SUFFIXES)})")
-    return sorted(found, key=_counting_order)
+    require_inside(folder, found, follow_links)
+    return sorted((path.relative_to(folder) for path in found), key=_counting_order)
+
+
+def _walk(root: Path, follow_links: bool) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder under root with the names of its files. Links wait until all else is seen, so that no loop is possible."""
+    seen, starts = set(), [root]
+    for start in starts:  # grows on the way
+        for parent, folders, files in os.walk(start):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if (real := os.path.realpath(parent)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            links = [Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
+            require_inside(root, links, follow_links)
+            starts += links
+            yield Path(parent), files
+
+
+def require_inside(root: Path, paths: Iterable[Path], follow_links: bool) -> None:
+    """Refuse paths that a symbolic link leads out of root, unless `follow_links`: data of others shall not open our files."""
+    if follow_links:
+        return
+    real_folder = cache(os.path.realpath)  # many paths share few folders
+    real_root = os.path.join(real_folder(root), "")
+    for path in paths:
+        if os.path.islink(path) or path == root:
+            real = os.path.realpath(path)
+        else:
+            real = os.path.join(real_folder(path.parent), path.name)
+        if not os.path.join(real, "").startswith(real_root):
+            raise UserError(
+                f"{path}: a link leads out of {root}, to {real}; if you mean it to, give --follow-links, "
+                f"or follow_links: true among the feeder's arguments"
+            )
 
 
 def _counting_order(path: Path) -> tuple:
@@ -149,14 +195,14 @@ def _without_georeference() -> Iterator[None]:
         yield
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
     """Any supported file => (bands [H, W, C], alpha dropped, uint8 or deeper; valid [H, W, C] bool)."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if (reader := READERS.get(path.suffix.lower())) is None:
         raise UserError(f"{path}: unsupported image type; supported are {' '.join(IMAGE_SUFFIXES)}")
     try:
-        bands, unmasked = reader(path)
+        bands, unmasked = reader(path, max_pixels)
     except UserError:
         raise
     except Exception as error:  # on damaged files the decoders raise almost anything
@@ -171,13 +217,23 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return bands, valid
 
 
-def _read_picture(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    with Image.open(path) as image:
+def _require_size(path: Path, height: int, width: int, bands: int, max_pixels: int) -> None:
+    """Refuse the size that a header claims before memory is taken for it; bands beyond a SAR image's four count as pixels."""
+    if height * width * max(bands, 4) > 4 * max_pixels:
+        raise UserError(
+            f"{path}: {width} x {height} px in {bands} bands; at most {max_pixels} px are opened, cut it into tiles or raise "
+            f"the limit (--max-pixels, or max_pixels among the feeder's arguments)"
+        )
+
+
+def _read_picture(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    with Image.open(path, formats=PICTURE_FORMATS) as image:
+        _require_size(path, image.height, image.width, len(image.getbands()), max_pixels)
         # MPO is the JPEG of drones and phones: its later frames are previews and depth maps of the first.
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise UserError(f"{path}: {image.n_frames} frames; expected one image")
         if image.format == "PNG" and image.mode != "I;16" and "16" in str(image.tile[0].args):
-            return _read_raster(path, "PNG")  # Pillow would cut 16-bit colour down to 8 bits
+            return _read_raster(path, max_pixels, "PNG")  # Pillow would cut 16-bit colour down to 8 bits
         bands = np.array(_plain_mode(ImageOps.exif_transpose(image)))
     bands = bands.reshape(*bands.shape[:2], -1)
     return bands, np.ones(bands.shape, bool)
@@ -193,8 +249,9 @@ def _plain_mode(image: Image.Image) -> Image.Image:
     return image if is_grey else image.convert("RGB")
 
 
-def _read_raster(path: Path, driver: str = "GTiff") -> tuple[np.ndarray, np.ndarray]:
-    with _without_georeference(), rasterio.open(path, driver=driver) as source:
+def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np.ndarray, np.ndarray]:
+    with _alone(path, driver) as source:
+        _require_size(path, source.height, source.width, source.count, max_pixels)
         if source.subdatasets:
             raise UserError(f"{path}: {len(source.subdatasets)} pages; expected one image")
         kept = [k for k in source.indexes if source.colorinterp[k - 1] != ColorInterp.alpha]
@@ -207,6 +264,21 @@ def _read_raster(path: Path, driver: str = "GTiff") -> tuple[np.ndarray, np.ndar
     return np.moveaxis(bands, 0, -1), np.moveaxis(unmasked, 0, -1)
 
 
+@contextmanager
+def _alone(path: Path, driver: str) -> Iterator[rasterio.DatasetReader]:
+    """Open a raster and nothing but its own file.
+
+    GDAL would take a mask from PATH.msk, which may be of any format, those included that name other files or addresses in the
+    network. The path is absolute, because GDAL reads beginnings like `GTIFF_DIR:1:` as more than a name.
+    """
+    with (
+        _without_georeference(),
+        rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
+        rasterio.open(path.absolute(), driver=driver) as source,
+    ):
+        yield source
+
+
 def _expand_palette(indices: np.ndarray, colormap: dict[int, tuple]) -> np.ndarray:
     """Palette indices [H, W] => uint8 [3, H, W]."""
     colours = np.zeros((max(colormap) + 1, 3), np.uint8)
@@ -215,12 +287,13 @@ def _expand_palette(indices: np.ndarray, colormap: dict[int, tuple]) -> np.ndarr
     return np.moveaxis(colours[indices], -1, 0)
 
 
-def _read_array(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    array = np.load(path, allow_pickle=False)
+def _read_array(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # so that a size the file does not have takes no memory
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.size == 0:
         raise UserError(f"{path}: expected one array [H, W] or [H, W, C], found {getattr(array, 'shape', 'an archive')}")
     bands = array.reshape(*array.shape[:2], -1)
-    return bands, np.ones(bands.shape, bool)
+    _require_size(path, *bands.shape, max_pixels)
+    return np.array(bands), np.ones(bands.shape, bool)
 
 
 READERS = dict.fromkeys((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"), _read_picture)

@@ -11,7 +11,6 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -51,7 +50,7 @@ def load_component(loader, base: str, name: str, **options):
     """Load one component of a base, every tensor of it or not at all."""
     try:
         loaded = loader.from_pretrained(str(Path(base).expanduser()), subfolder=name, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # on damaged and strange folders the libraries raise almost anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load {name}/ of the base model {base!r} ({reason}); {HOW_TO_GET_A_BASE}") from error
     if not options.get("output_loading_info"):
@@ -106,6 +105,16 @@ def check_prompt_width(unet: UNet2DConditionModel, prompt_embedding: torch.Tenso
         raise UserError(
             f"{option}: the U-Net attends to prompts of width {expected}, but the text encoder of {base} gives {found}: "
             f"checkpoint and base model do not belong together"
+        )
+
+
+def check_latent_channels(unet: UNet2DConditionModel, vae: AutoencoderKL, base: str) -> None:
+    """Refuse a base whose U-Net, still unpatched, is not one for the latents of its VAE: of inpainting, for example."""
+    expected, found = vae.config.latent_channels, (unet.config.in_channels, unet.config.out_channels)
+    if found != (expected, expected):
+        raise UserError(
+            f"pretrained_model_name_or_path: unet/ of {base!r} has {found[0]} input and {found[1]} output channels, expected "
+            f"{expected} of both, as many as the latents of its vae/ have"
         )
 
 

@@ -6,7 +6,6 @@ writes train_eo_list_080 and test_eo_list_080, each as .txt and .pkl, under data
 SENMS_split). Paths are relative to the data root and sorted. SAR2Opt keeps its official folders, and its lists no suffix.
 """
 
-import argparse
 import pickle
 import random
 import re
@@ -18,9 +17,9 @@ from typing import NamedTuple
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # so that the script runs from anywhere
 
-from cdiffset.errors import UserError, run  # noqa: E402
-from cdiffset.images import list_images, written_whole  # noqa: E402
-from feeders.feeder import ListFeeder, QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder  # noqa: E402
+from cdiffset.errors import Parser, UserError, run  # noqa: E402
+from cdiffset.images import list_images, require_inside, written_whole  # noqa: E402
+from feeders.feeder import ListFeeder, QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder, relative_path  # noqa: E402
 
 Split = tuple[list[str], list[str]]  # train, test: EO paths relative to the data root
 
@@ -38,41 +37,42 @@ def shuffled_split(items: list[str], ratio: int, seed: int) -> Split:
     return sorted(items[count:]), sorted(items[:count])
 
 
-def eo_paths(root: Path, folder: str) -> list[str]:
+def eo_paths(root: Path, folder: str, follow_links: bool) -> list[str]:
     """Images under a folder of the data root, relative to the root."""
-    return [(PurePosixPath(folder) / path.as_posix()).as_posix() for path in list_images(root / folder)]
+    require_inside(root, [root / folder], follow_links)
+    return [(PurePosixPath(folder) / path.as_posix()).as_posix() for path in list_images(root / folder, follow_links)]
 
 
-def split_qxs(root: Path, ratio: int, seed: int) -> Split:
+def split_qxs(root: Path, ratio: int, seed: int, follow_links: bool) -> Split:
     (folder,) = QXSFeeder.folders
-    return shuffled_split(eo_paths(root, folder), ratio, seed)
+    return shuffled_split(eo_paths(root, folder, follow_links), ratio, seed)
 
 
-def split_spacenet(root: Path, ratio: int, seed: int) -> Split:
+def split_spacenet(root: Path, ratio: int, seed: int, follow_links: bool) -> Split:
     (folder,) = SpaceNetFeeder.folders
-    return shuffled_split(eo_paths(root, f"train/AOI_11_Rotterdam/{folder}"), ratio, seed)
+    return shuffled_split(eo_paths(root, f"train/AOI_11_Rotterdam/{folder}", follow_links), ratio, seed)
 
 
-def split_saropt(root: Path, ratio: int, seed: int) -> Split:
+def split_saropt(root: Path, ratio: int, seed: int, follow_links: bool) -> Split:
     """The official folders; ratio and seed play no part."""
     train, test = SAROptFeeder.folders
-    return sorted(eo_paths(root, train)), sorted(eo_paths(root, test))
+    return sorted(eo_paths(root, train, follow_links)), sorted(eo_paths(root, test, follow_links))
 
 
-def split_senms(root: Path, ratio: int, seed: int) -> Split:
+def split_senms(root: Path, ratio: int, seed: int, follow_links: bool) -> Split:
     """Whole scene folders, season by season: patches of one scene overlap, and must not lie in both splits."""
     seasons = sorted(path.name for path in root.iterdir() if re.fullmatch(r"ROIs[0-9]+_(spring|summer|fall|winter)", path.name))
     train, test = [], []
     for season in seasons:
         scenes = [f"{season}/{path.name}" for path in (root / season).iterdir() if re.fullmatch(r"s2_[0-9]+", path.name)]
         for paths, chosen in zip((train, test), shuffled_split(scenes, ratio, seed), strict=True):
-            paths += [path for scene in chosen for path in eo_paths(root, scene)]
+            paths += [path for scene in chosen for path in eo_paths(root, scene, follow_links)]
     return sorted(train), sorted(test)
 
 
 class Source(NamedTuple):
     feeder: type[ListFeeder]
-    split: Callable[[Path, int, int], Split]
+    split: Callable[[Path, int, int, bool], Split]
     output: str  # default folder of the lists, under data/
     has_ratio: bool = True
 
@@ -85,26 +85,29 @@ SOURCES = {
 }
 
 
-def split_dataset(source: Source, root: Path, ratio: int, seed: int) -> Split:
+def split_dataset(source: Source, root: Path, ratio: int, seed: int, follow_links: bool) -> Split:
     """EO paths of both splits, every one with its SAR twin on disk; UserError otherwise."""
     if not 1 <= ratio <= 99:
         raise UserError(f"--ratio is {ratio}; expected 1 to 99, the percentage of training pairs")
     if not root.is_dir():
         raise UserError(f"--dataroot: no such folder: {root}")
     try:
-        train, test = source.split(root, ratio, seed)
+        train, test = source.split(root, ratio, seed, follow_links)
     except UserError as error:
         raise UserError(f"--dataroot {root} does not have the layout {source.feeder.layout}: {error}") from error
     if not train + test:
         raise UserError(f"--dataroot {root} holds no images of the layout {source.feeder.layout}")
     if not train or not test:
         raise UserError(f"too few images or scenes for --ratio {ratio}: {len(train)} pairs to train on, {len(test)} to test on")
-    require_twins(source.feeder, root, train + test)
+    require_twins(source.feeder, root, train + test, follow_links)
     return train, test
 
 
-def require_twins(feeder: type[ListFeeder], root: Path, paths: list[str]) -> None:
-    lonely = [path for path in paths if not (root / feeder.eo_to_sar(PurePosixPath(path))).is_file()]
+def require_twins(feeder: type[ListFeeder], root: Path, paths: list[str], follow_links: bool) -> None:
+    """Every path can stand in a list, and its SAR image is there."""
+    sar = {path: root / feeder.eo_to_sar(relative_path(path, f"--dataroot {root}")) for path in paths}
+    require_inside(root, sar.values(), follow_links)
+    lonely = [path for path in paths if not sar[path].is_file()]
     if lonely:
         named = ", ".join(lonely[:3]) + (", ..." if len(lonely) > 3 else "")
         raise UserError(f"{len(lonely)} of {len(paths)} EO images under {root} have no SAR image: {named}")
@@ -119,19 +122,23 @@ def write_list(path: Path, paths: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Split a dataset into training and test lists of EO paths.")
+    parser = Parser(description="Split a dataset into training and test lists of EO paths.")
     parser.add_argument("--dataset", required=True, choices=SOURCES)
     parser.add_argument("--dataroot", type=Path, required=True, help="folder of the dataset; the lists are relative to it")
     parser.add_argument("--ratio", type=int, default=80, help="percentage of training pairs, 1-99; no part in saropt (80)")
     parser.add_argument("--seed", type=int, default=2025, help="another seed is another split; no part in saropt (2025)")
     parser.add_argument("--output", type=Path, help="folder to write the lists to (data/QXS_split etc. of this repository)")
+    parser.add_argument("--follow-links", action="store_true", help="let symbolic links lead out of the data root")
     args = parser.parse_args(argv)
     source = SOURCES[args.dataset]
-    splits = split_dataset(source, args.dataroot, args.ratio, args.seed)
+    splits = split_dataset(source, args.dataroot, args.ratio, args.seed, args.follow_links)
     output = args.output or REPO / "data" / source.output
     suffix = f"_{args.ratio:03d}" if source.has_ratio else ""
     for name, paths in zip(("train", "test"), splits, strict=True):
-        write_list(output / f"{name}_eo_list{suffix}", paths)
+        try:
+            write_list(output / f"{name}_eo_list{suffix}", paths)
+        except OSError as error:
+            raise UserError(f"--output: cannot write into {output}: {error.strerror}") from error
         print(f"{name}: {len(paths)} pairs in {output / f'{name}_eo_list{suffix}'}.txt and .pkl")
     return 0
 

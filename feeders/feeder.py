@@ -5,19 +5,22 @@ derive each SAR path from it, so such a subclass is little more than the facts o
 """
 
 import csv
+import io
 import operator
 import os
 import pickle
+import pickletools
 import re
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from cdiffset.errors import UserError
-from cdiffset.images import list_images, read_eo, read_sar, to_signed
+from cdiffset.images import MAX_PIXELS, list_images, read_eo, read_sar, require_inside, to_signed
+
+if TYPE_CHECKING:
+    import torch  # slow to import, and lists can be made without it
 
 SPLITS = ("train", "test")
 SHOWN = 3  # how many of many faulty pairs a message names
@@ -29,12 +32,13 @@ class Pair(NamedTuple):
     eo: Path
 
 
-class PairedFeeder(Dataset):
-    """Pairs as {"sar", "eo": float32 [3, crop, crop] in [-1, 1], "name": str}.
+class PairedFeeder:
+    """A map-style dataset of pairs as {"sar", "eo": float32 [3, crop, crop] in [-1, 1], "name": str}.
 
     `split="train"` takes a random crop and applies a horizontal flip, a vertical flip and a 90 degree rotation, each with
     p = 0.5, the same to both images; `split="test"` takes the centre crop. `load_size` is the side in px that every image
-    must have (None: any). A file that is missing is reported at construction, one that does not fit when it is read.
+    must have (None: any). A file that is missing is reported at construction, one that does not fit or claims more than
+    `max_pixels` when it is read.
 
     An item is asked for as feeder[index] or feeder[epoch, index], an index alone meaning epoch 0. All its randomness comes
     from a generator of its own, seeded from (seed, epoch, index). So no worker needs a seed: an item is the same whichever
@@ -43,7 +47,9 @@ class PairedFeeder(Dataset):
 
     gsd_m: float | None = None  # ground sampling distance
 
-    def __init__(self, pairs: list[Pair], crop_size: int, load_size: int | None, split: str, seed: int):
+    def __init__(
+        self, pairs: list[Pair], crop_size: int, load_size: int | None, split: str, seed: int, max_pixels: int = MAX_PIXELS
+    ):
         self.pairs = pairs
         self.crop_size = _positive("crop_size", crop_size)
         self.load_size = None if load_size is None else _positive("load_size", load_size)
@@ -55,7 +61,10 @@ class PairedFeeder(Dataset):
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise UserError(f"seed is {seed!r}; expected a whole number from 0")
         self.seed = seed
+        self.max_pixels = _positive("max_pixels", max_pixels)
         _require_files(pairs)
+        if split == "test":
+            _require_distinct_names(pairs)
 
     @property
     def names(self) -> list[str]:
@@ -74,7 +83,7 @@ class PairedFeeder(Dataset):
         return {"sar": _to_tensor(sar), "eo": _to_tensor(eo), "name": pair.name}
 
     def _read(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-        sar, eo = read_sar(pair.sar), read_eo(pair.eo)
+        sar, eo = read_sar(pair.sar, self.max_pixels), read_eo(pair.eo, self.max_pixels)
         found = f"SAR {pair.sar} is {_size(sar)}, EO {pair.eo} is {_size(eo)}"
         if sar.shape != eo.shape:
             raise UserError(f"the images of a pair differ in size: {found}")
@@ -89,7 +98,7 @@ class ListFeeder(PairedFeeder):
     """Pairs from a list of EO paths relative to `dataroot`; the dataset's rule gives each SAR path.
 
     The list is a .txt file, one path a line, or a .pkl file of a list of strings. `split` defaults to what the list's own
-    name says. `crop_size` None is the dataset's own.
+    name says. `crop_size` None is the dataset's own. `follow_links` lets symbolic links lead out of `dataroot`.
     """
 
     layout: str  # EO -> SAR, in words
@@ -104,14 +113,17 @@ class ListFeeder(PairedFeeder):
         load_size: int | None = None,
         split: str | None = None,
         seed: int = 2024,
+        follow_links: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ):
         root = _existing_folder("dataroot", dataroot)
         pairs = [
             Pair(str(eo.with_suffix("")), root / self.eo_to_sar(eo), root / eo)
             for eo in (relative_path(text, where) for where, text in read_list(listroot, (".txt", ".pkl")))
         ]
+        _require_files_inside(root, pairs, follow_links)
         crop_size = self.default_crop_size if crop_size is None else crop_size
-        super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed)
+        super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed, max_pixels)
 
     @classmethod
     def eo_to_sar(cls, eo: PurePosixPath) -> PurePosixPath:
@@ -184,10 +196,19 @@ class StellarFeeder(PairedFeeder):
     """
 
     def __init__(
-        self, dataroot: str | Path, crop_size: int, split: str = "test", load_size: int | None = None, seed: int = 2024
+        self,
+        dataroot: str | Path,
+        crop_size: int,
+        split: str = "test",
+        load_size: int | None = None,
+        seed: int = 2024,
+        follow_links: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ):
         root = _existing_folder("dataroot", dataroot)
-        super().__init__(match_folders(root / "SAR/image", root / "EO/image"), crop_size, load_size, split, seed)
+        folders = [root / "SAR/image", root / "EO/image"]
+        require_inside(root, folders, _yes_or_no("follow_links", follow_links))
+        super().__init__(match_folders(*folders, follow_links), crop_size, load_size, split, seed, max_pixels)
         self.augment = False
 
 
@@ -195,7 +216,8 @@ class PairedFolderFeeder(PairedFeeder):
     """Your own pairs: two folders matched by relative path without suffix, or a list of pairs.
 
     Give `sar_dir` and `eo_dir`, or `dataroot` and `listroot`: a .csv, .tsv or .txt file with `sar,eo` on each line (comma or
-    tab; a header `sar,eo` is optional), relative to `dataroot`. `split` may be left to the list's own name.
+    tab; a header `sar,eo` is optional), relative to `dataroot`. `split` may be left to the list's own name. `follow_links` lets
+    symbolic links lead out of these folders.
     """
 
     def __init__(
@@ -208,18 +230,23 @@ class PairedFolderFeeder(PairedFeeder):
         listroot: str | Path | None = None,
         load_size: int | None = None,
         seed: int = 2024,
+        follow_links: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ):
         options = {"sar_dir": sar_dir, "eo_dir": eo_dir, "dataroot": dataroot, "listroot": listroot}
         given = [name for name, value in options.items() if value is not None]
         if given == ["sar_dir", "eo_dir"]:
-            pairs = match_folders(_existing_folder("sar_dir", sar_dir), _existing_folder("eo_dir", eo_dir))
+            folders = _existing_folder("sar_dir", sar_dir), _existing_folder("eo_dir", eo_dir)
+            pairs = match_folders(*folders, _yes_or_no("follow_links", follow_links))
         elif given == ["dataroot", "listroot"]:
-            pairs = read_pairs(_existing_folder("dataroot", dataroot), listroot)
+            root = _existing_folder("dataroot", dataroot)
+            pairs = read_pairs(root, listroot)
+            _require_files_inside(root, pairs, follow_links)
         else:
             raise UserError(f"expected sar_dir and eo_dir, or dataroot and listroot; found {', '.join(given) or 'none'}")
         if split is None and listroot is None:
             raise UserError("two folders do not tell their split: give split, train or test")
-        super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed)
+        super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed, max_pixels)
 
 
 def split_of(listroot: str | Path) -> str:
@@ -231,7 +258,7 @@ def split_of(listroot: str | Path) -> str:
 
 
 def read_list(listroot: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Entries of a list as (place, for messages; text), blank lines left out."""
+    """Entries of a list as (place, for messages; text), blank lines left out, none of them twice."""
     path = _real_path("listroot", listroot)
     if path.suffix.lower() not in suffixes:
         raise UserError(f"{path}: expected a list that ends in {' or '.join(suffixes)}")
@@ -244,6 +271,10 @@ def read_list(listroot: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str
     entries = [(f"{path}, line {number}", text.strip()) for number, text in enumerate(texts, start=1) if text.strip()]
     if not entries:
         raise UserError(f"{path}: the list is empty")
+    places: dict[str, str] = {}
+    for where, text in entries:
+        if (earlier := places.setdefault(text, where)) != where:
+            raise UserError(f"{where}: {text!r} stands in {earlier.rpartition(', ')[2]} already; keep one of them")
     return entries
 
 
@@ -255,11 +286,14 @@ class _StringsOnly(pickle.Unpickler):
 
 
 def _unpickle_strings(path: Path) -> list[str]:
-    with path.open("rb") as file:
-        try:
-            entries = _StringsOnly(file).load()
-        except Exception as error:  # malformed pickles raise almost anything
-            raise UserError(f"{path}: refused; a pickled list may hold strings and nothing else ({error})") from error
+    content = path.read_bytes()
+    try:
+        for opcode, argument, _ in pickletools.genops(content):  # the unpickler takes memory up to the index it is told
+            if opcode.name.endswith("PUT") and argument > len(content):
+                raise pickle.UnpicklingError(f"it has an index of {argument} in {len(content)} bytes")
+        entries = _StringsOnly(io.BytesIO(content)).load()
+    except Exception as error:  # malformed pickles raise almost anything
+        raise UserError(f"{path}: refused; a pickled list may hold strings and nothing else ({error})") from error
     if type(entries) is not list or not all(type(entry) is str for entry in entries):
         raise UserError(f"{path}: refused; a pickled list may hold strings and nothing else")
     return entries
@@ -268,6 +302,8 @@ def _unpickle_strings(path: Path) -> list[str]:
 def relative_path(text: str, where: str) -> PurePosixPath:
     """Path of a list entry, relative to the data root and staying inside it."""
     path = PurePosixPath(_real_path(where, text))
+    if text != text.strip() or re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):
+        raise UserError(f"{where}: {text!r} has spaces at an end, control characters or is not UTF-8; rename the file")
     if "\\" in text or path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", text) or not path.name:
         raise UserError(f"{where}: {text!r} is not a path relative to the data root with forward slashes and without '..'")
     return path
@@ -277,7 +313,10 @@ def read_pairs(root: Path, listroot: str | Path) -> list[Pair]:
     """Pairs from a text or CSV list of `sar,eo` lines."""
     rows = []
     for where, text in read_list(listroot, (".csv", ".tsv", ".txt")):
-        row = [field.strip() for field in next(csv.reader([text], delimiter="\t" if "\t" in text else ","))]
+        try:
+            row = [field.strip() for field in next(csv.reader([text], delimiter="\t" if "\t" in text else ","))]
+        except csv.Error as error:
+            raise UserError(f"{where}: expected 'sar,eo' ({error})") from error
         if len(row) != 2:
             raise UserError(f"{where}: expected 'sar,eo', found {text!r}")
         rows.append((where, row))
@@ -289,18 +328,18 @@ def read_pairs(root: Path, listroot: str | Path) -> list[Pair]:
     return [Pair(str(eo.with_suffix("")), root / sar, root / eo) for sar, eo in paths]
 
 
-def match_folders(sar_dir: Path, eo_dir: Path) -> list[Pair]:
+def match_folders(sar_dir: Path, eo_dir: Path, follow_links: bool = False) -> list[Pair]:
     """Pairs of the images in two folders that share a relative path but for the suffix; every image needs its twin."""
-    sar, eo = _by_stem(sar_dir), _by_stem(eo_dir)
+    sar, eo = _by_stem(sar_dir, follow_links), _by_stem(eo_dir, follow_links)
     lonely = [eo_dir / eo[stem] for stem in eo if stem not in sar] + [sar_dir / sar[stem] for stem in sar if stem not in eo]
     if lonely:
         raise UserError(f"{len(lonely)} images of {sar_dir} and {eo_dir} have no twin of the same name: {_first(lonely)}")
     return [Pair(stem, sar_dir / sar[stem], eo_dir / eo[stem]) for stem in eo]
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _by_stem(folder: Path, follow_links: bool) -> dict[str, Path]:
     stems = {}
-    for path in list_images(folder):
+    for path in list_images(folder, follow_links):
         twin = stems.setdefault(path.with_suffix("").as_posix(), path)
         if twin != path:
             raise UserError(f"{folder}: {twin} and {path} differ in the suffix alone; keep one of them")
@@ -315,6 +354,22 @@ def _require_files(pairs: list[Pair]) -> None:
             faults.append(f"SAR {pair.sar}, EO {pair.eo} (missing: {' and '.join(missing)})")
     if faults:
         raise UserError(f"{len(faults)} of {len(pairs)} pairs are incomplete: {_first(faults)}")
+
+
+def _require_files_inside(root: Path, pairs: list[Pair], follow_links: bool) -> None:
+    paths = (path for pair in pairs for path in (pair.sar, pair.eo))
+    require_inside(root, paths, _yes_or_no("follow_links", follow_links))
+
+
+def _require_distinct_names(pairs: list[Pair]) -> None:
+    """Results are filed by name. In training one EO image may well be paired with several SAR images."""
+    first: dict[str, Pair] = {}
+    for pair in pairs:
+        if (other := first.setdefault(pair.name, pair)) is not pair:
+            raise UserError(
+                f"two pairs of one name, whose results would overwrite each other: SAR {other.sar}, EO {other.eo}; "
+                f"SAR {pair.sar}, EO {pair.eo}"
+            )
 
 
 def _first(faults: list) -> str:
@@ -339,6 +394,12 @@ def _real_path(option: str, path: str | Path) -> Path:
 def _positive(option: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{option} is {value!r}; expected a whole number of px from 1")
+    return value
+
+
+def _yes_or_no(option: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{option} is {value!r}; expected true or false")
     return value
 
 
@@ -368,6 +429,8 @@ def _augmented(images, size: int, rng: np.random.Generator) -> list[np.ndarray]:
     return [np.rot90(image) for image in images] if rotate else images
 
 
-def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
+def _to_tensor(pixels: np.ndarray) -> "torch.Tensor":
     """[H, W, 3] in 0-255 => [3, H, W] in [-1, 1]."""
+    import torch
+
     return to_signed(torch.from_numpy(np.moveaxis(pixels, -1, 0).copy()))

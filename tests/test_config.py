@@ -7,7 +7,10 @@ import sys
 from dataclasses import asdict
 
 import pytest
+import yaml
 from conftest import REPO
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cdiffset.config import GROUPS, KNOBS, Config, load_config
 from cdiffset.errors import UserError
@@ -384,6 +387,45 @@ def test_anchors_and_merge_keys_work(load):
     )
     assert config.train_feeder_args == {"dataroot": "/data", "crop_size": 64, "split": "train"}
     assert config.test_feeder_args == {"dataroot": "/data", "crop_size": 64, "split": "test"}
+
+
+def test_merge_keys_in_a_chain_are_no_duplicates(load):
+    config = load("test_feeder_args: {x: &a {k: 1}, y: &b {<<: *a, k: 2}, <<: *b}\n")
+    assert config.test_feeder_args == {"k": 2, "x": {"k": 1}, "y": {"k": 2}}
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.text(min_size=1, max_size=6), PLAIN, max_size=4), st.booleans())
+def test_any_feeder_arguments_come_back_as_they_were_written(tmp_path_factory, arguments, flow):
+    file = tmp_path_factory.mktemp("yaml") / "run.yaml"
+    written = yaml.safe_dump({"test_feeder_args": arguments}, default_flow_style=flow)
+    file.write_bytes(written.encode())
+    try:
+        assert load_config(["--config", str(file)]).test_feeder_args == arguments
+    except UserError as error:  # of all text, this alone is refused
+        assert "/path/to" in str(arguments) and "placeholder" in str(error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(KNOBS)), PLAIN)
+def test_any_value_is_taken_or_refused_by_name(tmp_path_factory, name, value):
+    file = tmp_path_factory.mktemp("yaml") / "run.yaml"
+    file.write_text(yaml.safe_dump({name: value}))
+    try:
+        config = load_config(["--config", str(file)])
+    except UserError as error:
+        assert name in str(error) or "gradient_accumulation_steps" in str(error) or "num_warmup" in str(error)
+        assert "\n" not in str(error)
+    else:
+        again = getattr(config, name)
+        assert KNOBS[name].metadata["kind"](again) == again
 
 
 def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(load):

@@ -8,11 +8,23 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from cdiffset.errors import UserError
-from feeders.feeder import PairedFolderFeeder, QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder, StellarFeeder, split_of
+from feeders.feeder import (
+    PairedFolderFeeder,
+    QXSFeeder,
+    SAROptFeeder,
+    SENMSFeeder,
+    SpaceNetFeeder,
+    StellarFeeder,
+    read_list,
+    relative_path,
+    split_of,
+)
 
 SIZE, CROP = 12, 8
 ENTRIES = [f"opt_256_oc_0.2/{number}.png" for number in (1, 2, 3)]
@@ -263,6 +275,68 @@ def test_damaged_pickles_are_refused(root, content):
 def test_paths_that_leave_the_root_are_refused(root, entry):
     with pytest.raises(UserError, match=r"train_eo_list_080.txt, line 3: .* is not a path relative to the data root"):
         qxs(root, [ENTRIES[0], "", entry])
+
+
+# Letters, numbers and marks of all alphabets: what a file may be called and a line of a list can hold.
+NAME = st.text(st.characters(categories=("L", "N", "M")), min_size=1, max_size=6)
+RELATIVE = st.lists(NAME, min_size=1, max_size=4).map("/".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(RELATIVE, min_size=1, max_size=6, unique_by=str.strip), st.sampled_from(["\n", "\r\n", "\n\n", " \n"]))
+def test_any_list_of_names_comes_back_in_each_format(tmp_path_factory, names, line_end):
+    folder = tmp_path_factory.mktemp("lists")
+    (folder / "a.txt").write_bytes(line_end.join(names).encode())
+    (folder / "a.pkl").write_bytes(pickle.dumps(names))
+    for name in ("a.txt", "a.pkl"):
+        entries = read_list(folder / name, (".txt", ".pkl"))
+        assert [text for _, text in entries] == names
+        assert [relative_path(text, where).as_posix() for where, text in entries] == names
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.one_of(st.text(max_size=12), st.lists(st.sampled_from(["..", ".", "a", "", "/", "\\", "C:"]), max_size=6).map("/".join))
+)
+def test_any_path_stays_in_the_root_or_is_refused(text):
+    try:
+        path = relative_path(text, "list, line 1")
+    except UserError as error:
+        assert "list, line 1" in str(error)
+    else:
+        assert path.name and os.path.commonpath(["/root", os.path.normpath(f"/root/{path}")]) == "/root"
+        assert os.path.normpath(f"/root/{path}") != "/root"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(NAME.filter(lambda name: name not in ("PS-RGB", "trainB", "testB")), max_size=3), NAME)
+def test_the_sar_path_differs_from_the_eo_path_where_it_must(parents, name):
+    before = "".join(f"{parent}/" for parent in parents)
+    for feeder, eo, sar in (
+        (QXSFeeder, f"{before}opt_256_oc_0.2/{name}.png", f"{before}sar_256_oc_0.2/{name}.png"),
+        (SAROptFeeder, f"{before}testB/{name}.png", f"{before}testA/{name}.png"),
+        (SpaceNetFeeder, f"{before}PS-RGB/{name}_PS-RGB_{name}.tif", f"{before}SAR-Intensity/{name}_SAR-Intensity_{name}.tif"),
+        (SENMSFeeder, f"{before}s2_7/{name}_s2_7_p1.png", f"{before}s1_7/{name}_s1_7_p1.png"),
+    ):
+        assert feeder.eo_to_sar(PurePosixPath(eo)) == PurePosixPath(sar)
+        if feeder is not SENMSFeeder:
+            with pytest.raises(UserError, match="does not fit the layout"):  # a SAR path is no EO path
+                feeder.eo_to_sar(PurePosixPath(sar))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 20), st.integers(0, 2**40))
+def test_any_crop_is_a_part_of_the_image_in_one_of_its_orientations(tmp_path_factory, crop, epoch, seed):
+    folder = tmp_path_factory.mktemp("crops")
+    for kind in ("sar", "eo"):
+        save(folder / kind / "1.png", coded())
+    feeder = PairedFolderFeeder(crop, "train", folder / "sar", folder / "eo", seed=seed)
+    item = feeder[epoch, 0]
+    place = levels(item["eo"])[..., :2]
+    assert torch.equal(item["sar"], item["eo"]) and place.shape == (crop, crop, 2)
+    low = place.min((0, 1))
+    assert (place.max((0, 1)) - low == crop - 1).all() and (low >= 0).all() and (low + crop <= SIZE).all()
+    assert len({tuple(pixel) for pixel in place.reshape(-1, 2)}) == crop * crop  # every pixel of the part, once
 
 
 def test_unusable_lists(root):

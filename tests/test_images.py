@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cdiffset.errors import UserError, run
-from cdiffset.images import list_images, read_eo, read_sar, to_signed, to_uint8, write_png, write_tiff
+from cdiffset.images import list_images, read_eo, read_sar, require_inside, to_signed, to_uint8, write_png, write_tiff
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -362,12 +362,66 @@ def test_listing_is_recursive_ordered_and_skips_what_is_hidden(tmp_path):
     assert [path.as_posix() for path in list_images(tmp_path)] == ["2.PNG", "10.png", "a/1.npy", "b/1.tif", "c.jpeg/x.jpeg"]
 
 
-def test_linked_folders_are_listed(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/1.png").touch()
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root/link").symlink_to(tmp_path / "elsewhere")
-    assert list_images(tmp_path / "root") == [Path("link/1.png")]
+def test_links_out_of_a_folder_are_followed_on_request_alone(tmp_path):
+    for name in ("elsewhere/deep/1.png", "elsewhere/2.png", "root/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    root = tmp_path / "root"
+    for name, target in (("link", "elsewhere/deep"), ("4.png", "elsewhere/2.png"), ("near", "root-of-other")):
+        (tmp_path / target).mkdir(exist_ok=True) if name == "near" else None
+        (root / name).symlink_to(tmp_path / target)
+        with pytest.raises(UserError, match=f"root/{name}: a link leads out of .*root, to .*{target}.*--follow-links"):
+            list_images(root)
+        found = list_images(root, follow_links=True)
+        assert found == {"link": [Path("3.png"), Path("link/1.png")], "4.png": [Path("3.png"), Path("4.png")]}.get(
+            name, found[:1]
+        )
+        (root / name).unlink()
+
+
+def test_links_within_a_folder_are_followed_once(tmp_path):
+    """Loops end, and a folder is listed under its own name if it has one."""
+    root = tmp_path / "root"
+    for name in ("b/1.png", "c/d/2.png", ".store/3.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    for name, target in (
+        ("a", "b"),
+        ("b/loop", "."),
+        ("c/d/back", "c"),
+        ("e", ".store"),
+        ("e2", ".store"),
+        ("b/9.png", "b/1.png"),
+    ):
+        (root / name).symlink_to(root / target)
+    (root / "self").symlink_to(root / "self")
+    (root / "x.png").symlink_to(root / "nowhere.png")
+    expected = ["b/1.png", "b/9.png", "c/d/2.png", "e/3.png", "x.png"]
+    assert [path.as_posix() for path in list_images(root)] == expected
+    assert [path.as_posix() for path in list_images(root, follow_links=True)] == expected
+    (tmp_path / "alias").symlink_to(root)  # the folder that was named may be a link itself
+    assert [path.as_posix() for path in list_images(tmp_path / "alias")] == expected
+
+
+@pytest.mark.parametrize("root", [".", "..", "../here", "/", "../alias"])
+def test_what_lies_inside_is_inside_however_the_folder_is_written(tmp_path, monkeypatch, root):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "alias").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    require_inside(Path(root), [Path(root), Path(root) / "a", Path(root) / "a/b.png"], follow_links=False)
+
+
+@pytest.mark.parametrize("side, bands, allowed", [(8, 1, True), (9, 1, False), (8, 4, True), (8, 5, False)])
+def test_the_limit_of_pixels(tmp_path, side, bands, allowed):
+    np.save(tmp_path / "a.npy", np.ones((side, side, bands), np.uint8))
+    save_tiff(tmp_path / "a.tif", np.ones((bands, side, side), np.float32))
+    Image.new("L" if bands == 1 else "RGBA", (side, side)).save(tmp_path / "a.png")
+    for name in ["a.npy", "a.tif"] + ["a.png"] * (bands < 5):
+        if allowed:
+            assert read_sar(tmp_path / name, max_pixels=64).shape == (8, 8, 3)
+        else:
+            with pytest.raises(UserError, match=f"{name}: {side} x {side} px in {bands} bands; at most 64 px"):
+                read_sar(tmp_path / name, max_pixels=64)
 
 
 def test_missing_or_empty_folder(tmp_path):

@@ -1,0 +1,960 @@
+"""Bad input of every kind through the commands' own main(argv): one line, the exit code, and nothing left behind.
+
+Each table is (what it is, the input, words that the one line must hold). Exit code 2: nothing was begun. Exit code 1: one image
+of a folder is bad and the others are done. What looks odd but is good must work, and with the right result.
+"""
+
+import importlib.util
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import REPO, tiny_unet, tiny_vae
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import save_file
+
+import main as train_command
+from cdiffset import errors
+from cdiffset.config import load_config
+from data import data_split
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+_spec = importlib.util.spec_from_file_location("command_for_bad_input", REPO / "test.py")  # `test` is Python's own package
+translate_command = sys.modules["command_for_bad_input"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(translate_command)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def everything(folder: Path) -> set[str]:
+    """All files and folders under a folder, hidden ones included."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def said(capsys) -> list[str]:
+    """Lines on stderr, without progress bars."""
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err)
+    return [line for line in lines if line.strip() and not re.match(r"(translating|validating|training)\b", line)]
+
+
+def assert_refused(main, argv: list, words, folder: Path, capsys) -> None:
+    """Exit code 2, one line with all the words, nothing new in the folder."""
+    before = everything(folder)
+    capsys.readouterr()
+    assert errors.run(main, [str(word) for word in argv]) == 2
+    lines = said(capsys)
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert "Traceback" not in lines[0] and len(lines[0]) < 1000
+    for word in (words,) if isinstance(words, str) else words:
+        assert word in lines[0], lines[0]
+    assert everything(folder) == before
+
+
+def named(cases) -> list:
+    return [pytest.param(*case[1:], id=case[0]) for case in cases]
+
+
+# ------------------------------------------------------------------------------------------------------------ configuration
+BOMB = "a: &a [1, 1]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefghijklmn", "bcdefghijklmno", strict=True)
+)
+HERE = "run.yaml"
+CONFIGS = [
+    ("unknown key", "batchsize: 4\n", (HERE, "unknown key 'batchsize'", "did you mean 'batch_size'")),
+    ("key that is a number", "5: 4\n", (HERE, "unknown key 5")),
+    ("text for a number", "batch_size: many\n", ("batch_size: expected a whole number", "'many'")),
+    ("fraction for a count", "num_iter: 1.5\n", ("num_iter: expected a whole number", "1.5")),
+    ("true for a count", "seed: true\n", ("seed: expected a whole number", "True")),
+    ("list for text", "work_dir: [a, b]\n", ("work_dir: expected text", "['a', 'b']")),
+    ("text for a mapping", "train_feeder_args: x\n", ("train_feeder_args: expected a mapping", "'x'")),
+    ("null where a value must be", "prediction_type: ~\n", ("prediction_type: expected one of epsilon", "None")),
+    ("date as a feeder argument", "test_feeder_args: {a: 2024-01-01}\n", ("test_feeder_args: expected", "datetime.date")),
+    ("bytes as a feeder argument", "test_feeder_args: {a: !!binary aGk=}\n", ("test_feeder_args: expected", "b'hi'")),
+    ("tag that does not fit", "seed: !!int ''\n", (HERE, "no valid YAML")),
+    ("duplicate key", "seed: 1\nseed: 2\n", (HERE, "'seed' stands twice")),
+    ("duplicate feeder argument", "test_feeder_args: {a: 1, a: 2}\n", (HERE, "'a' stands twice")),
+    ("recursive alias", "test_feeder_args: {x: &a [*a]}\n", (HERE, "recursive alias")),
+    ("alias of nothing", "seed: *nothing\n", (HERE, "line 1", "undefined alias")),
+    ("aliases that multiply", BOMB, (HERE, "aliases that make over 10000 values")),
+    ("endless brackets", "seed: " + "[" * 100_000, (HERE, "nested too deep")),
+    ("tab", "seed: 1\n\tbatch_size: 2\n", (HERE, "line 2")),
+    ("empty file", "", (HERE, "holds nothing", "expected lines of key: value")),
+    ("no mapping", "- seed\n", (HERE, "holds no mapping")),
+    ("two documents", "seed: 1\n---\nseed: 2\n", (HERE, "line 2")),
+    ("not UTF-8", "work_dir: caf\u00e9\n".encode("latin-1"), (HERE, "not UTF-8")),
+    ("zero byte", "seed: 1\0\n", (HERE, "special characters")),
+    ("30 digits", "seed: " + "9" * 30, ("seed: expected", "at most 9223372036854775807")),
+    ("6000 digits", "seed: 0x" + "f" * 6000, ("seed: expected", "thousands of digits")),
+    ("infinite", "learning_rate: 1e999\n", ("learning_rate: expected a number above 0",)),
+    ("not a number", "weight_decay: .nan\n", ("weight_decay: expected a number", "nan")),
+    ("negative", "batch_size: -4\n", ("batch_size: expected a whole number of at least 1", "-4")),
+    ("zero", "val_len: 0\n", ("val_len: expected a whole number of at least 1", "0")),
+    ("beyond its range", "num_inference_steps: 1000\n", ("num_inference_steps: expected", "at most 999", "1000")),
+    ("warm-up longer than the run", "num_iter: 10\n", ("num_warmup: expected at most num_iter (10)", "100")),
+    ("indivisible batch", "gradient_accumulation_steps: 3\n", ("gradient_accumulation_steps: expected a divisor", "3")),
+    ("placeholder", "accelerator_path: /path/to/best\n", ("accelerator_path", "placeholder")),
+    ("placeholder of a feeder", "test_feeder_args: {dataroot: /path/to/QXS}\n", ("test_feeder_args.dataroot", "placeholder")),
+    ("module that is not there", "feeder: nowhere.Feeder\n", ("feeder: cannot import 'nowhere.Feeder'",)),
+    ("class that is not there", "feeder: feeders.feeder.QSXFeeder\n", ("feeder: cannot import", "QSXFeeder")),
+    ("base that is not there", "pretrained_model_name_or_path: ./nowhere\n", ("pretrained_model_name_or_path", "./nowhere")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("written, words", named(CONFIGS))
+def test_configurations(written, words, tmp_path, tiny_base, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / HERE).write_bytes(written.encode() if isinstance(written, str) else written)
+    base = [] if "pretrained" in str(written) else ["--pretrained-model-name-or-path", tiny_base]
+    assert_refused(train_command.main, ["--config", tmp_path / HERE, *base], words, tmp_path, capsys)
+
+
+COMMAND_LINES = [
+    ("config that is not there", ["--config", "none.yaml"], ("--config: cannot read none.yaml", "No such file")),
+    ("config that is a folder", ["--config", "."], ("--config: cannot read .", "directory")),
+    ("unknown option", ["--batchsize", "4"], ("unknown key 'batchsize' on the command line", "batch_size")),
+    ("stray word", ["train"], ("unexpected 'train'", "--key value")),
+    ("option without a value", ["--seed"], ("--seed", "expected one argument")),
+    ("broken inline YAML", ["--train-feeder-args", "{a: ["], ("--train_feeder_args", "no valid inline YAML")),
+    ("inline YAML nested too deep", ["--train-feeder-args", "{a: " * 9000], ("--train_feeder_args", "no valid inline YAML")),
+]
+
+
+@pytest.mark.parametrize("argv, words", named(COMMAND_LINES))
+def test_command_lines(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(train_command.main, argv, words, tmp_path, capsys)
+
+
+ODD_BUT_GOOD = [
+    ("1e-5 that YAML reads as text", "learning_rate: 1e-5\n", {"learning_rate": 1e-5}),
+    ("Windows line ends and byte order mark", "\ufeffseed: 3\r\n\r\nprompt: ''\r\n", {"seed": 3, "prompt": ""}),
+    (
+        "anchor and merge key", "train_feeder_args: &a {x: 1, y: 2}\ntest_feeder_args: {<<: *a, y: 3}\n",
+        {"test_feeder_args": {"x": 1, "y": 3}},
+    ),
+    (
+        "merge keys in a chain", "test_feeder_args: {x: &a {k: 1}, y: &b {<<: *a, k: 2}, <<: *b}\n",
+        {"test_feeder_args": {"k": 2, "x": {"k": 1}, "y": {"k": 2}}},
+    ),
+    ("a bare no", "mixed_precision: no\n", {"mixed_precision": "no"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("written, expected", named(ODD_BUT_GOOD))
+def test_odd_configurations_that_are_good(written, expected, tmp_path):
+    (tmp_path / HERE).write_bytes(written.encode())
+    config = load_config(["--config", str(tmp_path / HERE)])
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+# ------------------------------------------------------------------------------------------------------- lists and feeders
+class Touch:
+    """Unpickled, it makes a file: what any code could do."""
+
+    def __init__(self, file: str):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mknod, (self.file,)
+
+
+def qxs(number: int, kind="opt") -> str:
+    return f"{kind}_256_oc_0.2/{number}.png"
+
+
+GOOD_LIST = f"{qxs(1)}\n{qxs(2)}\n"
+HUGE_INDEX = b"\x80\x02]" + b"r\xff\xff\xff\x7f" + b"."  # a list, remembered under number 2^31 - 1
+LISTS = [
+    ("empty", "test.txt", "", ("test.txt: the list is empty",)),
+    ("blank lines alone", "test.txt", "\n \r\n\t\n", ("test.txt: the list is empty",)),
+    ("absolute path", "test.txt", GOOD_LIST + "/etc/passwd\n", ("test.txt, line 3: '/etc/passwd'", "relative to")),
+    ("path upwards", "test.txt", "../../secret/opt_256_oc_0.2/1.png\n", ("test.txt, line 1", "without '..'")),
+    ("path up and down", "test.txt", "opt_256_oc_0.2/../../x.png\n", ("test.txt, line 1", "without '..'")),
+    ("backslashes", "test.txt", "opt_256_oc_0.2\\1.png\n", ("test.txt, line 1", "forward slashes")),
+    ("drive", "test.txt", "C:/opt_256_oc_0.2/1.png\n", ("test.txt, line 1", "relative to the data root")),
+    ("duplicate", "test.txt", f"{GOOD_LIST}\n{qxs(1)}\n", ("test.txt, line 4", qxs(1), "stands in line 1 already")),
+    ("one name twice", "test.txt", f"{GOOD_LIST}./{qxs(1)}\n", ("two pairs of one name", "sar_256_oc_0.2/1.png")),
+    ("other layout", "test.txt", "images/1.png\n", ("images/1.png does not fit the layout of QXSFeeder",)),
+    ("files that are not there", "test.txt", f"{qxs(1)}\n{qxs(8)}\n", ("1 of 2 pairs are incomplete", "8.png", "missing: SAR")),
+    ("not UTF-8", "test.txt", b"\xff\xfeo\0p\0", ("test.txt: the list is not UTF-8",)),
+    ("zero byte", "test.txt", "opt_256_oc_0.2/1\0.png\n", ("test.txt, line 1", "control characters")),
+    ("another suffix", "test.json", "[]", ("test.json: expected a list that ends in .txt or .pkl",)),
+    ("name without a split", "eo.txt", GOOD_LIST, ("eo.txt: its name does not tell train from test; give split",)),
+    ("pickle of a mapping", "test.pkl", pickle.dumps({"a": "b"}), ("test.pkl: refused", "strings and nothing else")),
+    ("pickle of numbers", "test.pkl", pickle.dumps([1, 2]), ("test.pkl: refused", "strings and nothing else")),
+    ("pickle of lists", "test.pkl", pickle.dumps([["a"]]), ("test.pkl: refused", "strings and nothing else")),
+    ("pickle of nothing", "test.pkl", pickle.dumps([]), ("test.pkl: the list is empty",)),
+    ("pickle that makes a file", "test.pkl", pickle.dumps([qxs(1), Touch("touched")]), ("test.pkl: refused", "mknod")),
+    ("pickle that takes memory", "test.pkl", HUGE_INDEX, ("test.pkl: refused", "index of 2147483647")),
+    ("pickle cut short", "test.pkl", pickle.dumps([qxs(1), qxs(2)])[:-5], ("test.pkl: refused",)),
+    ("no pickle", "test.pkl", GOOD_LIST, ("test.pkl: refused",)),
+]  # fmt: skip
+
+
+def with_feeder(feeder: str, tiny_base: str, **arguments) -> list[str]:
+    """main.py's command line for a feeder of which only the test part is read."""
+    settings = {
+        "phase": "test",
+        "work_dir": "run",
+        "pretrained_model_name_or_path": tiny_base,
+        "feeder": f"feeders.feeder.{feeder}",
+    }
+    settings |= {"accelerator_path": "none", "report_to": "none", "num_worker": 0}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [*words, "--test-feeder-args", json.dumps(arguments)]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """A data root of two pairs in QXS's layout, in a folder that is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for kind in ("opt", "sar"):
+        (tmp_path / f"data/{kind}_256_oc_0.2").mkdir(parents=True)
+        for number in (1, 2):
+            Image.new("L", (16, 16), 60 * number).save(tmp_path / "data" / qxs(number, kind))
+    (tmp_path / "test.txt").write_text(GOOD_LIST)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("name, content, words", named(LISTS))
+def test_lists(name, content, words, root, tmp_path, tiny_base, capsys):
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    argv = with_feeder("QXSFeeder", tiny_base, dataroot="data", listroot=name, crop_size=16)
+    assert_refused(train_command.main, argv, words, tmp_path, capsys)
+
+
+def test_the_pickle_that_makes_a_file_would_make_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps([Touch("touched")]))
+    assert (tmp_path / "touched").exists()
+
+
+FEEDER_ARGUMENTS = [
+    ("no data root", {"dataroot": "none"}, ("dataroot: no such folder: none",)),
+    ("data root that is a file", {"dataroot": "test.txt"}, ("dataroot: no such folder: test.txt",)),
+    ("data root that is a number", {"dataroot": 5}, ("dataroot is 5; expected a path",)),
+    ("no list", {"listroot": "test_none.txt"}, ("test_none.txt: cannot read the list", "No such file")),
+    ("list that is a folder", {"listroot": "test_folder.txt"}, ("test_folder.txt: cannot read the list", "directory")),
+    ("crop larger than load size", {"crop_size": 16, "load_size": 8}, ("crop_size 16 is larger than load_size 8",)),
+    ("crop of zero", {"crop_size": 0}, ("crop_size is 0; expected a whole number",)),
+    ("negative crop", {"crop_size": -8}, ("crop_size is -8; expected a whole number",)),
+    ("crop in words", {"crop_size": "big"}, ("crop_size is 'big'; expected a whole number",)),
+    ("unknown argument", {"cropsize": 8}, ("test_feeder_args", "unexpected keyword argument 'cropsize'")),
+    ("unknown split", {"split": "val"}, ("split is 'val'; expected train or test",)),
+    ("limit of zero pixels", {"max_pixels": 0}, ("max_pixels is 0; expected",)),
+    ("links in words", {"follow_links": "no"}, ("follow_links is 'no'; expected true or false",)),
+]
+
+
+@pytest.mark.parametrize("changes, words", named(FEEDER_ARGUMENTS))
+def test_feeder_arguments(changes, words, root, tmp_path, tiny_base, capsys):
+    (tmp_path / "test_folder.txt").mkdir()
+    argv = with_feeder("QXSFeeder", tiny_base, **{"dataroot": "data", "listroot": "test.txt", "crop_size": 16, **changes})
+    assert_refused(train_command.main, argv, words, tmp_path, capsys)
+
+
+PAIR_LISTS = [
+    ("one column", "a.png\n", ("test.csv, line 1: expected 'sar,eo', found 'a.png'",)),
+    ("three columns", "sar,eo\na.png,b.png,c.png\n", ("test.csv, line 2: expected 'sar,eo'",)),
+    ("header alone", "sar,eo\n", ("test.csv: the list is empty",)),
+    ("path upwards", "../a.png,b.png\n", ("test.csv, line 1: '../a.png'",)),
+    ("empty field", "a.png,\n", ("test.csv, line 1", "expected a path")),
+]
+
+
+@pytest.mark.parametrize("content, words", named(PAIR_LISTS))
+def test_lists_of_pairs(content, words, root, tmp_path, tiny_base, capsys):
+    (tmp_path / "test.csv").write_text(content)
+    argv = with_feeder("PairedFolderFeeder", tiny_base, dataroot="data", listroot="test.csv", crop_size=16)
+    assert_refused(train_command.main, argv, words, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("content", ["\r\n\r\n".join(GOOD_LIST.split()), GOOD_LIST.replace("\n", " \n\n\n")])
+def test_lists_with_windows_line_ends_and_blank_lines_are_good(content, root, tmp_path, tiny_base, capsys):
+    """The next mistake is the checkpoint's: the list was read, and its images were found."""
+    (tmp_path / "test.txt").write_bytes(content.encode())
+    argv = with_feeder("QXSFeeder", tiny_base, dataroot="data", listroot="test.txt", crop_size=16)
+    assert errors.run(train_command.main, argv) == 2
+    assert "accelerator_path: there is no none" in capsys.readouterr().err
+
+
+def test_a_work_dir_that_cannot_be_written(root, tmp_path, tiny_base, capsys):
+    argv = with_feeder("QXSFeeder", tiny_base, dataroot="data", listroot="test.txt", crop_size=16)
+    argv += ["--work_dir", "test.txt/run"]
+    assert_refused(train_command.main, argv, ("work_dir: cannot write into test.txt/run", "Not a directory"), tmp_path, capsys)
+
+
+# ------------------------------------------------------------------------------------------------------------ links outwards
+def link_file(root: Path, outside: Path) -> None:
+    (root / qxs(1)).unlink()
+    (root / qxs(1)).symlink_to(outside / "1.png")
+
+
+def link_folder(root: Path, outside: Path) -> None:
+    shutil.rmtree(root / "opt_256_oc_0.2")
+    (root / "opt_256_oc_0.2").symlink_to(outside)
+
+
+@pytest.fixture
+def outside(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("outside")
+    for number in (1, 2):
+        Image.new("L", (16, 16), 200).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("link", [link_file, link_folder])
+def test_links_out_of_the_data_root(link, root, outside, tmp_path, tiny_base, capsys):
+    link(root, outside)
+    arguments = {"dataroot": "data", "listroot": "test.txt", "crop_size": 16}
+    words = (qxs(1), f"leads out of data, to {outside}/1.png", "follow_links: true")
+    assert_refused(train_command.main, with_feeder("QXSFeeder", tiny_base, **arguments), words, tmp_path, capsys)
+    assert errors.run(train_command.main, with_feeder("QXSFeeder", tiny_base, **arguments, follow_links=True)) == 2
+    assert "accelerator_path" in capsys.readouterr().err  # the next mistake
+    folders = {"sar_dir": "data/sar_256_oc_0.2", "eo_dir": "data/opt_256_oc_0.2", "split": "test", "crop_size": 16}
+    if link is link_file:  # a folder that is named itself may be a link
+        words = ("1.png", "leads out of data/opt_256_oc_0.2")
+        assert_refused(train_command.main, with_feeder("PairedFolderFeeder", tiny_base, **folders), words, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("link", [link_file, link_folder])
+def test_links_out_of_the_data_root_to_split(link, root, outside, tmp_path, capsys):
+    for number in range(3, 11):
+        for kind in ("opt", "sar"):
+            Image.new("L", (4, 4)).save(root / qxs(number, kind))
+            Image.new("L", (4, 4)).save(outside / f"{number}.png")
+    link(root, outside)
+    argv = ["--dataset", "qxs", "--dataroot", "data", "--output", "lists"]
+    assert_refused(
+        data_split.main, argv, ("--dataroot data", "a link leads out of", str(outside), "--follow-links"), tmp_path, capsys
+    )
+    assert errors.run(data_split.main, [*argv, "--follow-links"]) == 0
+    listed = [line for name in ("train", "test") for line in (tmp_path / f"lists/{name}_eo_list_080.txt").read_text().split()]
+    assert sorted(listed) == sorted(qxs(number) for number in range(1, 11))
+
+
+# ------------------------------------------------------------------------------------------------- images: a folder of each
+def saved(image: Image.Image, format: str, **options) -> bytes:
+    written = io.BytesIO()
+    image.save(written, format, **options)
+    return written.getvalue()
+
+
+def tiff(bands: np.ndarray, **profile) -> bytes:
+    """[C, H, W] => GeoTIFF."""
+    count, height, width = bands.shape
+    profile = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": bands.dtype} | profile
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with rasterio.MemoryFile() as memory:
+            with memory.open(**profile) as target:
+                target.write(bands)
+            return memory.read()
+
+
+def sparse_tiff(side: int, count: int = 1) -> bytes:
+    """A GeoTIFF of any size in a few bytes: its tiles are left out."""
+    with rasterio.MemoryFile() as memory:
+        options = {"tiled": True, "blockxsize": 8192, "blockysize": 8192} if side > 8192 else {}
+        memory.open(driver="GTiff", height=side, width=side, count=count, dtype="uint8", SPARSE_OK="TRUE", **options).close()
+        return memory.read()
+
+
+def claiming(png: bytes, side: int) -> bytes:
+    """A PNG whose header claims another size, with the checksum to go with it."""
+    import zlib
+
+    header = b"IHDR" + side.to_bytes(4) * 2 + png[24:29]
+    return png[:12] + header + zlib.crc32(header).to_bytes(4) + png[33:]
+
+
+def npy(array, **header) -> bytes:
+    written = io.BytesIO()
+    np.save(written, array, allow_pickle=True)
+    content = written.getvalue()
+    return content.replace(b"(8, 8), }" + b" " * 8, b"(800000, 80000), }", 1) if header else content
+
+
+GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
+PNG = saved(Image.fromarray(GREY), "PNG")
+NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+VRT = '<VRTDataset rasterXSize="8" rasterYSize="8"><VRTRasterBand dataType="Byte" band="1"/></VRTDataset>'
+FRAMES = [Image.fromarray(GREY // k) for k in (1, 2, 3)]
+UNREADABLE = "unreadable, truncated or not an image"
+BAD_IMAGES = [
+    ("truncated.png", saved(Image.fromarray(NOISE), "PNG")[:1500], UNREADABLE),
+    ("truncated.jpg", saved(Image.fromarray(NOISE), "JPEG")[:500], UNREADABLE),
+    ("truncated.tif", tiff(np.moveaxis(NOISE, -1, 0))[:1500], UNREADABLE),
+    ("truncated.npy", npy(NOISE)[:1500], UNREADABLE),
+    ("zero_bytes.png", b"", UNREADABLE),
+    ("zero_bytes.tif", b"", UNREADABLE),
+    ("text.png", b"no image", UNREADABLE),
+    ("png_by_name.tif", PNG, UNREADABLE),
+    ("tiff_by_name.png", tiff(GREY[None]), UNREADABLE),
+    ("postscript.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", UNREADABLE),
+    ("virtual.tif", VRT.encode(), UNREADABLE),
+    ("animated.gif", saved(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "3 frames; expected one image"),
+    ("animated.webp", saved(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "3 frames; expected one image"),
+    ("pages.tif", saved(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "3 pages; expected one image"),
+    ("all_nan.tif", tiff(np.full((1, 8, 8), np.nan, np.float32)), "a band without a single valid pixel"),
+    ("all_nodata.tif", tiff(np.full((1, 8, 8), -9999, np.float32), nodata=-9999), "a band without a single valid pixel"),
+    ("seven_bands.tif", tiff(np.stack([GREY.astype(np.float32)] * 7)), "7 bands; a SAR image has 1 to 4"),
+    ("complex.tif", tiff(np.ones((1, 8, 8), np.complex64)), "pixels of type complex64"),
+    ("objects.npy", npy(np.array([[Touch("touched")]], dtype=object)), UNREADABLE),
+    ("archive.npy", (lambda file: (np.savez(file, a=GREY), file.getvalue())[1])(io.BytesIO()), "expected one array"),
+    ("one_dimension.npy", npy(GREY[0]), "expected one array"),
+    ("bomb.png", claiming(PNG, 60_000), "60000 x 60000 px in 1 bands; at most 268435456 px are opened"),
+    ("bomb.tif", sparse_tiff(100_000), "100000 x 100000 px in 1 bands; at most 268435456 px are opened"),
+    ("bomb_of_bands.tif", sparse_tiff(4096, 1000), "4096 x 4096 px in 1000 bands; at most 268435456 px are opened"),
+    ("bomb.npy", npy(GREY, claims=True), UNREADABLE),
+]  # fmt: skip
+
+
+def translate(base, checkpoint, sar, out, *options) -> list[str]:
+    words = ["--sar-dir", sar, "--output-dir", out, "--checkpoint", checkpoint, "--pretrained-model-name-or-path", base]
+    return [str(word) for word in (*words, "--num-inference-steps", "2", "--device", "cpu", *options)]
+
+
+@pytest.fixture(scope="module")
+def stage2(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stage2")
+    tiny_unet(in_channels=8, out_channels=5).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def translated_bad(tiny_base, stage2, tmp_path_factory) -> tuple[Path, int, list[str]]:
+    """One folder of all the bad images and a good one, translated by a process of its own => (folder, exit code, lines)."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "sar").mkdir()
+    for name, content, _ in BAD_IMAGES:
+        (folder / "sar" / name.replace(".", "_of.", 1)).with_name(name).write_bytes(content)
+    for place, (name, _, _) in enumerate(BAD_IMAGES):  # a folder for each: names that differ in the suffix alone would meet
+        (folder / "sar" / f"{place:02}").mkdir()
+        (folder / "sar" / name).rename(folder / "sar" / f"{place:02}" / name)
+    (folder / "sar" / "good.png").write_bytes(PNG)
+    argv = translate(tiny_base, stage2, "sar", "out", "--variance-dir", "variance")
+    ended = subprocess.run([sys.executable, str(REPO / "test.py"), *argv], cwd=folder, capture_output=True, text=True)
+    return folder, ended.returncode, re.split(r"[\r\n]+", ended.stderr)
+
+
+@pytest.mark.parametrize("place", range(len(BAD_IMAGES)), ids=[name for name, _, _ in BAD_IMAGES])
+def test_bad_images_are_named_in_one_line_each(place, translated_bad):
+    name, _, words = BAD_IMAGES[place]
+    folder, _, lines = translated_bad
+    about = [line for line in lines if f"sar/{place:02}/{name}: " in line]
+    assert len(about) == 1 and about[0].startswith("skipped: ") and words in about[0], lines
+
+
+def test_bad_images_leave_nothing_and_the_good_one_is_done(translated_bad):
+    folder, code, lines = translated_bad
+    assert code == 1 and not any("Traceback" in line for line in lines)
+    assert any(line.startswith(f"{len(BAD_IMAGES)} skipped as unreadable") for line in lines)
+    made = {name for name in everything(folder) if not name.startswith("sar")}
+    assert made == {"out", "out/good.png", "variance", "variance/good.tif"}
+
+
+def exif_rotated() -> bytes:
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees to the right
+    return saved(Image.fromarray(GREY[:4]), "PNG", exif=exif)
+
+
+BINARY = ((GREY > 90) * 255).astype(np.uint8)
+COLOURS = Image.fromarray(NOISE[:8, :8] // 64 * 64)
+DEEP = np.where(GREY == GREY.max(), np.nan, GREY.astype(np.float32))
+DEEP[0, 0] = np.inf
+TWO = np.stack([GREY, GREY.T])
+# Name, content, and the plain image of which it must be the equal; None: that it works is enough.
+GOOD_IMAGES = [
+    ("one_pixel.png", saved(Image.fromarray(GREY[5:6, 5:6]), "PNG"), None),
+    ("strip.png", saved(Image.fromarray(np.resize(GREY, (1, 4000))), "PNG"), None),
+    ("column.png", saved(Image.fromarray(np.resize(GREY, (600, 1))), "PNG"), None),
+    ("palette.png", saved(COLOURS.quantize(64), "PNG"), np.array(COLOURS.quantize(64).convert("RGB"))),
+    ("rgba.png", saved(Image.merge("RGBA", [*COLOURS.split(), Image.fromarray(GREY)]), "PNG"), np.array(COLOURS)),
+    ("grey_alpha.png", saved(Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(GREY.T)]), "PNG"), GREY),
+    ("cmyk.tif.jpg", saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), None),
+    ("one_bit.png", saved(Image.fromarray(BINARY).convert("1"), "PNG"), BINARY),
+    ("exif_rotated.png", exif_rotated(), np.rot90(GREY[:4], -1)),
+    ("sixteen_bit.png", saved(Image.fromarray(BINARY.astype(np.uint16) * 200), "PNG"), BINARY),
+    ("sixteen_bit.tiff", tiff(BINARY[None].astype(np.uint16) * 200), BINARY),
+    ("nan_and_inf.tif", tiff(DEEP[None]), None),
+    ("two_bands.tif", tiff(TWO), np.stack([GREY, (GREY // 2 + GREY.T // 2), GREY.T], -1)),
+    ("array.npy", npy(GREY), GREY),
+    ("jpeg_by_content.png", saved(Image.new("L", (8, 8), 90), "JPEG"), np.full((8, 8), 90, np.uint8)),
+    ("UPPER.PNG", PNG, GREY),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def translated_good(tiny_base, stage2, tmp_path_factory) -> tuple[Path, int]:
+    folder = tmp_path_factory.mktemp("good")
+    for place, (name, content, plain) in enumerate(GOOD_IMAGES):
+        (folder / f"sar/{place}").mkdir(parents=True)
+        (folder / f"sar/{place}" / name).write_bytes(content)
+        if plain is not None:
+            (folder / f"sar/plain/{place}").mkdir(parents=True)
+            Image.fromarray(np.ascontiguousarray(plain)).save(folder / f"sar/plain/{place}/x.png")
+    options = ("--conf-dir", folder / "confidence", "--variance-dir", folder / "variance", "--batch-size", "8")
+    return folder, errors.run(translate_command.main, translate(tiny_base, stage2, folder / "sar", folder / "eo", *options))
+
+
+@pytest.mark.parametrize("place", range(len(GOOD_IMAGES)), ids=[name for name, _, _ in GOOD_IMAGES])
+def test_odd_images_that_are_good(place, translated_good):
+    name, content, plain = GOOD_IMAGES[place]
+    folder, code = translated_good
+    assert code == 0
+    eo = np.array(Image.open((folder / f"eo/{place}" / name).with_suffix(".png")))
+    confidence = np.array(Image.open((folder / f"confidence/{place}" / name).with_suffix(".png")))
+    with rasterio.open((folder / f"variance/{place}" / name).with_suffix(".tif")) as source:
+        variance = source.read(1)
+    assert eo.ndim == 3 and eo.shape[:2] == confidence.shape == variance.shape and np.isfinite(variance).all()
+    if plain is not None:
+        expected = np.array(Image.open(folder / f"eo/plain/{place}/x.png")).astype(int)
+        assert eo.shape == expected.shape and np.abs(eo - expected).max() <= 1
+
+
+def test_the_limit_of_pixels_is_the_users(tiny_base, stage2, tmp_path, capsys):
+    (tmp_path / "sar").mkdir()
+    (tmp_path / "sar/x.png").write_bytes(PNG)
+    argv = translate(tiny_base, stage2, tmp_path / "sar", tmp_path / "out", "--max-pixels")
+    assert errors.run(translate_command.main, [*argv, "63"]) == 1
+    assert "8 x 8 px in 1 bands; at most 63 px" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert errors.run(translate_command.main, [*argv, "64"]) == 0
+
+
+def test_a_mask_beside_a_raster_is_not_opened(tiny_base, stage2, tmp_path):
+    """A VRT called x.tif.msk would have GDAL read a mask from any file or address that it names."""
+    (tmp_path / "sar").mkdir()
+    (tmp_path / "sar/x.tif").write_bytes(tiff(GREY[None].astype(np.float32)))
+    (tmp_path / "secret.tif").write_bytes(tiff(BINARY[None]))
+    source = "<SimpleSource><SourceFilename>" + str(tmp_path / "secret.tif") + "</SourceFilename></SimpleSource>"
+    (tmp_path / "sar/x.tif.msk").write_text(
+        '<VRTDataset rasterXSize="8" rasterYSize="8"><Metadata><MDI key="INTERNAL_MASK_FLAGS_1">2</MDI></Metadata>'
+        f'<VRTRasterBand dataType="Byte" band="1">{source}</VRTRasterBand></VRTDataset>'
+    )
+    from cdiffset.images import read_sar
+
+    with rasterio.open(tmp_path / "sar/x.tif") as opened:
+        assert (opened.read_masks(1) == BINARY).all()  # what it would have done
+    masked = read_sar(tmp_path / "sar/x.tif")
+    (tmp_path / "sar/x.tif.msk").unlink()
+    assert (masked == read_sar(tmp_path / "sar/x.tif")).all() and masked.any()
+
+
+@pytest.mark.parametrize("way", ["file", "folder", "output"])
+def test_links_out_of_the_folders_of_a_translation(way, tiny_base, stage2, outside, tmp_path, capsys):
+    (tmp_path / "sar/sub").mkdir(parents=True)
+    (tmp_path / "sar/sub/x.png").write_bytes(PNG)
+    (tmp_path / "out").mkdir()
+    match way:
+        case "file":
+            (tmp_path / "sar/1.png").symlink_to(outside / "1.png")
+        case "folder":
+            (tmp_path / "sar/more").symlink_to(outside)
+        case "output":
+            (tmp_path / "out/sub").symlink_to(outside)
+    argv = translate(tiny_base, stage2, tmp_path / "sar", tmp_path / "out")
+    before = everything(outside)
+    assert_refused(translate_command.main, argv, ("a link leads out of", str(outside), "--follow-links"), tmp_path, capsys)
+    assert everything(outside) == before
+    assert errors.run(translate_command.main, [*argv, "--follow-links"]) == 0
+    expected = {
+        "file": {"1.png", "sub", "sub/x.png"},
+        "folder": {"more", "more/1.png", "more/2.png", "sub", "sub/x.png"},
+        "output": {"sub"},
+    }
+    assert everything(tmp_path / "out") == expected[way]
+    assert everything(outside) == before | ({"x.png"} if way == "output" else set())
+
+
+def test_an_output_that_is_a_link_is_replaced_and_not_written_through(tiny_base, stage2, outside, tmp_path):
+    for folder in ("sar", "out"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "sar/1.png").write_bytes(PNG)
+    (tmp_path / "out/1.png").symlink_to(outside / "1.png")
+    before = (outside / "1.png").read_bytes()
+    assert errors.run(translate_command.main, translate(tiny_base, stage2, tmp_path / "sar", tmp_path / "out")) == 0
+    assert (outside / "1.png").read_bytes() == before and not (tmp_path / "out/1.png").is_symlink()
+
+
+def test_results_are_not_writable_by_all(tiny_base, stage2, tmp_path):
+    (tmp_path / "sar").mkdir()
+    (tmp_path / "sar/1.png").write_bytes(PNG)
+    argv = translate(tiny_base, stage2, tmp_path / "sar", tmp_path / "out", "--variance-dir", tmp_path / "variance")
+    old = os.umask(0o022)
+    try:
+        assert errors.run(translate_command.main, argv) == 0
+    finally:
+        os.umask(old)
+    for path in (tmp_path / "out/1.png", tmp_path / "variance/1.tif"):
+        assert path.stat().st_mode & 0o777 == 0o644
+
+
+# --------------------------------------------------------------------------------------------------------------- checkpoints
+def weights_of(**changes) -> dict[str, torch.Tensor]:
+    return tiny_unet(**{"in_channels": 8, "out_channels": 5, **changes}).state_dict()
+
+
+def bare(change=lambda tensors: None, **changes):
+    """A maker of a bare safetensors file, its tensors changed before."""
+
+    def make(folder: Path) -> Path:
+        tensors = {name: tensor.clone() for name, tensor in weights_of(**changes).items()}
+        change(tensors)
+        save_file(tensors, folder / "unet.safetensors")
+        return folder / "unet.safetensors"
+
+    return make
+
+
+def spoiled(content):
+    """A maker of a file unet.safetensors with another content, made from the right one."""
+
+    def make(folder: Path) -> Path:
+        file = bare()(folder)
+        file.write_bytes(content(file.read_bytes()))
+        return file
+
+    return make
+
+
+def without_config(folder: Path) -> Path:
+    (folder / "net").mkdir()
+    save_file(weights_of(layers_per_block=2), folder / "net" / WEIGHTS)
+    return folder / "net"
+
+
+def with_config(**values):
+    def make(folder: Path) -> Path:
+        tiny_unet(in_channels=8, out_channels=5).save_pretrained(folder / "net")
+        config = json.loads((folder / "net/config.json").read_text())
+        (folder / "net/config.json").write_text(json.dumps({**config, **values}))
+        return folder / "net"
+
+    return make
+
+
+def of_sd15_width(folder: Path) -> Path:
+    tiny_unet(in_channels=8, out_channels=5, cross_attention_dim=48).save_pretrained(folder / "net")
+    return folder / "net"
+
+
+def pickled(name: str):
+    def make(folder: Path) -> Path:
+        torch.save({"conv_in.weight": Touch(str(folder / "touched"))}, folder / name)
+        return folder / name
+
+    return make
+
+
+def pickled_folder(folder: Path) -> Path:
+    pickled("diffusion_pytorch_model.bin")(folder)
+    return folder
+
+
+def sharded(folder: Path) -> Path:
+    tiny_unet(in_channels=8, out_channels=5).save_pretrained(folder / "net", max_shard_size="300KB")
+    return folder / "net"
+
+
+def sharded_upwards(folder: Path) -> Path:
+    shutil.move(bare()(folder), folder / "outside.safetensors")
+    (folder / "net").mkdir()
+    index = {"weight_map": {name: "../outside.safetensors" for name in weights_of()}}
+    (folder / f"net/{WEIGHTS}.index.json").write_text(json.dumps(index))
+    return folder / "net"
+
+
+def without_a_shard(folder: Path) -> Path:
+    sorted(sharded(folder).glob("*-of-*.safetensors"))[0].unlink()
+    return folder / "net"
+
+
+def with_meta(content: str):
+    def make(folder: Path) -> Path:
+        tiny_unet(in_channels=8, out_channels=5).save_pretrained(folder / "best/unet")
+        (folder / "best/checkpoint.json").write_text(content)
+        return folder / "best"
+
+    return make
+
+
+def rename_all(tensors):
+    for name in sorted(tensors):
+        tensors[f"net.{name}"] = tensors.pop(name)
+
+
+def transpose(tensors):
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    tensors[name] = tensors[name].T.contiguous()
+
+
+def poison(tensors):
+    tensors["time_embedding.linear_1.weight"][0, 0] = torch.nan
+
+
+CHECKPOINTS = [
+    ("nothing there", lambda folder: folder / "none", ("--checkpoint: there is no", "none", "expected a .safetensors file")),
+    ("empty folder", lambda folder: (folder / "net").mkdir() or folder / "net", ("--checkpoint", "holds none of")),
+    ("unpatched", bare(in_channels=4, out_channels=4), ("unet.safetensors", "expected 8 input channels", "found 4 and 4")),
+    ("7 outputs", bare(out_channels=7), ("unet.safetensors", "4 (stage 1) or 5 (stage 2)", "found 8 and 7")),
+    ("missing tensor", bare(lambda tensors: tensors.pop("conv_norm_out.bias")), ("1 missing (conv_norm_out.bias",)),
+    ("extra tensor", bare(lambda tensors: tensors.update(more=torch.ones(2))), ("1 unexpected (more",)),
+    ("other names", bare(rename_all), ("unet.safetensors is no U-Net", "conv_in.weight")),
+    ("transposed", bare(transpose), ("attn2.to_k.weight of shape [32, 64], found [64, 32]",)),
+    ("NaN", bare(poison), ("time_embedding.linear_1.weight holds NaN or Inf",)),
+    ("width of SD 1.5", of_sd15_width, ("prompts of width 48", "gives 64", "do not belong together")),
+    ("width of SD 1.5, bare", bare(cross_attention_dim=48), ("[32, 64], found [32, 48]", "wrong base model?")),
+    ("folder without config, other layers", without_config, ("tensors, found", "wrong base model?")),
+    ("config that is no U-Net's", with_config(block_out_channels="many"), ("config.json of", "describes no U-Net")),
+    ("config of another size", with_config(block_out_channels=[16, 64]), ("of shape",)),
+    ("truncated header", spoiled(lambda content: content[:100]), ("damaged or no safetensors file",)),
+    ("truncated weights", spoiled(lambda content: content[:-100]), ("damaged or no safetensors file",)),
+    ("header that claims 2^60 bytes", spoiled(lambda content: (2**60).to_bytes(8, "little") + content[8:]), ("damaged or no",)),
+    ("empty file", spoiled(lambda content: b""), ("damaged or no safetensors file",)),
+    ("pickle named .safetensors", pickled("unet.safetensors"), ("damaged or no safetensors file",)),
+    ("pickle named .bin", pickled("unet.bin"), ("is a .bin file", "expected a .safetensors file")),
+    ("folder of a pickle", pickled_folder, ("holds none of",)),
+    ("shards out of the folder", sharded_upwards, ("is no index of safetensors files", "no .safetensors file beside it")),
+    ("shard that is not there", without_a_shard, ("-00001-of-", "damaged or no safetensors file", "No such file")),
+    ("damaged checkpoint.json", with_meta('{"iteration": '), ("checkpoint.json is damaged",)),
+    ("checkpoint.json that is a list", with_meta("[]"), ("checkpoint.json is damaged", "expected a mapping")),
+]  # fmt: skip
+
+
+@pytest.fixture
+def sar(tmp_path) -> Path:
+    (tmp_path / "sar").mkdir()
+    (tmp_path / "sar/x.png").write_bytes(PNG)
+    return tmp_path / "sar"
+
+
+@pytest.mark.parametrize("make, words", named(CHECKPOINTS))
+def test_checkpoints(make, words, tiny_base, sar, tmp_path, capsys):
+    argv = translate(tiny_base, make(tmp_path), sar, tmp_path / "out")
+    assert_refused(translate_command.main, argv, words, tmp_path, capsys)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_checkpoint_of_stage_1_has_no_variance(tiny_base, sar, tmp_path, capsys):
+    argv = translate(tiny_base, bare(out_channels=4)(tmp_path), sar, tmp_path / "out", "--variance-dir", tmp_path / "variance")
+    assert_refused(translate_command.main, argv, ("--variance-dir", "stage 1 checkpoint (4 output channels)"), tmp_path, capsys)
+
+
+def test_a_checkpoint_of_stage_2_starts_no_stage_1(tiny_base, stage2, pair_folders, tmp_path, capsys):
+    folders = {f"{kind}_dir": str(pair_folders / "train" / kind) for kind in ("sar", "eo")}
+    argv = ["--confidence", "false", "--accelerator-path", stage2, "--pretrained-model-name-or-path", tiny_base]
+    argv += ["--feeder", "feeders.feeder.PairedFolderFeeder", "--work-dir", tmp_path / "run", "--report-to", "none"]
+    for which in ("train", "test"):
+        argv += [f"--{which}-feeder-args", json.dumps({**folders, "split": which, "crop_size": 32})]
+    assert errors.run(train_command.main, [str(word) for word in argv]) == 2
+    (line,) = (line for line in said(capsys) if line.startswith("error: "))
+    assert "accelerator_path: stage 1 (confidence: false) expects 4 output channels" in line
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def half(folder: Path) -> Path:
+    return bare(lambda tensors: tensors.update({name: tensor.half() for name, tensor in tensors.items()}))(folder)
+
+
+def bare_without_config(folder: Path) -> Path:
+    shutil.move(bare()(folder), folder / WEIGHTS)
+    return folder / WEIGHTS
+
+
+GOOD_CHECKPOINTS = {
+    "half precision": half,
+    "sharded": sharded,
+    "bare": bare_without_config,
+    "checkpoint.json without config": with_meta("{}"),
+}
+
+
+@pytest.mark.parametrize("form", GOOD_CHECKPOINTS)
+def test_odd_checkpoints_that_are_good(form, tiny_base, sar, stage2, tmp_path):
+    outputs = []
+    for name, checkpoint in (("out", GOOD_CHECKPOINTS[form](tmp_path)), ("expected", stage2)):
+        assert errors.run(translate_command.main, translate(tiny_base, checkpoint, sar, tmp_path / name)) == 0
+        outputs.append(np.array(Image.open(tmp_path / name / "x.png")).astype(int))
+    assert np.abs(outputs[0] - outputs[1]).max() <= (2 if form == "half precision" else 0)
+    if form == "sharded":
+        assert len(list((tmp_path / "net").glob("*.safetensors"))) > 1
+
+
+# --------------------------------------------------------------------------------------------------------------- base models
+def without(name: str):
+    return lambda base: shutil.rmtree(base / name)
+
+
+def vae_of_16_channels(base: Path) -> None:
+    vae = tiny_vae()
+    type(vae)(**{**vae.config, "latent_channels": 16}).save_pretrained(base / "vae")
+
+
+def pickled_vae(base: Path) -> None:
+    (base / "vae" / WEIGHTS).unlink()
+    torch.save({"x": Touch(str(base / "touched"))}, base / "vae/diffusion_pytorch_model.bin")
+
+
+def pickled_text_encoder(base: Path) -> None:
+    (base / "text_encoder/model.safetensors").unlink()
+    torch.save({"x": Touch(str(base / "touched"))}, base / "text_encoder/pytorch_model.bin")
+
+
+def vae_config(**values):
+    def change(base: Path) -> None:
+        config = json.loads((base / "vae/config.json").read_text())
+        (base / "vae/config.json").write_text(json.dumps({**config, **values}))
+
+    return change
+
+
+def code_of_its_own(base: Path) -> None:
+    """What trust_remote_code would run."""
+    for name in ("text_encoder", "tokenizer"):
+        (base / name / "own.py").write_text(f"open({str(base / 'touched')!r}, 'w')\nclass Own: pass\n")
+    config = json.loads((base / "text_encoder/config.json").read_text())
+    config |= {"auto_map": {"AutoModel": "own.Own", "CLIPTextModel": "own.Own"}, "model_type": "own"}
+    (base / "text_encoder/config.json").write_text(json.dumps(config))
+    (base / "text_encoder/model.safetensors").write_bytes(b"")
+
+
+def scheduler_of_words(base: Path) -> None:
+    (base / "scheduler/scheduler_config.json").write_text('{"beta_schedule": "x"}')
+
+
+BASES = [
+    *((f"no {name}", without(name), ("no complete Stable Diffusion", f"lacks {name}/")) for name in ("vae", "tokenizer")),
+    ("no weights of the VAE", lambda base: (base / "vae" / WEIGHTS).unlink(), ("cannot load vae/",)),
+    ("VAE cut short", lambda base: (base / "vae" / WEIGHTS).write_bytes(b"\x10"), ("cannot load vae/",)),
+    ("VAE of 16 channels", vae_of_16_channels, ("--checkpoint", "expected 32 input channels", "found 8 and 5")),
+    ("VAE config that is no mapping", lambda base: (base / "vae/config.json").write_text("[]"), ("cannot load vae/",)),
+    ("VAE config of words", vae_config(block_out_channels="many"), ("cannot load vae/",)),
+    ("VAE of another size", vae_config(block_out_channels=[8, 8, 16]), ("vae/",)),
+    ("pickle as the VAE", pickled_vae, ("cannot load vae/",)),
+    ("pickle as the text encoder", pickled_text_encoder, ("cannot load text_encoder/",)),
+    ("code of its own", code_of_its_own, ("text_encoder/",)),
+    ("scheduler of words", scheduler_of_words, ("cannot load scheduler/",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, words", named(BASES))
+def test_bases(damage, words, tiny_base, stage2, sar, tmp_path, capsys):
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    damage(base)
+    assert_refused(translate_command.main, translate(base, stage2, sar, tmp_path / "out"), words, tmp_path, capsys)
+    assert not (base / "touched").exists()
+
+
+def test_a_base_whose_unet_is_not_for_its_vae_cannot_be_trained(tiny_base, pair_folders, tmp_path, capsys):
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    UNet2DConditionModel(**{**tiny_unet().config, "in_channels": 9}).save_pretrained(base / "unet")
+    folders = {f"{kind}_dir": str(pair_folders / "train" / kind) for kind in ("sar", "eo")}
+    argv = ["--pretrained-model-name-or-path", base, "--feeder", "feeders.feeder.PairedFolderFeeder"]
+    argv += ["--work-dir", tmp_path / "run", "--report-to", "none"]
+    for which in ("train", "test"):
+        argv += [f"--{which}-feeder-args", json.dumps({**folders, "split": which, "crop_size": 32})]
+    assert errors.run(train_command.main, [str(word) for word in argv]) == 2
+    assert "has 9 input and 4 output channels, expected 4 of both" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- splitting data
+SPLITS = [
+    ("no data set", ["--dataroot", "data"], ("--dataset",)),
+    ("unknown data set", ["--dataset", "x", "--dataroot", "data"], ("--dataset", "'x'", "qxs")),
+    ("no data root", ["--dataset", "qxs", "--dataroot", "none"], ("--dataroot: no such folder: none",)),
+    ("ratio of 100", ["--dataset", "qxs", "--dataroot", "data", "--ratio", "100"], ("--ratio is 100; expected 1 to 99",)),
+    ("ratio in words", ["--dataset", "qxs", "--dataroot", "data", "--ratio", "half"], ("--ratio", "'half'")),
+    ("other layout", ["--dataset", "saropt", "--dataroot", "data"], ("does not have the layout trainB/N.png",)),
+    ("output that cannot be written", ["--dataset", "qxs", "--dataroot", "data", "--ratio", "50", "--output", "test.txt/x"],
+     ("--output: cannot write into test.txt/x", "Not a directory")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv, words", named(SPLITS))
+def test_splits(argv, words, root, tmp_path, capsys):
+    assert_refused(data_split.main, argv, words, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["a\nb.png", " 1.png", "a\\b.png", os.fsdecode(b"\xff.png")])
+def test_names_that_no_list_can_hold(name, root, tmp_path, capsys):
+    for kind in ("opt", "sar"):
+        Image.new("L", (4, 4)).save(root / f"{kind}_256_oc_0.2/3.png")
+        os.rename(root / qxs(3, kind), root / f"{kind}_256_oc_0.2" / name)
+    argv = ["--dataset", "qxs", "--dataroot", "data", "--ratio", "50", "--output", "lists"]
+    assert errors.run(data_split.main, argv) == (2 if name != " 1.png" else 0)
+    assert (tmp_path / "lists").exists() == (name == " 1.png")
+
+
+# -------------------------------------------------------------------------------------------------- real processes, and speed
+PROGRAMS = ["main.py", "test.py", "data/data_split.py", "data/simulate.py"]
+
+
+def python(code: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+AND_THEN = """
+import runpy, sys
+sys.argv = {argv!r}
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended:
+    print("code", ended.code, "torch" in sys.modules, "diffusers" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_does_not_wait_for_pytorch(program, tmp_path):
+    ended = python(AND_THEN.format(argv=[str(REPO / program), "--help"]), tmp_path)
+    assert "usage:" in ended.stdout and ended.stdout.endswith("code 0 False False\n"), ended.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["main.py", "--seed", "x"], ["test.py", "--seed", "x"], ["data/data_split.py", "--ratio", "x"]],
+    ids=lambda argv: argv[0],
+)
+def test_mistakes_do_not_wait_for_pytorch_and_are_one_line(argv, tmp_path):
+    ended = python(AND_THEN.format(argv=[str(REPO / argv[0]), *argv[1:]]), tmp_path)
+    assert ended.stdout == "code 2 False False\n"
+    assert re.fullmatch(r"error: .*\n", ended.stderr) and "x" in ended.stderr
+
+
+def test_yaml_makes_no_objects(tmp_path):
+    (tmp_path / HERE).write_text(f"work_dir: !!python/object/apply:os.mknod ['{tmp_path}/touched']\n")
+    ended = subprocess.run(
+        [sys.executable, str(REPO / "main.py"), "--config", HERE], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and "could not determine a constructor" in ended.stderr and ended.stderr.count("\n") == 1
+    assert not (tmp_path / "touched").exists()
+    yaml.unsafe_load((tmp_path / HERE).read_text())
+    assert (tmp_path / "touched").exists()  # what the tag would have done
+
+
+def test_the_battery_is_large():
+    tables = (CONFIGS, COMMAND_LINES, LISTS, FEEDER_ARGUMENTS, PAIR_LISTS, BAD_IMAGES, CHECKPOINTS, BASES, SPLITS)
+    assert sum(map(len, tables)) >= 80
