@@ -120,9 +120,10 @@ def rank_error(error: np.ndarray) -> RankedError:
 
 
 def judge_ranking(uncertainty: np.ndarray, errors: dict[str, RankedError]) -> dict[str, dict]:
-    """{error: {"spearman", "ause", "aurg": float, "curve": sparsification curve [100]}}, sorting the uncertainty once.
+    """{error: {"spearman", "ause", "aurg": float, "discard": [100]}}, sorting the uncertainty once.
 
-    The same numbers as spearman, ause, aurg and sparsification_curve give; ValueError where the uncertainty is constant.
+    The same numbers as spearman, ause and aurg give. discard: the mean error that remains when the least certain 0, 1 ... 99 %
+    are left out, the sparsification curve in the error's unit. ValueError where the uncertainty is constant.
     """
     uncertainty, _ = _paired(np.ravel(uncertainty), next(iter(errors.values())).values)
     if np.ptp(uncertainty) == 0:
@@ -137,18 +138,9 @@ def judge_ranking(uncertainty: np.ndarray, errors: dict[str, RankedError]) -> di
             "spearman": float(np.corrcoef(ranks, error.ranks)[0, 1]),
             "ause": float(np.trapezoid(curve - error.oracle, dx=1 / steps)),
             "aurg": float(np.trapezoid(1 - curve, dx=1 / steps)),
-            "curve": curve,
+            "discard": remaining,
         }
     return judged
-
-
-def discard_curve(uncertainty: np.ndarray, error: np.ndarray, steps: int = 100) -> tuple[np.ndarray, np.ndarray]:
-    """The error that remains when the least confident share is left out: (fractions [steps], mean error [steps]).
-
-    The sparsification curve in the error's own unit.
-    """
-    fractions, curve = sparsification_curve(uncertainty, error, steps)
-    return fractions, curve * np.mean(error, dtype=np.float64)
 
 
 def reliability(predicted: np.ndarray, error: np.ndarray, power: int, bins: int = 20) -> tuple[np.ndarray, np.ndarray]:
