@@ -105,7 +105,7 @@ def batches(items: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
 def named(faults: dict[str, list[str]]) -> str:
     """All faults on one line: how many of each kind, and the first of them."""
     kinds = [(FAULTS[kind], texts) for kind, texts in faults.items() if texts]
-    shown = [f"{len(texts)} {kind} ({', '.join(texts[:SHOWN])}{', ...' * (len(texts) > SHOWN)})" for kind, texts in kinds]
+    shown = [f"{kind}: {len(texts)} ({', '.join(texts[:SHOWN])}{', ...' * (len(texts) > SHOWN)})" for kind, texts in kinds]
     return "; ".join(shown)
 
 

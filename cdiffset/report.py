@@ -124,7 +124,7 @@ def blocks(report: dict) -> Iterator[NamedTuple]:
         yield Heading("Files that did not fit")
         for kind, texts in report["faults"].items():
             more = [f"and {len(texts) - FAULTS_SHOWN} more, in report.json"] if len(texts) > FAULTS_SHOWN else []
-            yield Text(f"{len(texts)} {FAULTS[kind]}:")
+            yield Text(f"{FAULTS[kind][0].upper()}{FAULTS[kind][1:]}: {len(texts)}.")
             yield Items([*texts[:FAULTS_SHOWN], *more])
     if report["absent"]:
         yield Heading("Not computed, at least not for every image")
