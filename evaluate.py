@@ -5,10 +5,13 @@ whether they foretell the error.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from cdiffset.errors import UserError, run
+
+WORKERS = min(8, (os.cpu_count() or 1) // 2)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -29,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--no-networks", action="store_true", help="spare LPIPS, DISTS, FID, KID and IS")
     group = parser.add_argument_group("machine")
     group.add_argument("--batch-size", type=int, default=16, help="images of one size measured together [16]")
-    group.add_argument("--num-workers", type=int, default=0, help="processes that read files and rank pixels [0]")
+    group.add_argument("--num-workers", type=int, default=WORKERS, help=f"processes that read and rank [{WORKERS}]")
     group.add_argument("--device", help="of the networks, e.g. cuda, cpu [cuda if there is one]")
     return parser
 
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--{name.replace('_', '-')}: there is no folder {folder}")
     import torch  # heavy imports, only once the arguments hold
 
-    from cdiffset.evaluation import evaluate, named
+    from cdiffset.evaluation import evaluate_folders, named
     from cdiffset.pairs import Inputs
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device: {device!r} is not to be had here ({str(error).splitlines()[0]})") from error
     inputs = Inputs(**{name: getattr(args, name) for name in Inputs.__dataclass_fields__})
-    report = evaluate(
+    report = evaluate_folders(
         inputs, args.output, device=device, batch_size=args.batch_size, num_workers=args.num_workers,
         networks=not args.no_networks, strict=args.strict, baseline=args.baseline,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from cdiffset import checkpoint
 from cdiffset.config import Config, flatten
 from cdiffset.diffusion import training_loss, translate
 from cdiffset.errors import UserError
-from cdiffset.evaluation import evaluate
+from cdiffset.evaluation import evaluate_folders
 from cdiffset.images import to_uint8, write_png, write_tiff
 from cdiffset.model import (
     check_base,
@@ -453,7 +453,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.is_main:  # nobody waits for it: judging a large set takes longer than a collective may
             maps = folder / "variance" if (folder / "variance").is_dir() else None
-            report = evaluate(
+            report = evaluate_folders(
                 Inputs(folder / "generated", folder / "eo", folder / "sar", variance_dir=maps), folder, device=self.device,
                 num_workers=self.config.num_worker, networks=self.config.lpips,
             )  # fmt: skip

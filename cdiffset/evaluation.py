@@ -27,7 +27,7 @@ COLLAPSE = ("8-bit/mae_sar", "8-bit/mae")
 SHOWN = 3  # how many of many faulty files a message names
 
 
-def evaluate(
+def evaluate_folders(
     inputs: Inputs,
     output: Path,
     *,

@@ -60,7 +60,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def run(scene: Path, *options: str, output: str = "report", code: int = 0) -> dict:
-    argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--no-networks", "--device", "cpu"]
+    argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--no-networks", "--num-workers", "0"]
     assert evaluate.main([*argv, "--output", str(scene / output), *options]) == code
     return json.loads((scene / output / "report.json").read_text(), parse_constant=refuse)
 
@@ -224,7 +224,7 @@ def test_folders_without_a_common_name_and_twins_are_refused(scene):
     (scene / "other").mkdir()
     write(scene / "other" / "x.png", np.zeros((9, 9, 3)))
     with pytest.raises(UserError, match="has a twin"):
-        evaluation.evaluate(pairs.Inputs(scene / "other", scene / "gt"), scene / "report")
+        evaluation.evaluate_folders(pairs.Inputs(scene / "other", scene / "gt"), scene / "report")
 
 
 # ---- uncertainty
