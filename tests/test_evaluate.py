@@ -263,6 +263,9 @@ def test_the_maps_are_judged_by_the_pooled_pixels_and_per_image(scene):
     expected = spearmanr(read(scene / "variance/sub/3.tif").ravel(), alone.ravel()).statistic
     assert float(row["variance/spearman_absolute"]) == pytest.approx(expected, abs=1e-6)
     assert "SAR gradient/aurg_squared" in row
+    entry = report["means"]["variance"]["ause_squared"]
+    assert entry["mean"] == pytest.approx(np.mean([float(r["variance/ause_squared"]) for r in table_of(scene / "report")]))
+    assert f"{entry['mean']:.4f} [{entry['low']:.4f}, {entry['high']:.4f}]" in (scene / "report" / "report.md").read_text()
 
 
 def test_rivals_by_hand():
