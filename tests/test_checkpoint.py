@@ -355,7 +355,8 @@ def test_checkpoints_are_listed_by_iteration_and_half_written_ones_ignored(tmp_p
     shutil.copytree(tmp_path / "checkpoint-100", tmp_path / ".checkpoint-200.building")
     shutil.copytree(tmp_path / "checkpoint-100", tmp_path / ".latest.old")
     shutil.copytree(tmp_path / "checkpoint-100", tmp_path / "no-meta")
-    (tmp_path / "no-meta/checkpoint.json").unlink()
+    for name in ("checkpoint.json", "manifest.json"):
+        (tmp_path / "no-meta" / name).unlink()
     (tmp_path / "results").mkdir()
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
 
