@@ -12,7 +12,7 @@ READOUTS = {
 }
 ENSEMBLE_OUTPUTS = ("first", "mean", "median")
 
-RENOISE_TIMESTEPS = (250, 500, 750)
+RENOISE_TIMESTEPS = (500, 600, 750)  # lower ones know less of what the SAR alone shows, higher ones less of the error
 RENOISE_DRAWS = 2  # U-Net passes: 3 timesteps x 2
 DECODED_DRAWS = 4  # VAE decoder passes
 READOUT_SEED = 2**40  # far from the seeds that people give, whose noise the results contain
