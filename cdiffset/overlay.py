@@ -27,7 +27,7 @@ def error_view(expected: np.ndarray) -> np.ndarray:
     """Expected error [H, W] in 8-bit units => uint8 [H', W', 3]: in colours from 0 to ERROR_VIEW_MAX, with a colour bar."""
     picture = enlarged(colours(expected))
     height, width = picture.shape[:2]
-    labels = [str(tick) if tick < ERROR_VIEW_MAX else f"≥{tick}" for tick in TICKS]
+    labels = [f"{tick}" if tick < ERROR_VIEW_MAX else f"{tick}+" for tick in TICKS]  # larger errors look like the last
     font = ImageFont.load_default(TEXT_PX)
     bar_height = max(height - TEXT_PX, len(TICKS) * TEXT_PX)
     left, top = width + GAP_PX, TEXT_PX // 2  # half a line of text above and below the bar, for its outer labels
