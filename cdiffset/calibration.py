@@ -20,6 +20,7 @@ FILE_NAME = "calibration.json"
 KNOTS = 200  # equal-count bins that a curve is fitted to, hence at most as many knots
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the second map
 LEVELS = (0.5, 0.8, 0.9)  # of the intervals
+BINS = 20  # of the reliability diagram
 MIN_ERROR = 0.01  # 8-bit units; no pixel is promised to be free of error
 MAPS = ("variance", "spread")
 
@@ -94,28 +95,17 @@ def conformal_quantile(expected: np.ndarray, error: np.ndarray, level: float) ->
     return float(scores[min(rank, len(scores)) - 1])
 
 
-def reliability(predicted: np.ndarray, error: np.ndarray, bins: int = 20) -> tuple[np.ndarray, np.ndarray]:
-    """Mean predicted and mean observed error in bins of equally many values by prediction, each [bins]."""
-    parts = [part for part in np.array_split(np.argsort(predicted, kind="stable"), bins) if len(part)]
-    return tuple(np.array([source[part].mean(dtype=np.float64) for part in parts]) for source in (predicted, error))
-
-
-def ence(predicted: np.ndarray, observed: np.ndarray) -> float:
-    """Expected normalised calibration error (Levi et al., Sensors 2022) of the bins of `reliability`: 0 where calibrated.
-
-    The mean over bins of |observed - predicted| / predicted.
-    """
-    return float(np.mean(np.abs(observed - predicted) / predicted))
-
-
 def judge(calibration: Calibration, scales: dict[str, float], maps: dict[str, np.ndarray], error: np.ndarray) -> dict:
     """How a calibration does on pixels of images that it has not seen, beside each map times one global scale."""
+    from cdiffset.uncertainty import ence, reliability
+
+    bins = min(BINS, error.size)
     expected = calibration.expected_error(maps)
-    predicted, observed = reliability(expected, error)
-    scaled = {name: reliability(scale * magnitude(name, maps[name]), error) for name, scale in scales.items()}
+    predicted, observed = reliability(expected, error, 1, bins)
+    scaled = {name: np.maximum(scale * magnitude(name, maps[name]), MIN_ERROR) for name, scale in scales.items()}
     return {
         "mean_error": float(error.mean()),
-        "ence_before": {name: ence(*bins) for name, bins in scaled.items()},  # one global scale
+        "ence_before": {name: ence(*reliability(values, error, 1, bins)) for name, values in scaled.items()},
         "ence_after": ence(predicted, observed),
         "coverage": {level: float(np.mean(error <= q * expected)) for level, q in calibration.quantiles.items()},
         "reliability": {"predicted": predicted.tolist(), "observed": observed.tolist()},

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from cdiffset.checkpoint import load_unet, read_meta
@@ -18,7 +17,7 @@ from cdiffset.diffusion import ensemble, reduce_samples
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar, to_signed, to_uint8
 from cdiffset.model import check_base, check_prompt_width, embed_prompt, load_scheduler, load_vae, vae_factor
-from cdiffset.uncertainty import confidence_map
+from cdiffset.uncertainty import confidence_map, variance_map
 
 
 class Translation(NamedTuple):
@@ -82,7 +81,7 @@ class Translator:
         pictures = to_uint8(reduce_samples(samples, self.args.ensemble_output))
         maps = {"variance": None, "confidence": None, "spread": spread}
         if sigma2 is not None:
-            maps["variance"] = upsample(sigma2, tuple(sar.shape[-2:]))
+            maps["variance"] = variance_map(sigma2, tuple(sar.shape[-2:]))
             maps["confidence"] = (confidence_map(sigma2.cpu(), tuple(sar.shape[-2:])) * 255).round().to(torch.uint8)
         translations = []
         for index, (height, width) in enumerate(pixels.shape[:2] for pixels in images):
@@ -98,12 +97,6 @@ def pad_to_multiple(pixels: np.ndarray, factor: int) -> np.ndarray:
     """[H, W, 3] => [H', W', 3] with sides that are multiples of `factor`, continued by reflection below and to the right."""
     height, width = pixels.shape[:2]
     return np.pad(pixels, ((0, -height % factor), (0, -width % factor), (0, 0)), mode="reflect")
-
-
-def upsample(sigma2: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """σ² [B, 1, h, w] => [B, 1, H, W] float32: bicubic like the confidence map, kept within the range of each image's σ²."""
-    low, high = sigma2.float().amin((2, 3), keepdim=True), sigma2.float().amax((2, 3), keepdim=True)
-    return interpolate(sigma2.float(), size, mode="bicubic", align_corners=False).clamp(low, high)
 
 
 def pick_device(written: str | None) -> torch.device:

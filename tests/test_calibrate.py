@@ -106,10 +106,22 @@ def test_intervals_cover_new_pixels_of_the_same_kind():
         assert abs(np.mean(error <= q * curve(values)) - level) < 0.015
 
 
-def test_ence_by_hand():
-    """Two bins: 1 expected and 2 found, 4 expected and 3 found => (1 + 1/4) / 2."""
-    bins = calibration.reliability(np.array([4.0, 1.0, 1.0, 4.0]), np.array([2.0, 1.0, 3.0, 4.0]), bins=2)
-    assert [values.tolist() for values in bins] == [[1, 4], [2, 3]] and calibration.ence(*bins) == 0.625
+def test_the_judgement_by_hand():
+    """Two pixels, hence two bins: 1 expected and 2 found, 4 expected and 3 found => ENCE (1 + 1/4) / 2."""
+    identity = Calibration(SETTINGS, "", {"variance": Curve([1.0, 4.0], [1.0, 4.0])}, quantiles={"0.5": 1.0, "0.9": 2.0})
+    report = calibration.judge(identity, {"variance": 2.0}, {"variance": np.array([4.0, 1.0])}, np.array([3.0, 2.0]))
+    assert report["mean_error"] == 2.5 and report["ence_after"] == 0.625
+    assert report["ence_before"] == {"variance": 0.125}  # 2 σ is 4 and 2
+    assert report["coverage"] == {"0.5": 0.5, "0.9": 1.0}
+    assert report["reliability"] == {"predicted": [1, 4], "observed": [2, 3]}
+
+
+def test_a_spread_of_0_is_judged_still():
+    values, error = drawn(1000)
+    maps = {"variance": values, "spread": np.zeros(1000)}
+    part = (maps, error)
+    report = calibrate.fit({"fit": (maps | {"spread": values}, error), "intervals": part, "judge": part}, {}, "").report
+    assert np.isfinite(list(report["ence_before"].values())).all() and np.isfinite(report["ence_after"])
 
 
 def test_calibrating_lowers_the_ence_to_near_0():
