@@ -15,7 +15,7 @@ WORKERS = min(8, (os.cpu_count() or 1) // 2)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Judge EO images and their uncertainty maps.", allow_abbrev=False)
+    parser = Parser(description="Judge EO images and their uncertainty maps.", allow_abbrev=False)
     group = parser.add_argument_group("folders, matched by relative path without suffix")
     group.add_argument("--pred-dir", type=Path, required=True, help="EO images to judge")
     group.add_argument("--gt-dir", type=Path, required=True, help="true EO, centre-cropped where it is larger")

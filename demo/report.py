@@ -120,7 +120,7 @@ def figure(images: dict[str, np.ndarray], confidence_maps: np.ndarray) -> np.nda
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Figure and table of the demo.", allow_abbrev=False)
+    parser = Parser(description="Figure and table of the demo.", allow_abbrev=False)
     parser.add_argument("--scenes", type=Path, required=True, help="folder written by data/simulate.py")
     parser.add_argument(
         "--translated", type=Path, required=True, help="folder with eo/, confidence/ and variance/ from test.py"

@@ -92,7 +92,7 @@ def render(reports: dict[str, dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Merge reports into one Markdown table.", allow_abbrev=False)
+    parser = Parser(description="Merge reports into one Markdown table.", allow_abbrev=False)
     parser.add_argument("reports", nargs="+", metavar="[NAME=]report.json", help="reports of evaluate.py or phase test")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     args = parser.parse_args(argv)
