@@ -15,6 +15,7 @@ from cdiffset.model import encode
 # Measured by benchmarks/audit.py: the more noise, the less of the EO is left to copy from, and the more the SAR has to explain.
 # Dividing by σ² costs discrimination, since the model is least certain exactly where objects come and go.
 TIMESTEPS, DRAWS, STANDARDISE = (950,), 4, False
+LOCAL_QUANTILE = 0.99
 
 
 @torch.no_grad()
@@ -68,9 +69,9 @@ def upsampled(residual: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return torch.nn.functional.interpolate(residual, size, mode="bilinear", align_corners=False)
 
 
-def score_of(residual: np.ndarray) -> float:
-    """One number for a pair from its map [H, W]: the mean."""
-    return float(residual.mean(dtype=np.float64))
+def scores_of(residual: np.ndarray) -> tuple[float, float]:
+    """Map [H, W] => (mean, 99th percentile): the first ranks mismatched and shifted pairs, the second local changes."""
+    return float(residual.mean(dtype=np.float64)), float(np.quantile(residual, LOCAL_QUANTILE))
 
 
 def strongest_boxes(residual: np.ndarray, threshold: float, most: int) -> list[tuple[int, int, int, int]]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from cdiffset.audit import score_of, strongest_boxes
+from cdiffset.audit import scores_of, strongest_boxes
 from cdiffset.images import read_eo, read_sar, read_tiff, to_signed, write_png, written_whole
 from feeders.feeder import ListFeeder, Pair, PairedFeeder
 from utils import panel
@@ -28,8 +28,9 @@ class Finding:
     """What the audit says of one pair."""
 
     pair: Pair
-    score: float
-    maximum: float  # of the discrepancy map
+    score: float  # mean of the discrepancy map: is it a pair at all, and aligned?
+    local: float  # its 99th percentile: has a part of it changed?
+    maximum: float
     boxes: list[tuple[int, int, int, int]]  # x0, y0, x1, y1 in px, the strongest first
     kept: bool = True
 
@@ -51,7 +52,7 @@ def write_findings(output: Path, pairs: list[Pair], most_boxes: int) -> list[Fin
     findings, samples = [], []
     for pair in pairs:
         residual = read_tiff(map_path(output, pair))
-        findings.append(Finding(pair, score_of(residual), float(residual.max()), []))
+        findings.append(Finding(pair, *scores_of(residual), float(residual.max()), []))
         step = max(1, min(residual.shape) // 64)  # a grid of some thousand pixels represents a pair
         samples.append(residual[::step, ::step].ravel())
     threshold = float(np.quantile(np.concatenate(samples), BOX_QUANTILE))
@@ -66,9 +67,9 @@ def write_findings(output: Path, pairs: list[Pair], most_boxes: int) -> list[Fin
 def overlay(sar: np.ndarray, eo: np.ndarray, residual: np.ndarray, boxes: list, threshold: float) -> np.ndarray:
     """SAR, EO [H, W, 3] in 0-255 and the map [H, W] => SAR | EO | EO with heat and boxes, uint8 [H', W', 3].
 
-    Heat is half opaque at the threshold and strongest from twice as much.
+    Heat is half opaque at the threshold and lets the image shine through everywhere.
     """
-    opacity = (residual / max(2 * threshold, np.finfo(np.float32).tiny)).clip(0, 1)[..., None]  # [H,W,1]
+    opacity = (residual / max(2 * threshold, np.finfo(np.float32).tiny)).clip(0, 0.8)[..., None]  # [H,W,1]
     heated = eo * (1 - opacity) + np.array(HEAT) * opacity
     scale = max(1, -(-MIN_SIDE_PX // min(eo.shape[:2])))
     pictures = [picture.repeat(scale, 0).repeat(scale, 1).round().astype(np.uint8) for picture in (sar, eo, heated)]
@@ -93,10 +94,10 @@ def write_table(path: Path, findings: list[Finding]) -> None:
     """CSV, a line per pair in the order given. Boxes: x0 y0 x1 y1 in px, parted by semicolons."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["name", "score", "max", "kept", "boxes", "sar", "eo"])
+    writer.writerow(["name", "score", "local", "max", "kept", "boxes", "sar", "eo"])
     for finding in findings:
         boxes = "; ".join(" ".join(map(str, box)) for box in finding.boxes)
-        numbers = [f"{finding.score:.6g}", f"{finding.maximum:.6g}"]
+        numbers = [f"{number:.6g}" for number in (finding.score, finding.local, finding.maximum)]
         writer.writerow(
             [finding.pair.name, *numbers, "yes" if finding.kept else "no", boxes, finding.pair.sar, finding.pair.eo]
         )
@@ -109,7 +110,7 @@ def write_contact_sheet(path: Path, findings: list[Finding], top: int) -> None:
     for place, finding in enumerate(findings[:top], start=1):
         name = html.escape(finding.pair.name)
         source = quote(overlay_path(finding.pair).as_posix())
-        caption = f"{place}. {name}: score {finding.score:.4g}, max {finding.maximum:.4g}" + (
+        caption = f"{place}. {name}: score {finding.score:.4g}, local {finding.local:.4g}" + (
             "" if finding.kept else ", dropped"
         )
         figures.append(f'<figure><img src="{source}" alt="{name}" loading="lazy"><figcaption>{caption}</figcaption></figure>')

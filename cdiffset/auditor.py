@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cdiffset.audit import residual_map, upsampled
 from cdiffset.audit_report import map_path
-from cdiffset.checkpoint import load_unet, read_meta
+from cdiffset.checkpoint import find_weights, load_unet, read_meta
 from cdiffset.config import Config
 from cdiffset.errors import UserError
 from cdiffset.images import read_eo, read_sar, to_signed, write_tiff
@@ -24,6 +24,7 @@ class Auditor:
 
     def __init__(self, args: Namespace, config: Config, device: torch.device):
         """Base, prompt and prediction type are those of the options, else of the checkpoint's own record, else of `config`."""
+        find_weights(Path(args.checkpoint).expanduser(), "--checkpoint")  # before the base model, which may be far away
         settings = {**asdict(config), **read_meta(args.checkpoint).get("config", {})}
         base, prompt, prediction_type = (
             settings[name] if (written := getattr(args, name)) is None else written
