@@ -8,12 +8,13 @@ import os
 import sys
 from pathlib import Path
 
-from cdiffset.config import PREDICTION_TYPES, Config, load_config
-from cdiffset.errors import UserError, run
+from cdiffset.config import Config, load_config
+from cdiffset.errors import Parser, UserError, run
+from cdiffset.options import add_machine_options, add_model_options, check_limits, check_model_options
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Score every SAR-EO pair by how much its EO contradicts its SAR, and show where.",
         epilog="Further options go to --config, e.g. --train-feeder-args.dataroot DATA.",
         allow_abbrev=False,
@@ -30,18 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--boxes", type=int, default=5, help="regions to box, at most, in each pair [5]")
     group.add_argument("--drop-share", type=float, default=0.05, help="share of the pairs to leave out of the kept list [0.05]")
     group.add_argument("--max-score", type=float, help="instead of --drop-share: leave out the pairs that score above this")
-    group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", required=True, help="U-Net: .safetensors file, diffusers folder or checkpoint folder")
-    group.add_argument("--pretrained-model-name-or-path", help="base model [the checkpoint's own, else the configuration's]")
-    group.add_argument("--prompt", help="text prompt [the checkpoint's own, else the configuration's]")
-    group.add_argument(
-        "--prediction-type", choices=PREDICTION_TYPES, help="what the U-Net predicts [the checkpoint's own, else epsilon]"
-    )
-    group = parser.add_argument_group("machine")
-    group.add_argument("--seed", type=int, default=0, help="fixes the noise [0]")
-    group.add_argument("--batch-size", type=int, default=1, help="pairs of one size audited together [1]")
-    group.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the networks [fp32]")
-    group.add_argument("--device", help="e.g. cuda, cuda:1, mps, cpu [cuda if there is one]")
+    add_model_options(parser)
+    add_machine_options(parser)
     return parser
 
 
@@ -51,10 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     config = check(args, further)
     from cdiffset import audit_report  # heavy imports, only once the options hold
     from cdiffset.auditor import Auditor, write_maps
-    from test import pick_device
 
     feeder, arguments, root = find_pairs(args, config)
-    auditor = Auditor(args, config or Config(), pick_device(args.device))
+    auditor = Auditor(args)
     try:
         failures = write_maps(auditor, feeder.pairs, args.output, args.batch_size, args.skip_existing)
         pairs = [pair for pair in feeder.pairs if pair not in failures]
@@ -80,12 +70,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(args: argparse.Namespace, further: list[str]) -> Config | None:
     """Options that make sense together => the configuration of --config, or None for two folders."""
-    limits = (("seed", 0, 2**63 - 1), ("batch_size", 1, None), ("top", 1, None), ("boxes", 0, None), ("drop_share", 0, 1))
-    for name, low, high in limits:
-        value = getattr(args, name)
-        if not value >= low or (high is not None and value > high):
-            allowed = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-            raise UserError(f"--{name.replace('_', '-')}: expected {allowed}, found {value}")
+    check_limits(args, {"top": (1, None), "boxes": (0, None), "drop_share": (0, 1)})
+    check_model_options(args)
     if args.config is None and further:
         raise UserError(f"{further[0]}: no such option; --help lists all")
     if (args.config is None) == (args.sar_dir is None) or (args.sar_dir is None) != (args.eo_dir is None):
@@ -97,9 +83,15 @@ def check(args: argparse.Namespace, further: list[str]) -> Config | None:
             raise UserError(f"--output: {args.output} lies in {option}, whose images would then include the overlays")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output: {args.output} is a file, expected a folder")
-    if args.config is None:
-        return None
-    return load_config(["--config", args.config, "--phase", "test" if args.which == "test" else "train", *further])
+    config = None
+    if args.config:
+        from cdiffset.checkpoint import read_meta
+
+        config = load_config(["--config", args.config, "--phase", "test" if args.which == "test" else "train", *further])
+        for name in ("pretrained_model_name_or_path", "prompt", "prediction_type"):  # for weights that do not tell
+            if getattr(args, name) is None and "config" not in read_meta(args.checkpoint):
+                setattr(args, name, getattr(config, name))
+    return config
 
 
 def find_pairs(args: argparse.Namespace, config: Config | None):

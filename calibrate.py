@@ -15,7 +15,7 @@ import numpy as np
 
 from cdiffset import calibration
 from cdiffset.calibration import LEVELS, Calibration
-from cdiffset.errors import UserError, run
+from cdiffset.errors import Parser, UserError, run
 from cdiffset.options import add_translation_options, calibrated_settings, check_translation_options
 
 PARTS = {"fit": 0.5, "intervals": 0.25, "judge": 0.25}

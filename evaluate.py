@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from cdiffset.errors import UserError, run
+from cdiffset.errors import Parser, UserError, run
 
 WORKERS = min(8, (os.cpu_count() or 1) // 2)
 

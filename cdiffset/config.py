@@ -181,7 +181,7 @@ class Config:
     test_batch_size: int = knob(1, whole(1), "pairs per validation batch and process")
     eval_epoch: int = knob(10, whole(0), "validate every so many epochs; 0: only in the last part and at the end")
     eval_each_epoch_from: float = knob(0.8, number(0, 1), "share of num_iter from which every epoch is validated; 1: never")
-    lpips: bool = knob(True, boolean, "also report LPIPS (VGG) where its weights are at hand")
+    lpips: bool = knob(True, boolean, "also the metrics by networks, LPIPS first, where weights are at hand")
 
     log_iter: int = knob(50, whole(1), "iterations between log lines")
     save_iter: int = knob(5000, whole(0), "write checkpoint-N every so many iterations; 0: never")

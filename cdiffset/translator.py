@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +34,12 @@ class Translation(NamedTuple):
         return {name: getattr(self, name) for name in ("variance", "spread") if getattr(self, name) is not None}
 
 
-class Translator:
-    """Everything loaded once: networks, scheduler, prompt embedding; then batch after batch of images."""
+class Model:
+    """Networks, scheduler and prompt embedding of a checkpoint, loaded once, in the precision and on the device asked for."""
 
     def __init__(
         self,
-        args: argparse.Namespace,  # the options of options.py
+        args: argparse.Namespace,  # the model and machine options of options.py
         needing_variance: Sequence[str] = (),  # options that a stage 1 checkpoint cannot serve
         with_fingerprint: bool = False,  # `fingerprint`, else None: it takes seconds for a large model
     ):
@@ -66,12 +66,20 @@ class Translator:
             self.fingerprint = fingerprint(tensors, prediction_type)
         self.unet, self.vae = self.unet.to(self.device, dtype), self.vae.to(self.device, dtype)
         self.prompt_embedding = self.prompt_embedding.to(self.device)
-        print(f"{weights} on {self.device}, {args.precision}, DDIM-{args.num_inference_steps}, base {base}, prompt {prompt!r}")
+        print(f"{weights} on {self.device}, {args.precision}, base {base}, prompt {prompt!r}")
+
+    def stack(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """Images [H, W, 3] in 0-255 => [B, 3, H', W'] in [-1, 1] on the device, padded to multiples of the VAE's factor."""
+        padded = np.stack([pad_to_multiple(pixels, self.factor) for pixels in images])  # [B,H',W',3]
+        return to_signed(torch.from_numpy(padded).permute(0, 3, 1, 2)).to(self.device)
+
+
+class Translator(Model):
+    """Called with a batch of SAR images it returns their EO images and maps."""
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Translation]:
         """SAR images, float32 [H, W, 3] in 0-255, that have one size when padded => their translations."""
-        padded = np.stack([pad_to_multiple(pixels, self.factor) for pixels in images])  # [B,H',W',3]
-        sar = to_signed(torch.from_numpy(padded).permute(0, 3, 1, 2)).to(self.device)
+        sar = self.stack(images)
         samples, sigma2, spread = ensemble(
             self.unet, self.vae, self.scheduler, sar, self.prompt_embedding, self.args.num_inference_steps,
             range(self.args.seed, self.args.seed + self.args.ensemble), self.args.readout, self.args.batch_size,
@@ -123,29 +131,40 @@ def fingerprint(tensors: dict[str, torch.Tensor], settings: str) -> str:
 def translate_files(
     translator: Translator, paths: Sequence[Path], batch_size: int, unreadable: list[Path]
 ) -> Iterator[tuple[int, Translation]]:
-    """Read and translate files, batching images of one padded size => (index of the path, translation), in no fixed order.
+    """Read and translate files => (index of the path, translation), in no fixed order; see `batches_of_one_size`."""
 
-    Files that cannot be read are told on stderr and appended to `unreadable`.
+    def read(path: Path) -> tuple[np.ndarray]:
+        return (read_sar(path, translator.args.max_pixels),)
+
+    for indices, (images,) in batches_of_one_size(paths, read, translator.factor, batch_size, unreadable, "translating"):
+        yield from zip(indices, translator(images), strict=True)
+
+
+def batches_of_one_size(
+    items: Sequence, read: Callable, factor: int, batch_size: int, unreadable: list, what: str
+) -> Iterator[tuple[tuple[int, ...], tuple[tuple[np.ndarray, ...], ...]]]:
+    """Read items into images, and batch those of one padded size => (indices of the items, images of each kind).
+
+    `read` returns the images of an item, all of one size. Items that it refuses are told on stderr and go to `unreadable`.
     """
-    waiting: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
-    with tqdm(total=len(paths), desc="translating", unit="image", mininterval=1) as bar:
+    waiting: dict[tuple[int, int], list[tuple[int, tuple[np.ndarray, ...]]]] = {}
+    with tqdm(total=len(items), desc=what, unit="image", mininterval=1) as bar:
 
-        def finish(batch: list[tuple[int, np.ndarray]]) -> Iterator[tuple[int, Translation]]:
-            translations = translator([pixels for _, pixels in batch])
-            yield from zip((index for index, _ in batch), translations, strict=True)
-            bar.update(len(batch))
+        def batch_of(entries: list) -> Iterator:
+            yield tuple(index for index, _ in entries), tuple(zip(*(images for _, images in entries), strict=True))
+            bar.update(len(entries))
 
-        for index, path in enumerate(paths):
+        for index, item in enumerate(items):
             try:
-                pixels = read_sar(path, translator.args.max_pixels)
+                images = read(item)
             except UserError as error:
-                unreadable.append(path)
+                unreadable.append(item)
                 bar.write(f"skipped: {error}", file=sys.stderr)
                 bar.update()
                 continue
-            key = tuple(-(-side // translator.factor) for side in pixels.shape[:2])
-            waiting.setdefault(key, []).append((index, pixels))
+            key = tuple(-(-side // factor) for side in images[0].shape[:2])
+            waiting.setdefault(key, []).append((index, images))
             if len(waiting[key]) == batch_size:
-                yield from finish(waiting.pop(key))
-        for batch in waiting.values():
-            yield from finish(batch)
+                yield from batch_of(waiting.pop(key))
+        for entries in waiting.values():
+            yield from batch_of(entries)

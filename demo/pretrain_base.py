@@ -161,7 +161,7 @@ def train_unet(vae: AutoencoderKL, output: Path, eo: torch.Tensor, steps: int) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description="Pretrain the demo's small base on simulated scenes.")
+    parser = argparse.ArgumentParser(description="Pretrain the demo's small base on simulated scenes.")
     parser.add_argument("--output", type=Path, default=Path("assets/demo_base"))
     parser.add_argument("--scenes", type=int, default=6000, help="simulated scenes to train on")
     parser.add_argument("--vae-steps", type=int, default=3200, help="iterations of 16 images")

@@ -6,7 +6,6 @@ Beside the translation stand the copied SAR, the mean training image and the VAE
 no translation can beat; beside the variance stands the SAR's brightness. Writes figure.png, report.md and report.json.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 
 import utils
-from cdiffset.errors import UserError, run
+from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import list_images, read_eo, read_sar, read_tiff, to_signed, write_png, written_whole
 from cdiffset.model import decode, encode, load_vae
 from cdiffset.uncertainty import auroc, ause, spearman

@@ -6,13 +6,12 @@ A row per report, a table per convention: numbers of different conventions never
 or as in NAME=path/to/report.json.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cdiffset.errors import UserError, run
+from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import written_whole
 from cdiffset.report import LABELS, cell, markdown_table, number, set_cell
 
