@@ -36,7 +36,7 @@ faults: .venv/installed
 FUZZ_SECONDS ?= 60
 fuzz: .venv/installed
 	$(PY) -m pip install --quiet atheris==3.0.0
-	FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -m fuzz -s
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -m fuzz -s tests/fuzz
 
 lint: .venv/installed
 	$(PY) -m ruff check .
