@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
@@ -46,6 +47,9 @@ from cdiffset.pairs import Inputs
 from cdiffset.uncertainty import confidence_map, variance_map
 
 ECHO_S = 5  # launchers pass a signal on that the processes have got themselves
+LONELY = (  # what `accelerate launch --num_processes 2` comes to without two GPUs, in silence
+    "note: accelerate launch started one process only; for several on CPUs add --multi_gpu, or use torchrun --nproc-per-node"
+)
 ORDER, NOISE = 1, 2  # purposes of random draws, so that no two share a stream
 
 # Settings that may change between two parts of a run without changing what is learnt.
@@ -122,6 +126,8 @@ class Trainer:
             self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
         except ValueError as error:
             raise UserError(f"mixed_precision: {config.mixed_precision} cannot be had on this machine ({error})") from error
+        if self.accelerator.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+            print(LONELY, file=sys.stderr)
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.work_dir, self.lock = Path(config.work_dir), None
