@@ -13,7 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import written_whole
-from cdiffset.report import LABELS, cell, markdown_table, number, set_cell
 
 RANKING = {"spearman": "Spearman ↑", "ause": "AUSE ↓", "aurg": "AURG ↑"}  # of the absolute error
 
@@ -44,6 +43,8 @@ def run_name(path: Path) -> str:
 
 
 def convention_table(reports: dict[str, dict], convention: str) -> list[list[str]]:
+    from cdiffset.report import LABELS, cell  # heavy, here and below: not before the arguments hold
+
     entries = {name: report["means"].get(convention, {}) for name, report in reports.items()}
     metrics = [metric for metric in LABELS if any(metric in means for means in entries.values())]
     rows = [
@@ -54,6 +55,8 @@ def convention_table(reports: dict[str, dict], convention: str) -> list[list[str
 
 
 def set_table(reports: dict[str, dict]) -> list[list[str]]:
+    from cdiffset.report import LABELS, set_cell
+
     metrics = [metric for metric in LABELS if any(metric in report["set"] for report in reports.values())]
     rows = [
         [name, str(report["images"]), *(set_cell(m, report["set"][m]) if m in report["set"] else "–" for m in metrics)]
@@ -64,6 +67,8 @@ def set_table(reports: dict[str, dict]) -> list[list[str]]:
 
 def map_table(reports: dict[str, dict]) -> list[list[str]]:
     """Maps and their rivals, a row each; runs without maps have none."""
+    from cdiffset.report import number
+
     rows = [["run", "map", "n", *RANKING.values(), "ENCE ↓", "AUROC SAR-only ↑", "AUROC EO-only"]]
     for name, report in reports.items():
         part = report["uncertainty"] or {"maps": {}}
@@ -78,6 +83,8 @@ def map_table(reports: dict[str, dict]) -> list[list[str]]:
 
 
 def render(reports: dict[str, dict]) -> str:
+    from cdiffset.report import markdown_table
+
     parts = ["# Results", "Written by `results/table.py`; n is the number of images. In brackets: 95 % bootstrap intervals."]
     conventions = {name: text for report in reports.values() for name, text in report["conventions"].items()}
     for convention, description in conventions.items():
@@ -95,8 +102,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("reports", nargs="+", metavar="[NAME=]report.json", help="reports of evaluate.py or phase test")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     args = parser.parse_args(argv)
-    with written_whole(args.output) as temporary:
-        temporary.write_text(render(read_reports(args.reports)), encoding="utf-8")
+    text = render(read_reports(args.reports))
+    try:
+        with written_whole(args.output) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output: cannot write {args.output}: {error.strerror}") from error
     print(f"{len(args.reports)} runs: {args.output}")
     return 0
 

@@ -909,7 +909,8 @@ def test_names_that_no_list_can_hold(name, root, tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------------------- real processes, and speed
-PROGRAMS = ["main.py", "test.py", "data/data_split.py", "data/simulate.py"]
+PROGRAMS = ["main.py", "test.py", "calibrate.py", "evaluate.py", "audit.py", "results/table.py"]
+PROGRAMS += ["data/data_split.py", "data/simulate.py"]
 
 
 def python(code: str, cwd: Path) -> subprocess.CompletedProcess:
