@@ -131,6 +131,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.work_dir, self.lock = Path(config.work_dir), None
+        self.board = None  # TensorBoard, while training
         self.found_at_start: list[str] = []  # what an earlier run left behind, for the log
         check_base(config.pretrained_model_name_or_path)
         self.test_feeder = build_feeder(config, "test")
@@ -338,7 +339,6 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------------- training
     def run(self) -> None:
-        self.board = None
         try:
             if self.config.phase == "test":
                 return self.test()
@@ -552,8 +552,6 @@ class Trainer:
         if self.is_main:  # whole folders are judged: pictures of an earlier, longer list must not count
             for name in ("results", "generated", "eo", "sar", "variance"):
                 shutil.rmtree(folder / name, ignore_errors=True)
-            if again := len(self.test_feeder) - len(set(self.test_feeder.names)):
-                self.val_log.info("%d names stand again in the test list, each name counts once", again)
         self.accelerator.wait_for_everyone()
         for batch, generated, sigma2 in self.translations(range(len(self.test_feeder)), "translating"):
             write_pictures(folder / "results", batch, generated, sigma2)
