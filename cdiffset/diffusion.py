@@ -1,10 +1,14 @@
 """The diffusion step and the one sampler, shared by training, validation and translation. Shapes as in `model.py`."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-from cdiffset.losses import cdiff_loss, mse_loss, variance
+from cdiffset.losses import VARIANCE_MIN, cdiff_loss, mse_loss, variance
 from cdiffset.model import decode, encode
+from cdiffset.readouts import DECODED_DRAWS, READOUT_SEED, RENOISE_DRAWS, RENOISE_TIMESTEPS, steps_read
+from cdiffset.readouts import READOUTS as READOUTS  # for those who call the sampler
 
 
 def predict(unet, z_sar: torch.Tensor, z_t: torch.Tensor, timesteps: torch.Tensor, prompt_embedding: torch.Tensor):
@@ -72,20 +76,63 @@ def sample(
     noise: torch.Tensor,  # [B,C,h,w]
     prompt_embedding: torch.Tensor,  # [1,L,D]
     num_inference_steps: int,
+    readout: str = "midpoint",  # one of READOUTS: where σ² is read
 ):
     """DDIM (η = 0) from noise to the EO latent => (z_eo [B, C, h, w], σ² [B, 1, h, w] or None from a stage 1 U-Net).
 
-    σ² is read at the midpoint of the loop, at step index n // 2 of n, as the paper does for its confidence map.
+    The paper reads σ² for its confidence map at the midpoint of the loop, at step index n // 2 of n. "decoded" is read there
+    as well: `translate` carries it to pixels.
     """
+    steps, read = steps_read(readout, num_inference_steps), []
     scheduler.set_timesteps(num_inference_steps, device=z_sar.device)
     z_sar, prompt_embedding = z_sar.to(unet.dtype), prompt_embedding.to(unet.dtype)
-    z_t, sigma2 = noise.float() * scheduler.init_noise_sigma, None  # float32 between the steps whatever the U-Net computes in
+    z_t = noise.float() * scheduler.init_noise_sigma  # float32 between the steps whatever the U-Net computes in
     for index, timestep in enumerate(scheduler.timesteps):
         prediction, raw = predict(unet, z_sar, z_t.to(unet.dtype), timestep, prompt_embedding)
-        if raw is not None and index == num_inference_steps // 2:
-            sigma2 = variance(raw)
+        if raw is not None and index in steps:
+            read.append(variance(raw))
         z_t = scheduler.step(prediction.float(), timestep, z_t).prev_sample
-    return z_t, sigma2
+    if readout == "renoise":
+        return z_t, renoised_variance(unet, scheduler, z_sar, z_t, prompt_embedding)
+    return z_t, torch.stack(read).mean(0) if read else None
+
+
+def renoised_variance(unet, scheduler: DDIMScheduler, z_sar: torch.Tensor, z_eo: torch.Tensor, prompt_embedding: torch.Tensor):
+    """σ² of a finished latent [B, C, h, w], noised anew at RENOISE_TIMESTEPS, RENOISE_DRAWS times each => mean [B, 1, h, w].
+
+    None from a stage 1 U-Net. The noise depends on the size of the latent alone.
+    """
+    read = []
+    for index, timestep in enumerate(RENOISE_TIMESTEPS * RENOISE_DRAWS):
+        noise = starting_noise(READOUT_SEED + index, tuple(z_eo.shape[1:])).to(z_eo.device).expand_as(z_eo)
+        timesteps = torch.full((len(z_eo),), timestep, device=z_eo.device)
+        z_t = scheduler.add_noise(z_eo, noise, timesteps).to(unet.dtype)
+        _, raw = predict(unet, z_sar, z_t, timesteps, prompt_embedding)
+        if raw is None:
+            return None
+        read.append(variance(raw))
+    return torch.stack(read).mean(0)
+
+
+def variance_of_latent(scheduler: DDIMScheduler, sigma2: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """σ² of the prediction at a timestep => variance of the EO latent that this prediction implies, same shape.
+
+    z_eo = (z_t - sqrt(1 - ᾱ) ε) / sqrt(ᾱ), or the prediction itself, or sqrt(ᾱ) z_t - sqrt(1 - ᾱ) v.
+    """
+    a = scheduler.alphas_cumprod.to(sigma2.device)[timestep]
+    return sigma2 * {"epsilon": (1 - a) / a, "sample": 1.0, "v_prediction": 1 - a}[scheduler.config.prediction_type]
+
+
+def decoded_variance(vae: AutoencoderKL, z_eo: torch.Tensor, eo: torch.Tensor, variance_of_z: torch.Tensor) -> torch.Tensor:
+    """Variance of the pixels, mean over RGB, when the latent varies by `variance_of_z` [B, 1, h, w] => [B, 1, H, W].
+
+    From DECODED_DRAWS latents with that much noise added, decoded and compared with `eo`, the decoded latent itself.
+    """
+    squared = torch.zeros_like(eo)
+    for draw in range(DECODED_DRAWS):
+        noise = starting_noise(READOUT_SEED + draw, tuple(z_eo.shape[1:])).to(z_eo.device)
+        squared += (decode(vae, z_eo + variance_of_z.sqrt() * noise) - eo) ** 2
+    return (squared.mean(1, keepdim=True) / DECODED_DRAWS).clamp(min=VARIANCE_MIN)
 
 
 @torch.no_grad()
@@ -96,14 +143,68 @@ def translate(
     sar: torch.Tensor,  # [B,3,H,W] in [-1,1], H and W multiples of f
     prompt_embedding: torch.Tensor,  # [1,L,D]
     num_inference_steps: int,
-    seed: int,
+    seed: int | Sequence[int],  # one for all images, or one for each
+    readout: str = "midpoint",  # one of READOUTS
 ):
-    """SAR images => (EO images [B, 3, H, W] in [-1, 1], σ² [B, 1, h, w] or None), float32.
+    """SAR images => (EO images [B, 3, H, W] in [-1, 1], σ² [B, 1, h, w] or None), float32; "decoded": σ² [B, 1, H, W].
 
-    Every image starts from the same noise for its size, so that a result depends on the image, the seed and the settings,
-    never on the batch it came in.
+    Images of one seed start from the same noise for their size, so that a result depends on the image, the seed and the
+    settings, never on the batch it came in.
     """
     z_sar = encode(vae, sar)
-    noise = starting_noise(seed, tuple(z_sar.shape[1:])).to(z_sar.device).expand_as(z_sar)
-    z_eo, sigma2 = sample(unet, scheduler, z_sar, noise, prompt_embedding, num_inference_steps)
-    return decode(vae, z_eo), sigma2
+    seeds = [seed] * len(sar) if isinstance(seed, int) else seed
+    noise = torch.cat([starting_noise(each, tuple(z_sar.shape[1:])) for each in seeds]).to(z_sar.device)
+    z_eo, sigma2 = sample(unet, scheduler, z_sar, noise, prompt_embedding, num_inference_steps, readout)
+    eo = decode(vae, z_eo)
+    if readout == "decoded" and sigma2 is not None:
+        midpoint = scheduler.timesteps[num_inference_steps // 2]
+        sigma2 = decoded_variance(vae, z_eo, eo, variance_of_latent(scheduler, sigma2, midpoint))
+    return eo, sigma2
+
+
+@torch.no_grad()
+def ensemble(
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    scheduler: DDIMScheduler,
+    sar: torch.Tensor,  # [B,3,H,W] in [-1,1], H and W multiples of f
+    prompt_embedding: torch.Tensor,  # [1,L,D]
+    num_inference_steps: int,
+    seeds: Sequence[int],  # N of them, one for each member
+    readout: str = "midpoint",  # one of READOUTS
+    batch_size: int | None = None,  # samples computed together [B]
+):
+    """N translations of every image => (samples [N, B, 3, H, W] in [-1, 1], σ², spread [B, 1, H, W]), float32.
+
+    Member k is what `translate` makes from seeds[k]. σ² is the members' mean, or None from a stage 1 U-Net. The spread is the
+    per-pixel standard deviation of the samples (N - 1 in the denominator), mean over RGB, in 8-bit units; None if N = 1.
+    """
+    images = sar.repeat(len(seeds), 1, 1, 1)  # [NB,3,H,W], one member after the other
+    each_seed = [seed for seed in seeds for _ in sar]
+    size = batch_size or len(sar)
+    parts = [
+        translate(
+            unet, vae, scheduler, images[k : k + size], prompt_embedding, num_inference_steps, each_seed[k : k + size], readout
+        )
+        for k in range(0, len(images), size)
+    ]
+    samples = torch.cat([eo for eo, _ in parts]).unflatten(0, (len(seeds), len(sar)))
+    sigma2 = None
+    if parts[0][1] is not None:
+        sigma2 = torch.cat([each for _, each in parts]).unflatten(0, (len(seeds), len(sar))).mean(0)
+    spread = samples.std(0).mean(1, keepdim=True) * 127.5 if len(seeds) > 1 else None
+    return samples, sigma2, spread
+
+
+def reduce_samples(samples: torch.Tensor, output: str) -> torch.Tensor:
+    """[N, ...] => [...]: one of ENSEMBLE_OUTPUTS, the first sample or the mean or median of all, pixel by pixel."""
+    match output:
+        case "first":
+            return samples[0]
+        case "mean":
+            return samples.mean(0)
+        case "median":
+            ordered, last = samples.sort(0).values, len(samples) - 1
+            return (ordered[last // 2] + ordered[(last + 1) // 2]) / 2  # torch.median takes the lower of the two in the middle
+        case other:
+            raise ValueError(f"unknown ensemble output {other!r}")
