@@ -1,11 +1,8 @@
-"""Metrics in both conventions of the field, reports, and the pictures people look at.
+"""Metrics of image pairs, in both conventions of the field, metrics of image sets, and the pictures people look at.
 
 B, H, W: batch, height, width of images. Images are float tensors [B, 3, H, W] in [-1, 1] unless a name says otherwise.
 """
 
-import csv
-import io
-import json
 import math
 import pickle
 import socket
@@ -13,11 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
-from pathlib import Path
 from typing import NamedTuple
 
 # First of all, because importing cdiffset mends torchvision, which the metric libraries import.
-from cdiffset.images import to_uint8, written_whole
+from cdiffset.images import to_uint8
 
 # isort: split
 import numpy as np
@@ -29,19 +25,13 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-MIN_SIDE_PX = {"psnr": 1, "ssim": 6, "scc": 8, "lpips": 16}  # SSIM's reflected border, SCC's window, VGG's four poolings
+# SSIM's reflected border, SCC's window, VGG's four poolings (DISTS pads them, and would compare single pixels below).
+MIN_SIDE_PX = {"psnr": 1, "ssim": 6, "scc": 8, "lpips": 16, "dists": 16}
 FID_DIMS = 2048  # Inception pool3
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 500
 IS_MIN_IMAGES = 11
 CONNECT_TIMEOUT_S = 10.0  # a host that does not answer must not hold up a run for minutes
 WEIGHT_ERRORS = (ImportError, OSError, RuntimeError, EOFError, pickle.UnpicklingError, HTTPException)
-LABELS = {  # with the unit, and an arrow towards better
-    "psnr": "PSNR [dB] ↑",
-    "ssim": "SSIM ↑",
-    "scc": "SCC ↑",
-    "lpips": "LPIPS (VGG) ↓",
-    "fid": "FID ↓",
-    "inception_score": "IS ↑",
-}
 GAP_PX = 4  # between the pictures of a panel
 TITLE_PX = 14
 
@@ -58,7 +48,7 @@ class Convention(NamedTuple):
     clamped away, and LPIPS fed with that [0, 1] image where it expects [-1, 1] (about 0.05 lower).
     """
 
-    pixels: Callable[[torch.Tensor], torch.Tensor]  # => [0, 1], for PSNR, SSIM and SCC with data_range 1
+    pixels: Callable[[torch.Tensor], torch.Tensor]  # => [0, 1], for DISTS, and for PSNR, SSIM and SCC with data_range 1
     lpips: Callable[[torch.Tensor], torch.Tensor]  # => what LPIPS is fed with, its `normalize` off
     description: str
 
@@ -93,28 +83,34 @@ PIXEL_METRICS = {"psnr": _psnr, "ssim": _ssim, "scc": _scc}  # two images [B, 3,
 
 
 class PairMetrics:
-    """PSNR, SSIM, SCC (torchmetrics) and LPIPS with VGG (lpips) of image pairs, per image, in every convention of CONVENTIONS.
+    """PSNR, SSIM, SCC, DISTS (torchmetrics) and LPIPS with VGG (lpips) of image pairs, per image, in every one of CONVENTIONS.
 
-    `absent` holds the reason for each metric that could not be computed, so far, for some image. LPIPS's weights are fetched
-    here, once; where that fails the rest is still computed.
+    `absent` holds the reason for each metric that could not be computed, so far, for some image. The networks' weights are
+    fetched here, once; where that fails the rest is still computed.
     """
 
     def __init__(
         self,
         device: torch.device | str = "cpu",
         with_lpips: bool = True,  # False: spare the VGG network
+        with_dists: bool | None = None,  # None: do not even list it as absent
         lpips_model: torch.nn.Module | None = None,  # None: lpips.LPIPS(net="vgg")
+        dists_model: torch.nn.Module | None = None,  # None: torchmetrics' DISTSNetwork()
     ):
         self.device = torch.device(device)
         self.absent: dict[str, str] = {}
-        self._lpips = None
-        if not with_lpips:
-            self.absent["lpips"] = "switched off"
-            return
-        try:
-            self._lpips = (lpips_model or _load_lpips()).to(self.device).eval()
-        except MetricUnavailable as error:
-            self.absent["lpips"] = str(error)
+        self._lpips = self._network("lpips", with_lpips, lpips_model, _load_lpips)
+        self._dists = self._network("dists", with_dists, dists_model, _load_dists)
+
+    def _network(self, metric: str, wanted: bool | None, given: torch.nn.Module | None, load: Callable):
+        if wanted or given is not None:
+            try:
+                return (given or load()).to(self.device).eval()
+            except MetricUnavailable as error:
+                self.absent[metric] = str(error)
+        elif wanted is not None:
+            self.absent[metric] = "switched off"
+        return None
 
     @torch.inference_mode()
     def __call__(self, generated: torch.Tensor, eo: torch.Tensor) -> dict[str, dict[str, list[float]]]:
@@ -138,6 +134,8 @@ class PairMetrics:
         values = {name: metric(*pixels).tolist() for name, metric in PIXEL_METRICS.items() if self._fits(name, eo)}
         if self._lpips is not None and self._fits("lpips", eo):
             values["lpips"] = self._lpips(convention.lpips(generated), convention.lpips(eo)).flatten().tolist()
+        if self._dists is not None and self._fits("dists", eo):
+            values["dists"] = self._dists(*pixels).flatten().tolist()
         return values
 
     def _fits(self, metric: str, images: torch.Tensor) -> bool:
@@ -170,78 +168,121 @@ def _load_lpips() -> torch.nn.Module:
         return lpips.LPIPS(net="vgg", verbose=False)
 
 
-def fid(folder_a: Path | str, folder_b: Path | str, device: torch.device | str = "cpu") -> float:
-    """Fréchet Inception distance, at least 0, of all PNGs in two folders and below, through pytorch-fid (pool3, 2048-d).
-
-    Ground truth must be cropped to the size of the outputs beforehand: images are read as they are. Up to 2048 images leave the
-    covariances rank-deficient and the FID biased upwards: compare FIDs of equally many images only.
-    MetricUnavailable with fewer than two images in a folder, without the weights, or where the matrix root fails.
-    """
-    images = [_images_in(folder) for folder in (folder_a, folder_b)]
-    for folder, paths in zip((folder_a, folder_b), images, strict=True):
-        if len(paths) < 2:
-            raise MetricUnavailable(f"needs at least 2 PNG images in a folder, {folder} has {len(paths)}")
+def _load_dists() -> torch.nn.Module:
     with _weights_within_reach():
-        from pytorch_fid.fid_score import calculate_activation_statistics, calculate_frechet_distance
+        from torchmetrics.functional.image.dists import DISTSNetwork  # the metric's own class loads it anew with every call
+
+        return DISTSNetwork()
+
+
+def _load_inception() -> torch.nn.Module:
+    """pytorch-fid's Inception, [B, 3, H, W] in [0, 1] => [pool3 features]."""
+    with _weights_within_reach():
         from pytorch_fid.inception import InceptionV3
 
-        model = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[FID_DIMS]])
-    model = model.to(device)
-    moments = []
-    for paths in images:
-        batch_size = min(50, len(paths)) if len({_size_of(path) for path in paths}) == 1 else 1
-        moments += calculate_activation_statistics(paths, model, batch_size, FID_DIMS, device, num_workers=0)
-    try:
-        return float(calculate_frechet_distance(*moments))
-    except ValueError as error:
-        raise MetricUnavailable(f"its matrix root fails ({error})") from error
+        return InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[FID_DIMS]]).eval()
 
 
-def inception_score(folder: Path | str, device: torch.device | str = "cpu") -> float:
-    """Inception score, at least 1, mean over up to 10 splits, of all PNGs in a folder and below, through torchmetrics.
-
-    The splits are drawn from a fixed seed. MetricUnavailable with 10 images or fewer, or without the weights.
-    """
-    paths = _images_in(folder)
-    if len(paths) < IS_MIN_IMAGES:
-        raise MetricUnavailable(f"needs more than {IS_MIN_IMAGES - 1} PNG images, {folder} has {len(paths)}")
-    with _weights_within_reach():
+def _load_inception_score():
+    with _weights_within_reach(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric `InceptionScore` will save all extracted features")
         from torchmetrics.image.inception import InceptionScore
 
-        metric = InceptionScore()
-    metric = metric.to(device)
-    for path in paths:
-        pixels = np.array(Image.open(path).convert("RGB"))  # [H, W, 3] uint8
-        metric.update(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device))
-    with torch.random.fork_rng(devices=[]):  # the metric shuffles with the global generator
-        torch.manual_seed(0)
-        return float(metric.compute()[0])
+        return InceptionScore()
 
 
-def _images_in(folder: Path | str) -> list[Path]:
-    return sorted(Path(folder).rglob("*.png"))
+class SetMetrics:
+    """FID (pytorch-fid), KID and IS (torchmetrics) of a set of images, which comes batch by batch.
 
-
-def _size_of(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return image.size
-
-
-def set_metrics(
-    generated_dir: Path | str, eo_dir: Path | str, device: torch.device | str = "cpu"
-) -> tuple[dict[str, float], dict[str, str]]:
-    """FID and IS of a folder of generated PNGs: ({"fid", "inception_score": value}, {metric: why it is absent}).
-
-    Both are functions of the 8-bit pictures, so the conventions do not touch them.
+    All three see the 8-bit pictures, so the conventions do not touch them. FID and KID share pytorch-fid's pool3 features
+    (2048-d), IS has torch-fidelity's copy of the same network. Weights are fetched here, once.
     """
-    values, absent = {}, {}
-    measures = {"fid": (fid, generated_dir, eo_dir), "inception_score": (inception_score, generated_dir)}
-    for name, (measure, *folders) in measures.items():
+
+    def __init__(self, device: torch.device | str = "cpu", wanted: bool = True):
+        self.device = torch.device(device)
+        self.absent: dict[str, str] = {}
+        self._features: dict[str, list[torch.Tensor]] = {"generated": [], "eo": []}
+        self._inception = self._load(("fid", "kid"), wanted, _load_inception)
+        self._score = self._load(("inception_score",), wanted, _load_inception_score)
+        self._images = 0
+
+    def _load(self, metrics: tuple[str, ...], wanted: bool, load: Callable):
+        reason = "switched off"
+        if wanted:
+            try:
+                return load().to(self.device)
+            except MetricUnavailable as error:
+                reason = str(error)
+        self.absent |= dict.fromkeys(metrics, reason)
+        return None
+
+    @torch.inference_mode()
+    def update(self, generated: torch.Tensor, eo: torch.Tensor) -> None:
+        """Two batches [B, 3, H, W] in [-1, 1], both rounded to 8 bits."""
+        self._images += len(generated)
+        for kind, images in (("generated", generated), ("eo", eo)):
+            pixels = torch.from_numpy(to_uint8(images)).movedim(-1, 1).to(self.device)  # [B, 3, H, W]
+            if self._inception is not None:
+                features = self._inception(pixels / 255)[0]
+                self._features[kind].append(features.mean((2, 3)).cpu())  # the mean matters where FID_DIMS is not 2048
+            if self._score is not None and kind == "generated":
+                self._score.update(pixels)
+
+    def compute(self) -> dict[str, dict]:
+        """{"fid": {"value"}, "kid": {"value", "std" over subsets, "subsets", "subset_size"}, "inception_score": {"value", "std"}}.
+
+        What cannot be computed is left out, with the reason in `absent`.
+        """
+        values = {}
+        for name, measure in (("fid", self._fid), ("kid", self._kid), ("inception_score", self._inception_score)):
+            if name not in self.absent:
+                try:
+                    values[name] = measure()
+                except MetricUnavailable as error:
+                    self.absent[name] = str(error)
+        return values
+
+    def _stacked(self) -> list[torch.Tensor]:
+        if self._images < 2:
+            raise MetricUnavailable(f"needs at least 2 images, got {self._images}")
+        return [torch.cat(features).double() for features in self._features.values()]
+
+    def _fid(self) -> dict[str, float]:
+        """Up to 2048 images leave the covariances rank-deficient and the FID biased upwards."""
+        from pytorch_fid.fid_score import calculate_frechet_distance
+
+        moments = []
+        for features in self._stacked():
+            moments += [features.mean(0).numpy(), np.cov(features.numpy(), rowvar=False)]
         try:
-            values[name] = measure(*folders, device=device)
-        except MetricUnavailable as error:
-            absent[name] = str(error)
-    return values, absent
+            return {"value": float(calculate_frechet_distance(*moments))}
+        except ValueError as error:
+            raise MetricUnavailable(f"its matrix root fails ({error})") from error
+
+    def _kid(self) -> dict[str, float]:
+        """A set of at most KID_SUBSET_SIZE images is its own and only subset; more are drawn from, KID_SUBSETS times."""
+        generated, eo = self._stacked()
+        subsets, size = (KID_SUBSETS, KID_SUBSET_SIZE) if self._images > KID_SUBSET_SIZE else (1, self._images)
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # the metric draws from the global generator
+            warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all extracted features")
+            from torchmetrics.image.kid import KernelInceptionDistance
+
+            torch.manual_seed(0)
+            metric = KernelInceptionDistance(torch.nn.Identity(), subsets=subsets, subset_size=size)
+            metric.update(eo, real=True)
+            metric.update(generated, real=False)
+            mean, std = metric.compute()
+        spread = {"std": float(std)} if subsets > 1 else {}
+        return {"value": float(mean), **spread, "subsets": subsets, "subset_size": size}
+
+    def _inception_score(self) -> dict[str, float]:
+        """At least 1, mean over 10 splits drawn from a fixed seed."""
+        if self._images < IS_MIN_IMAGES:
+            raise MetricUnavailable(f"needs more than {IS_MIN_IMAGES - 1} images, got {self._images}")
+        with torch.random.fork_rng(devices=[]):  # the metric shuffles with the global generator
+            torch.manual_seed(0)
+            mean, std = self._score.compute()
+        return {"value": float(mean), "std": float(std)}
 
 
 def image_rows(names: list[str], values: dict[str, dict[str, list[float]]]) -> list[dict]:
@@ -260,7 +301,7 @@ def summarise(rows: list[dict]) -> dict[str, dict[str, dict]]:
     The PSNR of equal images is infinite; those are left out of the mean and counted apart. mean is None where n is 0.
     """
     summary: dict[str, dict[str, dict]] = {}
-    for column in _columns(rows):
+    for column in columns_of(rows):
         convention, metric = column.split("/")
         values = [row[column] for row in rows if column in row]
         finite = [value for value in values if math.isfinite(value)]
@@ -280,64 +321,9 @@ def flat_means(rows: list[dict]) -> dict[str, float]:
     }
 
 
-def _columns(rows: list[dict]) -> list[str]:
+def columns_of(rows: list[dict]) -> list[str]:
     """The metric columns of all rows, in order of first appearance."""
     return [column for column in dict.fromkeys(key for row in rows for key in row) if column != "name"]
-
-
-def write_report(folder: Path | str, rows: list[dict], set_values: dict[str, float], absent: dict[str, str]) -> dict:
-    """Write report.json, report.md and metrics.csv (one line per image), each whole or not at all => report.json's content.
-
-    rows: of image_rows. set_values: metrics of the whole set. absent: {metric: reason} for what could not be computed.
-    """
-    report = {
-        "images": len(rows),
-        "conventions": {name: convention.description for name, convention in CONVENTIONS.items()},
-        "means": summarise(rows),
-        "set": set_values,
-        "absent": absent,
-    }
-    table = io.StringIO()
-    writer = csv.DictWriter(table, ["name", *_columns(rows)], restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    texts = {
-        "metrics.csv": table.getvalue(),
-        "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n",
-        "report.md": _markdown(report),
-    }
-    for name, text in texts.items():
-        with written_whole(Path(folder) / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return report
-
-
-def _markdown(report: dict) -> str:
-    images, means = report["images"], report["means"]
-    lines = [f"# Metrics over {images} images", "", f"| metric | {' | '.join(means)} |", "|---" * (len(means) + 1) + "|"]
-    for metric in dict.fromkeys(metric for entries in means.values() for metric in entries):
-        cells = [_cell(entries.get(metric), images) for entries in means.values()]
-        lines.append(f"| {LABELS[metric]} | {' | '.join(cells)} |")
-    lines += ["", *(f"- {name}: {text}" for name, text in report["conventions"].items())]
-    if report["set"]:
-        lines += ["", "| metric of the set | value |", "|---|---|"]
-        lines += [f"| {LABELS[name]} | {value:.4f} |" for name, value in report["set"].items()]
-    if "fid" in report["set"] and images <= FID_DIMS:
-        lines += ["", f"FID of {images} images is biased upwards: compare it with FIDs of equally many images only."]
-    if report["absent"]:
-        lines += ["", "Not computed, at least not for every image:", ""]
-        lines += [f"- {LABELS.get(name, name).split(' ')[0]}: {reason}" for name, reason in report["absent"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(entry: dict | None, images: int) -> str:
-    """One mean as text, with the number of images wherever it is not all of them."""
-    if entry is None:
-        return "–"
-    text = "∞" if entry["mean"] is None else f"{entry['mean']:.4f}"
-    if entry["n"] == images:
-        return text
-    return f"{text} (n = {entry['n']}" + (f", {entry['infinite']} infinite)" if entry["infinite"] else ")")
 
 
 def panel(images: list[torch.Tensor], titles: list[str] | None = None) -> np.ndarray:

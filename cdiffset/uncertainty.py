@@ -4,6 +4,8 @@ The measures take arrays of any one shape, are computed in float64 over all thei
 undefined instead of returning NaN. To judge a whole test set, pass the stacked maps of all its images.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from scipy.stats import rankdata, spearmanr
@@ -24,6 +26,16 @@ def confidence_map(variance: torch.Tensor, size: tuple[int, int]) -> torch.Tenso
     span = high - low
     confidence = torch.where(span > 0, (confidence - low) / span.clamp(min=torch.finfo(span.dtype).tiny), 1.0)
     return torch.nn.functional.interpolate(confidence, size, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def variance_map(variance: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """σ² [B, 1, h, w] of the latent => [B, 1, H, W] at the image's size (H, W), float32, on the latent's own scale.
+
+    Bicubic like the confidence map, kept within each image's range of σ² (bicubic interpolation overshoots).
+    """
+    low, high = variance.float().flatten(1).aminmax(dim=1)  # [B] each
+    upsampled = torch.nn.functional.interpolate(variance.float(), size, mode="bicubic", align_corners=False)
+    return torch.clamp(upsampled, low[:, None, None, None], high[:, None, None, None])
 
 
 def spearman(variance: np.ndarray, error: np.ndarray) -> float:
@@ -47,14 +59,25 @@ def sparsification_curve(uncertainty: np.ndarray, error: np.ndarray, steps: int 
     layout of the image. `error` is not negative and not 0 everywhere; anything else is a ValueError.
     """
     uncertainty, error = _paired(uncertainty, error)
+    _check_errors(error)
+    remaining = _mean_of_kept(_least_uncertain_first(uncertainty), error, steps)
+    return np.arange(steps) / steps, remaining / remaining[0]
+
+
+def _check_errors(error: np.ndarray) -> None:
     if error.min() < 0 or error.max() == 0:
         raise ValueError(f"errors must not be negative and not all 0, got {error.min():g} to {error.max():g}")
-    shuffled = np.random.default_rng(0).permutation(error.size)
-    order = shuffled[np.argsort(uncertainty[shuffled], kind="stable")]  # least uncertain first
-    removed = np.arange(steps) * error.size // steps
-    kept = error.size - removed
-    mean_of_kept = np.cumsum(error[order])[kept - 1] / kept
-    return np.arange(steps) / steps, mean_of_kept / mean_of_kept[0]
+
+
+def _least_uncertain_first(uncertainty: np.ndarray) -> np.ndarray:
+    shuffled = np.random.default_rng(0).permutation(uncertainty.size)
+    return shuffled[np.argsort(uncertainty[shuffled], kind="stable")]
+
+
+def _mean_of_kept(order: np.ndarray, error: np.ndarray, steps: int) -> np.ndarray:
+    """Mean error of the first ceil((1 - k / steps) n) values in the order, for k = 0 ... steps - 1."""
+    kept = error.size - np.arange(steps) * error.size // steps
+    return np.cumsum(error[order])[kept - 1] / kept
 
 
 def ause(uncertainty: np.ndarray, error: np.ndarray) -> float:
@@ -69,12 +92,117 @@ def ause(uncertainty: np.ndarray, error: np.ndarray) -> float:
     return float(np.trapezoid(curve - oracle, fractions))
 
 
+def aurg(uncertainty: np.ndarray, error: np.ndarray) -> float:
+    """Area under the random gain (Poggi et al., CVPR 2020): what the ranking gains over removing values at random.
+
+    The area between 1, the curve expected of a random order, and the sparsification curve, over the fractions of `ause`: 0 for
+    an uncertainty that knows nothing, below 0 for one that misleads; AUSE + AURG is the same for every uncertainty.
+    """
+    fractions, curve = sparsification_curve(uncertainty, error)
+    return float(np.trapezoid(1 - curve, fractions))
+
+
+class RankedError(NamedTuple):
+    """The errors of a set of pixels, ranked once, to judge several uncertainties by; made by rank_error."""
+
+    values: np.ndarray  # [n] float64, not negative
+    ranks: np.ndarray  # [n] average ranks
+    oracle: np.ndarray  # [100] sparsification curve by the error itself
+
+
+def rank_error(error: np.ndarray) -> RankedError:
+    """ValueError where the measures are undefined: an error that is constant, negative or not finite."""
+    error, _ = _paired(error, error)
+    _check_errors(error)
+    if np.ptp(error) == 0:
+        raise ValueError(f"rank correlation is undefined: the error is {error[0]:g} everywhere")
+    return RankedError(error, rankdata(error), sparsification_curve(error, error)[1])
+
+
+def judge_ranking(uncertainty: np.ndarray, errors: dict[str, RankedError]) -> dict[str, dict]:
+    """{error: {"spearman", "ause", "aurg": float, "curve": sparsification curve [100]}}, sorting the uncertainty once.
+
+    The same numbers as spearman, ause, aurg and sparsification_curve give; ValueError where the uncertainty is constant.
+    """
+    uncertainty, _ = _paired(np.ravel(uncertainty), next(iter(errors.values())).values)
+    if np.ptp(uncertainty) == 0:
+        raise ValueError(f"rank correlation is undefined: the uncertainty is {uncertainty[0]:g} everywhere")
+    ranks, order = rankdata(uncertainty), _least_uncertain_first(uncertainty)
+    judged = {}
+    for name, error in errors.items():
+        steps = len(error.oracle)
+        remaining = _mean_of_kept(order, error.values, steps)
+        curve = remaining / remaining[0]
+        judged[name] = {
+            "spearman": float(np.corrcoef(ranks, error.ranks)[0, 1]),
+            "ause": float(np.trapezoid(curve - error.oracle, dx=1 / steps)),
+            "aurg": float(np.trapezoid(1 - curve, dx=1 / steps)),
+            "curve": curve,
+        }
+    return judged
+
+
+def discard_curve(uncertainty: np.ndarray, error: np.ndarray, steps: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """The error that remains when the least confident share is left out: (fractions [steps], mean error [steps]).
+
+    The sparsification curve in the error's own unit.
+    """
+    fractions, curve = sparsification_curve(uncertainty, error, steps)
+    return fractions, curve * np.mean(error, dtype=np.float64)
+
+
+def reliability(predicted: np.ndarray, error: np.ndarray, power: int, bins: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted against observed error, (predicted [bins], observed [bins]), in bins of equally many values by prediction.
+
+    power 1: `predicted` is an expected absolute error, and both are means. power 2: it is a standard deviation, and both are
+    root mean squares, RMV and RMSE of Levi et al. (Sensors 2022). Both inputs are in one unit and not negative; ValueError
+    otherwise, and with fewer values than bins.
+    """
+    predicted, error = _paired(predicted, error)
+    if predicted.min() < 0 or error.min() < 0:
+        raise ValueError(f"predicted errors and errors must not be negative, got {predicted.min():g} and {error.min():g}")
+    if predicted.size < bins:
+        raise ValueError(f"{bins} bins need at least as many values, got {predicted.size}")
+    binned = np.array_split(_least_uncertain_first(predicted), bins)
+    means = [[np.mean(values[chosen] ** power) ** (1 / power) for chosen in binned] for values in (predicted, error)]
+    return np.array(means[0]), np.array(means[1])
+
+
+def ence(predicted: np.ndarray, observed: np.ndarray) -> float:
+    """Expected normalised calibration error (Levi et al., Sensors 2022) of the bins of `reliability`: 0 where calibrated.
+
+    The mean over bins of |observed - predicted| / predicted. ValueError where a bin predicts 0.
+    """
+    if (predicted == 0).any():
+        raise ValueError(f"ENCE is undefined: {int((predicted == 0).sum())} of {predicted.size} bins predict an error of 0")
+    return float(np.mean(np.abs(observed - predicted) / predicted))
+
+
 def auroc(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np.ndarray) -> float:
     """Area under the ROC curve: the probability that a random positive scores above a random negative, ties counting half.
 
     The Mann-Whitney statistic from average ranks, over the number of pairs: 0.5 for a score that knows nothing. Values in
     neither mask are ignored. The masks are boolean, of the score's shape, disjoint and not empty; else ValueError.
     """
+    positives, negatives = _under_masks(score, positive_mask, negative_mask)
+    rank_sum = rankdata(np.concatenate([positives, negatives]))[: positives.size].sum()
+    return float((rank_sum - positives.size * (positives.size + 1) / 2) / (positives.size * negatives.size))
+
+
+def average_precision(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np.ndarray) -> float:
+    """Average precision, the precision at every threshold weighted by the recall gained (sklearn.metrics).
+
+    A score that knows nothing has the share of positives among positives and negatives. Masks as for `auroc`.
+    """
+    from sklearn.metrics import average_precision_score  # slow to import, and only this function needs it
+
+    positives, negatives = _under_masks(score, positive_mask, negative_mask)
+    truth = np.concatenate([np.ones(positives.size, bool), np.zeros(negatives.size, bool)])
+    return float(average_precision_score(truth, np.concatenate([positives, negatives])))
+
+
+def _under_masks(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The scores under each mask, float64, checked."""
     score, positive, negative = (np.asarray(values) for values in (score, positive_mask, negative_mask))
     if not score.shape == positive.shape == negative.shape or not positive.dtype == negative.dtype == bool:
         raise ValueError(
@@ -84,11 +212,10 @@ def auroc(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np.ndarra
     n_positive, n_negative = int(positive.sum()), int(negative.sum())
     if n_positive == 0 or n_negative == 0 or (positive & negative).any():
         raise ValueError(f"masks must be disjoint and not empty, got {n_positive} positive and {n_negative} negative values")
-    scores = np.concatenate([score[positive], score[negative]]).astype(np.float64)
-    if not np.isfinite(scores).all():
+    scores = score[positive].astype(np.float64), score[negative].astype(np.float64)
+    if not (np.isfinite(scores[0]).all() and np.isfinite(scores[1]).all()):
         raise ValueError("scores under the masks must be finite")
-    rank_sum = rankdata(scores)[:n_positive].sum()
-    return float((rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+    return scores
 
 
 def _paired(uncertainty: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,21 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from cdiffset.uncertainty import auroc, ause, confidence_map, sparsification_curve, spearman
+from cdiffset.uncertainty import (
+    aurg,
+    auroc,
+    ause,
+    average_precision,
+    confidence_map,
+    discard_curve,
+    ence,
+    judge_ranking,
+    rank_error,
+    reliability,
+    sparsification_curve,
+    spearman,
+    variance_map,
+)
 
 RNG_SEED = 7
 
@@ -144,3 +158,105 @@ def test_auroc_equals_counting_all_pairs():
 def test_auroc_refuses_masks_that_leave_it_undefined(positive, negative, message):
     with pytest.raises(ValueError, match=message):
         auroc(np.arange(4.0), positive, negative)
+
+
+# ---- gain over chance, discard curve, many uncertainties at once
+
+
+def test_aurg_in_closed_form_for_uniform_errors():
+    # The area between 1 and the curves 1 - f, 1 and 1 + f over f = 0 ... 0.99.
+    error = pixels()
+    noise = np.random.default_rng(3).uniform(size=error.shape)
+    assert aurg(error, error) == pytest.approx(0.99**2 / 2, abs=0.02)
+    assert aurg(noise, error) == pytest.approx(0, abs=0.02)
+    assert aurg(-error, error) == pytest.approx(-(0.99**2) / 2, abs=0.02)
+
+
+def test_ause_and_aurg_share_out_the_oracles_own_gain():
+    error = pixels(2000)
+    for seed in range(3):
+        uncertainty = error + np.random.default_rng(seed).normal(0, seed, error.shape)
+        assert ause(uncertainty, error) + aurg(uncertainty, error) == pytest.approx(aurg(error, error))
+
+
+def test_discard_curve_by_hand():
+    # Removing the most uncertain first from errors 1, 2, 3, 6 leaves means of {1,2,3,6}, {1,2,3}, {1,3} and {3}.
+    fractions, remaining = discard_curve(np.array([1.0, 3.0, 0.5, 9.0]), np.array([1.0, 2.0, 3.0, 6.0]), steps=4)
+    np.testing.assert_allclose(fractions, [0, 0.25, 0.5, 0.75])
+    np.testing.assert_allclose(remaining, [3, 2, 2, 3])
+
+
+def test_judging_by_ranked_errors_equals_every_measure_alone():
+    rng = np.random.default_rng(2)
+    error = rng.gamma(2, size=(30, 40)).round(1)  # with ties
+    errors = {"absolute": error, "squared": error**2 + rng.uniform(0, 0.1, error.shape)}
+    ranked = {name: rank_error(values) for name, values in errors.items()}
+    for uncertainty in (rng.uniform(size=error.shape), (error + rng.normal(0, 1, error.shape)).round()):
+        judged = judge_ranking(uncertainty, ranked)
+        for name, values in errors.items():
+            assert judged[name]["spearman"] == pytest.approx(spearman(uncertainty, values), abs=1e-12)
+            assert judged[name]["ause"] == pytest.approx(ause(uncertainty, values), abs=1e-12)
+            assert judged[name]["aurg"] == pytest.approx(aurg(uncertainty, values), abs=1e-12)
+            np.testing.assert_allclose(judged[name]["curve"], sparsification_curve(uncertainty, values)[1])
+
+
+def test_constants_cannot_be_ranked():
+    with pytest.raises(ValueError, match="error is 2 everywhere"):
+        rank_error(np.full(5, 2.0))
+    with pytest.raises(ValueError, match="uncertainty is 3 everywhere"):
+        judge_ranking(np.full(5, 3.0), {"absolute": rank_error(np.arange(5.0))})
+
+
+# ---- calibration
+
+
+def test_reliability_and_ence_by_hand():
+    # Two bins: predictions 1, 1 | 2, 4 against errors 2, 0 | 3, 9.
+    predicted, error = np.array([4.0, 1.0, 2.0, 1.0]), np.array([9.0, 2.0, 3.0, 0.0])
+    bins = reliability(predicted, error, power=1, bins=2)
+    np.testing.assert_allclose(bins, [[1, 3], [1, 6]])
+    assert ence(*bins) == pytest.approx((0 / 1 + 3 / 3) / 2)
+    bins = reliability(predicted, error, power=2, bins=2)
+    np.testing.assert_allclose(bins, np.sqrt([[1, 10], [2, 45]]))
+    assert ence(*bins) == pytest.approx((np.sqrt(2) - 1 + np.sqrt(4.5) - 1) / 2)
+
+
+def test_a_calibrated_gaussian_has_ence_near_0_and_one_at_twice_its_sigma_one_half():
+    rng = np.random.default_rng(0)
+    sigma = rng.uniform(1, 5, 100_000)
+    error = np.abs(rng.normal(0, sigma))
+    assert ence(*reliability(sigma, error, power=2)) == pytest.approx(0, abs=0.02)
+    assert ence(*reliability(2 * sigma, error, power=2)) == pytest.approx(0.5, abs=0.02)
+    assert ence(*reliability(sigma * np.sqrt(2 / np.pi), error, power=1)) == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "message"), [(np.arange(-1.0, 29), "must not be negative"), (np.ones(3), "20 bins need at least as many")]
+)
+def test_undefined_calibration_is_refused(predicted, message):
+    with pytest.raises(ValueError, match=message):
+        reliability(predicted, np.ones_like(predicted), power=1)
+    with pytest.raises(ValueError, match="1 of 2 bins predict an error of 0"):
+        ence(np.array([0.0, 1.0]), np.ones(2))
+
+
+# ---- average precision, and the map on the latent's scale
+
+
+def test_average_precision_by_hand():
+    # Ranked 3 (positive), 2, 1 (positive), 0: precision 1 at recall 1/2, 2/3 at recall 1. 99 is ignored.
+    score = np.array([2.0, 3.0, 99.0, 0.0, 1.0])
+    positive, negative = np.array([0, 1, 0, 0, 1], bool), np.array([1, 0, 0, 1, 0], bool)
+    assert average_precision(score, positive, negative) == pytest.approx((1 + 2 / 3) / 2)
+    assert average_precision(np.ones(5), positive, negative) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="disjoint and not empty"):
+        average_precision(score, positive, positive)
+
+
+def test_variance_map_is_bicubic_within_the_range_of_each_image():
+    variance = torch.rand(2, 1, 4, 6, generator=torch.Generator().manual_seed(0)) + 0.1
+    got = variance_map(variance, (32, 48))
+    for index in range(2):
+        alone = variance[index : index + 1]
+        expected = torch.nn.functional.interpolate(alone, (32, 48), mode="bicubic").clamp(alone.min(), alone.max())
+        torch.testing.assert_close(got[index : index + 1], expected)
