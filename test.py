@@ -1,6 +1,6 @@
 """Translate a folder of SAR images: python test.py --sar-dir SAR --output-dir EO --checkpoint work_dir/run/best
 
-Every image under --sar-dir becomes an EO image of the same size and relative path; confidence and variance maps on request.
+Every image under --sar-dir becomes an EO image of the same size and relative path; maps and overlays on request.
 """
 
 import argparse
@@ -9,17 +9,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from cdiffset.checkpoint import find_weights, load_unet, read_meta
-from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES
-from cdiffset.diffusion import translate
+from cdiffset import calibration
 from cdiffset.errors import UserError, run
-from cdiffset.images import list_images, read_sar, to_signed, to_uint8, write_png, write_tiff
-from cdiffset.model import check_base, check_prompt_width, embed_prompt, load_scheduler, load_vae, vae_factor
-from cdiffset.uncertainty import confidence_map
+from cdiffset.images import list_images, write_png, write_tiff
+from cdiffset.options import add_translation_options, calibrated_settings, check_translation_options
+
+OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO image last: it stands for a finished job
+    ("--conf-dir", "confidence", ".png"),
+    ("--variance-dir", "variance", ".tif"),
+    ("--spread-dir", "spread", ".tif"),
+    ("--error-dir", "error", ".tif"),
+    ("--error-dir", "error_view", ".png"),
+    ("--overlay-dir", "overlay", ".png"),
+    ("--output-dir", "eo", ".png"),
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -29,187 +32,145 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--output-dir", type=Path, required=True, help="EO images, 8-bit PNG, same relative paths")
     group.add_argument("--conf-dir", type=Path, help="confidence maps, 8-bit PNG, each image on its own scale")
     group.add_argument("--variance-dir", type=Path, help="variance maps, float32 TIFF, on one scale for all images")
-    group.add_argument("--skip-existing", action="store_true", help="leave images alone whose outputs are all there")
-    group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", required=True, help="U-Net: .safetensors file, diffusers folder or checkpoint folder")
-    group.add_argument("--pretrained-model-name-or-path", help=f"base model [the checkpoint's own, else {DEFAULT_BASE}]")
-    group.add_argument("--prompt", help=f"text prompt [the checkpoint's own, else {DEFAULT_PROMPT!r}]")
     group.add_argument(
-        "--prediction-type", choices=PREDICTION_TYPES, help="what the U-Net predicts [the checkpoint's own, else epsilon]"
+        "--spread-dir", type=Path, help="standard deviation over the samples of --ensemble, float32 TIFF, 8-bit EO units"
     )
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--num-inference-steps", type=int, default=50, help="DDIM steps, 1 to 999 [50]")
-    group.add_argument("--seed", type=int, default=0, help="fixes the starting noise [0]")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--batch-size", type=int, default=1, help="images of one size translated together [1]")
-    group.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the networks [fp32]")
-    group.add_argument("--device", help="e.g. cuda, cuda:1, mps, cpu [cuda if there is one]")
+    group.add_argument(
+        "--error-dir",
+        type=Path,
+        help="expected error by the calibration: float32 TIFF, 8-bit EO units, and PNG in colours from 0 to 64",
+    )
+    group.add_argument("--overlay-dir", type=Path, help="EO images, hatched where the expected error is above the threshold")
+    group.add_argument("--overlay-threshold", type=float, metavar="X", help="for --overlay-dir, in 8-bit EO units (0-255)")
+    group.add_argument("--calibration", type=Path, help="JSON file of calibrate.py [the one beside the checkpoint]")
+    group.add_argument("--skip-existing", action="store_true", help="leave images alone whose outputs are all there")
+    add_translation_options(parser)
     return parser
 
 
 @dataclass(frozen=True)
 class Job:
-    """One image: where it comes from and where its outputs go (None: not wanted)."""
+    """One image: where it comes from and where its outputs go, by what they hold; in the order of writing."""
 
     sar: Path
-    eo: Path
-    confidence: Path | None
-    variance: Path | None
+    outputs: dict[str, Path]
 
     def is_done(self) -> bool:
-        return all(path.is_file() for path in (self.eo, self.confidence, self.variance) if path is not None)
+        return all(path.is_file() for path in self.outputs.values())
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 where single images could not be read."""
     args = check(make_parser().parse_args(argv))
+    known = load_calibration(args)
     jobs = make_jobs(args, list_images(args.sar_dir))
     todo = [job for job in jobs if not (args.skip_existing and job.is_done())]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already")
     if not todo:
         return 0
-    translator = Translator(args)
+    from cdiffset.translator import Translator
+
+    needing_variance = [option for option in ("--conf-dir", "--variance-dir") if folder_of(args, option)]
+    if known and "variance" in known.curves:
+        needing_variance.append("--calibration")
+    translator = Translator(args, needing_variance, with_fingerprint=known is not None)
+    if known and known.model != translator.fingerprint:
+        raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
     started = time.monotonic()
     try:
-        failures = translate_all(translator, todo, args.batch_size)
+        failures = translate_all(translator, todo, args, known)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
     seconds, done = time.monotonic() - started, len(todo) - len(failures)
     print(f"{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
     if failures:
-        print(f"{len(failures)} skipped as unreadable: {', '.join(str(job.sar) for job in failures[:3])}", file=sys.stderr)
+        print(f"{len(failures)} skipped as unreadable: {', '.join(str(path) for path in failures[:3])}", file=sys.stderr)
     return 1 if failures else 0
 
 
+def folder_of(args: argparse.Namespace, option: str) -> Path | None:
+    return getattr(args, option[2:].replace("-", "_"))
+
+
 def check(args: argparse.Namespace) -> argparse.Namespace:
-    for name, low, high in (("num_inference_steps", 1, 999), ("batch_size", 1, None), ("seed", 0, 2**63 - 1)):
-        value = getattr(args, name)
-        if value < low or (high is not None and value > high):
-            allowed = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-            raise UserError(f"--{name.replace('_', '-')}: expected {allowed}, found {value}")
     if not args.sar_dir.is_dir():
         raise UserError(f"--sar-dir: there is no folder {args.sar_dir}")
     seen: dict[Path, str] = {}
-    for option in ("--sar-dir", "--output-dir", "--conf-dir", "--variance-dir"):
-        folder = getattr(args, option[2:].replace("-", "_"))
+    for option in dict.fromkeys(["--sar-dir", "--output-dir", *(option for option, _, _ in OUTPUTS)]):
+        folder = folder_of(args, option)
         if folder is not None and (earlier := seen.setdefault(folder.resolve(), option)) != option:
             raise UserError(f"{option}: {folder} is {earlier} already, expected a folder of its own")
         if folder is not None and args.sar_dir.resolve() in folder.resolve().parents:
             raise UserError(f"{option}: {folder} lies in --sar-dir, whose images would then include the results")
         if folder is not None and folder.exists() and not folder.is_dir():
             raise UserError(f"{option}: {folder} is a file, expected a folder")
-    find_weights(Path(args.checkpoint).expanduser(), "--checkpoint")  # before the base model, which may be far away
+    if args.spread_dir and args.ensemble < 2:
+        raise UserError(f"--spread-dir: a spread takes --ensemble of at least 2, found {args.ensemble}")
+    if (args.overlay_dir is None) != (args.overlay_threshold is None):
+        raise UserError("--overlay-dir and --overlay-threshold, an expected error in 8-bit units, need each other: give both")
+    if args.overlay_threshold is not None and not 0 <= args.overlay_threshold <= 255:
+        raise UserError(f"--overlay-threshold: expected 0 to 255, in 8-bit units, found {args.overlay_threshold}")
+    if args.calibration and not (args.error_dir or args.overlay_dir):
+        raise UserError("--calibration: it serves --error-dir and --overlay-dir, found neither")
+    check_translation_options(args)
     return args
+
+
+def calibration_path(args: argparse.Namespace) -> Path:
+    return args.calibration or calibration.path_beside(args.checkpoint)
+
+
+def load_calibration(args: argparse.Namespace) -> calibration.Calibration | None:
+    """The calibration that --error-dir and --overlay-dir need, before the networks are loaded."""
+    if not (args.error_dir or args.overlay_dir):
+        return None
+    try:
+        return calibration.load(calibration_path(args), calibrated_settings(args))
+    except UserError as error:
+        option = "--calibration" if args.calibration else "--error-dir" if args.error_dir else "--overlay-dir"
+        raise UserError(f"{option}: {error}") from error
 
 
 def make_jobs(args: argparse.Namespace, images: list[Path]) -> list[Job]:
     """Relative image paths => jobs; two images that differ in suffix alone would overwrite each other and are refused."""
+    wanted = [(folder, kind, suffix) for option, kind, suffix in OUTPUTS if (folder := folder_of(args, option))]
     jobs, taken = [], {}
     for image in images:
         if (other := taken.setdefault(image.with_suffix(""), image)) != image:
             raise UserError(f"--sar-dir: {other} and {image} would both become {image.with_suffix('.png')}: rename one")
-        jobs.append(
-            Job(
-                sar=args.sar_dir / image,
-                eo=args.output_dir / image.with_suffix(".png"),
-                confidence=args.conf_dir / image.with_suffix(".png") if args.conf_dir else None,
-                variance=args.variance_dir / image.with_suffix(".tif") if args.variance_dir else None,
-            )
-        )
+        outputs = {kind: folder / image.with_suffix(suffix) for folder, kind, suffix in wanted}
+        jobs.append(Job(args.sar_dir / image, outputs))
     return jobs
 
 
-def pad_to_multiple(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """[H, W, 3] => [H', W', 3] with sides that are multiples of `factor`, continued by reflection below and to the right."""
-    height, width = pixels.shape[:2]
-    return np.pad(pixels, ((0, -height % factor), (0, -width % factor), (0, 0)), mode="reflect")
+def translate_all(translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None) -> list[Path]:
+    """Read, translate and write every job => the images that could not be read."""
+    from cdiffset.translator import translate_files
+
+    unreadable = []
+    for index, translation in translate_files(translator, [job.sar for job in jobs], args.batch_size, unreadable):
+        write(jobs[index], translation, known, args.overlay_threshold)
+    return unreadable
 
 
-class Translator:
-    """Everything loaded once: networks, scheduler, prompt embedding; then batch after batch of images."""
+def write(job: Job, translation, known: calibration.Calibration | None, threshold: float | None) -> None:
+    """Write every wanted output of one image, in the job's order."""
+    from cdiffset.overlay import error_view, overlay
 
-    def __init__(self, args: argparse.Namespace):
-        trained = read_meta(args.checkpoint).get("config", {})
-        base = args.pretrained_model_name_or_path or trained.get("pretrained_model_name_or_path") or DEFAULT_BASE
-        prompt = next(text for text in (args.prompt, trained.get("prompt"), DEFAULT_PROMPT) if text is not None)
-        check_base(base)
-        self.device = pick_device(args.device)
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
-        self.vae = load_vae(base, dtype)
-        unet, weights = load_unet(args.checkpoint, base, self.vae.config.latent_channels, "--checkpoint")
-        if (args.conf_dir or args.variance_dir) and unet.config.out_channels == self.vae.config.latent_channels:
-            raise UserError(
-                f"--conf-dir, --variance-dir: {weights} is a stage 1 checkpoint ({unet.config.out_channels} output channels), "
-                f"a confidence takes one of stage 2 ({unet.config.out_channels + 1})"
-            )
-        self.prompt_embedding = embed_prompt(base, prompt)
-        check_prompt_width(unet, self.prompt_embedding, base, "--checkpoint")
-        self.scheduler = load_scheduler(base, args.prediction_type or trained.get("prediction_type") or "epsilon")
-        self.unet, self.prompt_embedding = unet.to(self.device, dtype), self.prompt_embedding.to(self.device)
-        self.vae = self.vae.to(self.device)
-        self.factor, self.num_inference_steps, self.seed = vae_factor(self.vae), args.num_inference_steps, args.seed
-        print(f"{weights} on {self.device}, {args.precision}, DDIM-{args.num_inference_steps}, base {base}, prompt {prompt!r}")
-
-    def __call__(self, batch: list[tuple[Job, np.ndarray]]) -> None:
-        """Translate images of one padded size and write every output of each, the EO image last."""
-        padded = np.stack([pad_to_multiple(pixels, self.factor) for _, pixels in batch])  # [B,H',W',3]
-        sar = to_signed(torch.from_numpy(padded).permute(0, 3, 1, 2)).to(self.device)
-        eo, sigma2 = translate(
-            self.unet, self.vae, self.scheduler, sar, self.prompt_embedding, self.num_inference_steps, self.seed
-        )  # [B,3,H',W'], [B,1,h,w]
-        if not eo.isfinite().all():
-            raise UserError("the translation is not finite: this precision does not suit the checkpoint, try --precision fp32")
-        pictures, size = to_uint8(eo), tuple(eo.shape[-2:])
-        for index, (job, pixels) in enumerate(batch):
-            height, width = pixels.shape[:2]
-            if job.variance:
-                write_tiff(job.variance, upsample(sigma2[index], size)[:height, :width])
-            if job.confidence:
-                confidence = confidence_map(sigma2[index][None].cpu(), size)[0, 0, :height, :width]
-                write_png(job.confidence, (confidence * 255).round().to(torch.uint8).numpy())
-            write_png(job.eo, pictures[index, :height, :width])
-
-
-def upsample(sigma2: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    """σ² of one image [1, h, w] => [H, W] float32: bicubic like the confidence map, kept within the range of σ²."""
-    upsampled = torch.nn.functional.interpolate(sigma2[None].float(), size, mode="bicubic", align_corners=False)[0, 0]
-    return upsampled.clamp(sigma2.min().item(), sigma2.max().item()).cpu().numpy()
-
-
-def pick_device(written: str | None) -> torch.device:
-    available = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(written or available)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device: {written!r} is not to be had here ({reason}), available: {available}") from error
-    return device
-
-
-def translate_all(translator: Translator, jobs: list[Job], batch_size: int) -> list[Job]:
-    """Read, translate and write every job, batching images of one padded size => the jobs that failed."""
-    failures, waiting = [], {}
-    with tqdm(total=len(jobs), desc="translating", unit="image", mininterval=1) as bar:
-        for job in jobs:
-            try:
-                pixels = read_sar(job.sar)
-            except UserError as error:
-                failures.append(job)
-                bar.write(f"skipped: {error}", file=sys.stderr)
-                bar.update()
-                continue
-            key = tuple(-(-side // translator.factor) for side in pixels.shape[:2])
-            batch = waiting.setdefault(key, [])
-            batch.append((job, pixels))
-            if len(batch) == batch_size:
-                translator(waiting.pop(key))
-                bar.update(len(batch))
-        for batch in waiting.values():
-            translator(batch)
-            bar.update(len(batch))
-    return failures
+    expected = None if known is None else known.expected_error(translation.uncertainties)
+    for kind, path in job.outputs.items():
+        match kind:
+            case "error":
+                write_tiff(path, expected)
+            case "error_view":
+                write_png(path, error_view(expected))
+            case "overlay":
+                write_png(path, overlay(translation.eo, expected, threshold))
+            case "variance" | "spread":
+                write_tiff(path, getattr(translation, kind))
+            case "eo" | "confidence":
+                write_png(path, getattr(translation, kind))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from cdiffset import checkpoint
 from cdiffset.config import Config, flatten
 from cdiffset.diffusion import training_loss, translate
 from cdiffset.errors import UserError
-from cdiffset.images import to_uint8, write_png
+from cdiffset.evaluation import evaluate_folders
+from cdiffset.images import to_uint8, write_png, write_tiff
 from cdiffset.model import (
     check_base,
     check_prompt_width,
@@ -38,7 +39,8 @@ from cdiffset.model import (
     patch_conv_out,
     vae_factor,
 )
-from cdiffset.uncertainty import confidence_map
+from cdiffset.pairs import Inputs
+from cdiffset.uncertainty import confidence_map, variance_map
 
 ORDER, NOISE = 1, 2  # purposes of random draws, so that no two share a stream
 
@@ -437,31 +439,46 @@ class Trainer:
         return improved
 
     def test(self) -> None:
-        """Translate the whole test list and write report.json, report.md and metrics.csv beside the pictures."""
+        """Translate the whole test list, each process its share, then judge the pictures as evaluate.py does."""
         folder = self.work_dir / "test"
-        if self.is_main:  # FID reads whole folders: pictures of an earlier, longer list must not count
-            for name in ("results", "generated", "eo"):
+        if self.is_main:  # whole folders are judged: pictures of an earlier, longer list must not count
+            for name in ("results", "generated", "eo", "sar", "variance"):
                 shutil.rmtree(folder / name, ignore_errors=True)
+            if again := len(self.test_feeder) - len(set(self.test_feeder.names)):
+                self.val_log.info("%d names stand again in the test list, each name counts once", again)
         self.accelerator.wait_for_everyone()
-        rows = self.evaluate(range(len(self.test_feeder)), folder / "results", singles=folder)
-        if self.is_main:
-            set_values, absent = utils.set_metrics(folder / "generated", folder / "eo", self.device)
-            report = utils.write_report(folder, rows, set_values, {**self.metrics.absent, **absent})
-            self.val_log.info("test  n %d  %s", len(rows), json.dumps(report["means"]))
+        for batch, generated, sigma2 in self.translations(range(len(self.test_feeder)), "translating"):
+            write_pictures(folder / "results", batch, generated, sigma2)
+            write_images(folder, batch, generated, sigma2)
+        self.accelerator.wait_for_everyone()
+        if self.is_main:  # nobody waits for it: judging a large set takes longer than a collective may
+            maps = folder / "variance" if (folder / "variance").is_dir() else None
+            report = evaluate_folders(
+                Inputs(folder / "generated", folder / "eo", folder / "sar", variance_dir=maps), folder, device=self.device,
+                num_workers=self.config.num_worker, networks=self.config.lpips,
+            )  # fmt: skip
+            self.val_log.info("test  n %d  %s", report["images"], json.dumps(report["means"]["standard"]))
             print((folder / "report.md").read_text())
-        self.accelerator.wait_for_everyone()
 
-    def evaluate(self, indices: range, folder: Path, singles: Path | None = None) -> list[dict]:
+    def evaluate(self, indices: range, folder: Path) -> list[dict]:
         """Translate test pairs, each process its share => one row of metrics per pair, in list order, on all processes.
 
-        A picture per pair (SAR, EO, generated EO, confidence) goes to `folder`; with `singles`, the bare EO and generated EO
-        also go to its eo/ and generated/.
+        A picture per pair (SAR, EO, generated EO, confidence) goes to `folder`.
         """
+        rows = []
+        for batch, generated, sigma2 in self.translations(indices, "validating"):
+            rows += utils.image_rows(batch["name"], self.metrics(generated, batch["eo"]))
+            write_pictures(folder, batch, generated, sigma2)
+        names = self.test_feeder.names
+        place = {names[index]: index for index in indices}
+        return sorted(gather_object(rows), key=lambda row: place[row["name"]])
+
+    def translations(self, indices: range, what: str):
+        """This process's share of test pairs, a batch at a time: (batch, generated [B, 3, H, W], σ² [B, 1, h, w] or None)."""
         translator = self.translator().eval()
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
         loader = DataLoader(Subset(self.test_feeder, mine), self.config.test_batch_size, num_workers=self.config.num_worker)
-        rows = []
-        for batch in tqdm(loader, desc="validating", unit="batch", disable=not self.is_main, leave=False, mininterval=1):
+        for batch in tqdm(loader, desc=what, unit="batch", disable=not self.is_main, leave=False, mininterval=1):
             with self.accelerator.autocast():
                 generated, sigma2 = translate(
                     translator, self.vae, self.scheduler, batch["sar"].to(self.device), self.prompt_embedding,
@@ -470,12 +487,8 @@ class Trainer:
             if not generated.isfinite().all():
                 where = f"iteration {self.iteration}: " if self.config.phase == "train" else ""
                 raise UserError(f"{where}the generated images are not finite; {self.last_good()}")
-            rows += utils.image_rows(batch["name"], self.metrics(generated, batch["eo"]))
-            write_pictures(folder, singles, batch, generated.cpu(), sigma2)
+            yield batch, generated, sigma2
         self.unet.train(self.config.phase == "train")
-        names = self.test_feeder.names
-        place = {names[index]: index for index in indices}
-        return sorted(gather_object(rows), key=lambda row: place[row["name"]])
 
     def translator(self):
         """The U-Net to judge: the average where one is kept, without the distributed wrapper."""
@@ -525,8 +538,9 @@ class LogWindow:
         return values | {name: total / count for name, total, count in zip(names, *sigma2.tolist(), strict=True) if count}
 
 
-def write_pictures(folder: Path, singles: Path | None, batch: dict, generated: torch.Tensor, sigma2) -> None:
-    """One side-by-side picture per pair, and the single images where they are asked for."""
+def write_pictures(folder: Path, batch: dict, generated: torch.Tensor, sigma2: torch.Tensor | None) -> None:
+    """One side-by-side picture per pair."""
+    generated = generated.cpu()
     size = tuple(generated.shape[-2:])
     confidence = confidence_map(sigma2.cpu(), size) if sigma2 is not None else None
     for index, name in enumerate(batch["name"]):
@@ -534,9 +548,16 @@ def write_pictures(folder: Path, singles: Path | None, batch: dict, generated: t
         if confidence is not None:
             images, titles = [*images, confidence[index]], [*titles, "confidence"]
         write_png(folder / f"{name}.png", utils.panel(images, titles))
-        if singles is not None:
-            write_png(singles / "eo" / f"{name}.png", to_uint8(batch["eo"][index]))
-            write_png(singles / "generated" / f"{name}.png", to_uint8(generated[index]))
+
+
+def write_images(folder: Path, batch: dict, generated: torch.Tensor, sigma2: torch.Tensor | None) -> None:
+    """generated/, eo/ and sar/ as PNG and, with σ², variance/ as TIFF: the folders that evaluate.py reads."""
+    maps = None if sigma2 is None else variance_map(sigma2.cpu(), tuple(generated.shape[-2:]))
+    for index, name in enumerate(batch["name"]):
+        for kind, images in (("generated", generated), ("eo", batch["eo"]), ("sar", batch["sar"])):
+            write_png(folder / kind / f"{name}.png", to_uint8(images[index]))
+        if maps is not None:
+            write_tiff(folder / "variance" / f"{name}.tif", maps[index, 0].numpy())
 
 
 def text_log(file: Path, is_main: bool) -> logging.Logger:

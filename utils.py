@@ -229,7 +229,7 @@ class SetMetrics:
                 self._score.update(pixels)
 
     def compute(self) -> dict[str, dict]:
-        """{"fid": {"value"}, "kid": {"value", "std" over subsets, "subsets", "subset_size"}, "inception_score": {"value", "std"}}.
+        """{metric: {"value": ...}}, for KID and IS with "std" over subsets or splits, for KID with "subsets" and "subset_size".
 
         What cannot be computed is left out, with the reason in `absent`.
         """

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from scipy.stats import rankdata, spearmanr
 
+STEPS = 100  # of a sparsification curve
+
 
 def confidence_map(variance: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """σ² [B, 1, h, w], above 0, of the latent => confidence [B, 1, H, W] in [0, 1] at the image's size (H, W), float32.
@@ -50,7 +52,7 @@ def spearman(variance: np.ndarray, error: np.ndarray) -> float:
     return float(spearmanr(variance, error).statistic)
 
 
-def sparsification_curve(uncertainty: np.ndarray, error: np.ndarray, steps: int = 100) -> tuple[np.ndarray, np.ndarray]:
+def sparsification_curve(uncertainty: np.ndarray, error: np.ndarray, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
     """How the mean error falls when the most uncertain values are removed (Ilg et al., ECCV 2018).
 
     Returns (fractions, curve), each [steps]: fractions = k / steps for k = 0 ... steps - 1, the share removed;
@@ -116,39 +118,43 @@ def rank_error(error: np.ndarray) -> RankedError:
     _check_errors(error)
     if np.ptp(error) == 0:
         raise ValueError(f"rank correlation is undefined: the error is {error[0]:g} everywhere")
-    return RankedError(error, rankdata(error), sparsification_curve(error, error)[1])
+    order = _least_uncertain_first(error)
+    remaining = _mean_of_kept(order, error, STEPS)
+    return RankedError(error, _average_ranks(error, order), remaining / remaining[0])
+
+
+def _average_ranks(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """scipy.stats.rankdata, given an order that sorts the values."""
+    in_order = values[order]
+    starts = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1]]))
+    counts = np.diff(np.append(starts, values.size))
+    ranks = np.empty(values.size)
+    ranks[order] = np.repeat(starts + (counts + 1) / 2, counts)
+    return ranks
 
 
 def judge_ranking(uncertainty: np.ndarray, errors: dict[str, RankedError]) -> dict[str, dict]:
-    """{error: {"spearman", "ause", "aurg": float, "curve": sparsification curve [100]}}, sorting the uncertainty once.
+    """{error: {"spearman", "ause", "aurg": float, "discard": [100]}}, sorting the uncertainty once.
 
-    The same numbers as spearman, ause, aurg and sparsification_curve give; ValueError where the uncertainty is constant.
+    The same numbers as spearman, ause and aurg give. discard: the mean error that remains when the least certain 0, 1 ... 99 %
+    are left out, the sparsification curve in the error's unit. ValueError where the uncertainty is constant.
     """
     uncertainty, _ = _paired(np.ravel(uncertainty), next(iter(errors.values())).values)
     if np.ptp(uncertainty) == 0:
         raise ValueError(f"rank correlation is undefined: the uncertainty is {uncertainty[0]:g} everywhere")
-    ranks, order = rankdata(uncertainty), _least_uncertain_first(uncertainty)
+    order = _least_uncertain_first(uncertainty)
+    ranks = _average_ranks(uncertainty, order)
     judged = {}
     for name, error in errors.items():
-        steps = len(error.oracle)
-        remaining = _mean_of_kept(order, error.values, steps)
+        remaining = _mean_of_kept(order, error.values, STEPS)
         curve = remaining / remaining[0]
         judged[name] = {
             "spearman": float(np.corrcoef(ranks, error.ranks)[0, 1]),
-            "ause": float(np.trapezoid(curve - error.oracle, dx=1 / steps)),
-            "aurg": float(np.trapezoid(1 - curve, dx=1 / steps)),
-            "curve": curve,
+            "ause": float(np.trapezoid(curve - error.oracle, dx=1 / STEPS)),
+            "aurg": float(np.trapezoid(1 - curve, dx=1 / STEPS)),
+            "discard": remaining,
         }
     return judged
-
-
-def discard_curve(uncertainty: np.ndarray, error: np.ndarray, steps: int = 100) -> tuple[np.ndarray, np.ndarray]:
-    """The error that remains when the least confident share is left out: (fractions [steps], mean error [steps]).
-
-    The sparsification curve in the error's own unit.
-    """
-    fractions, curve = sparsification_curve(uncertainty, error, steps)
-    return fractions, curve * np.mean(error, dtype=np.float64)
 
 
 def reliability(predicted: np.ndarray, error: np.ndarray, power: int, bins: int = 20) -> tuple[np.ndarray, np.ndarray]:

@@ -2,14 +2,27 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_unet, tiny_vae
 from diffusers import DDIMScheduler
 
-from cdiffset.diffusion import predict, sample, starting_noise, target_of, training_loss, translate
+from cdiffset.diffusion import (
+    READOUTS,
+    ensemble,
+    predict,
+    reduce_samples,
+    sample,
+    starting_noise,
+    target_of,
+    training_loss,
+    translate,
+    variance_of_latent,
+)
 from cdiffset.losses import cdiff_loss, variance
 from cdiffset.model import load_scheduler, patch_conv_in, patch_conv_out
+from cdiffset.readouts import DECODED_DRAWS, RENOISE_DRAWS, RENOISE_TIMESTEPS, steps_read
 
 SIZE = (4, 16, 16)
 PROMPT = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(9))
@@ -263,3 +276,123 @@ def test_a_bfloat16_net_translates_nearly_as_the_float32_one(tiny_base):
     half, half_sigma2 = translate(unet.bfloat16(), vae.bfloat16(), scheduler, sar, PROMPT, 4, seed=0)
     assert half.dtype == half_sigma2.dtype == torch.float32
     assert 0 < (half - full).abs().mean() < 0.02 and (half_sigma2 - full_sigma2).abs().max() < 0.02
+
+
+# ---------------------------------------------------------------------------------------------- where the variance is read
+def test_every_readout_is_known_and_no_other():
+    assert set(READOUTS) == {"midpoint", "mean", "early", "late", "renoise", "decoded"}
+    with pytest.raises(ValueError, match="unknown readout 'first'"):
+        steps_read("first", 10)
+
+
+@pytest.mark.parametrize(
+    "readout, steps, expected",
+    [
+        ("midpoint", 1, [0]), ("midpoint", 2, [1]), ("midpoint", 50, [25]), ("decoded", 50, [25]),
+        ("mean", 3, [0, 1, 2]), ("early", 1, [0]), ("early", 4, [0]), ("early", 5, [0, 1]), ("early", 50, list(range(13))),
+        ("late", 1, [0]), ("late", 4, [3]), ("late", 5, [3, 4]), ("late", 50, list(range(37, 50))),
+        ("renoise", 50, []),
+    ],
+)  # fmt: skip
+def test_the_variance_is_the_mean_over_the_steps_that_are_read(tiny_base, readout, steps, expected):
+    assert list(steps_read(readout, steps)) == expected
+    z_sar, noise = latents(2)
+    raw = torch.randn(50 + len(RENOISE_TIMESTEPS) * RENOISE_DRAWS, 3, 1, 16, 16, generator=torch.Generator().manual_seed(8))
+    probe = Probe(lambda x, index: torch.cat([x[:, 4:], raw[index]], 1))
+    z_eo, sigma2 = sample(probe, load_scheduler(tiny_base, "epsilon"), z_sar, noise, PROMPT, steps, readout)
+    calls = expected or list(range(steps, steps + len(RENOISE_TIMESTEPS) * RENOISE_DRAWS))
+    total = sum(variance(raw[index]) for index in calls)
+    torch.testing.assert_close(sigma2, total / len(calls), atol=1e-6, rtol=1e-6)
+    plain, _ = sample(Probe(lambda x, _: x[:, 4:]), load_scheduler(tiny_base, "epsilon"), z_sar, noise, PROMPT, steps)
+    assert torch.equal(z_eo, plain)  # where σ² is read does not touch the result
+
+
+def test_renoising_feeds_the_result_with_known_noise(tiny_base):
+    z_sar, noise = latents(2)
+    probe = Probe(lambda x, _: torch.cat([0.1 * x[:, 4:], x[:, :1]], 1))
+    z_eo, _ = sample(probe, load_scheduler(tiny_base, "epsilon"), z_sar, noise, PROMPT, 2, "renoise")
+    assert len(probe.calls) == 2 + len(RENOISE_TIMESTEPS) * RENOISE_DRAWS
+    found = []
+    for x, timesteps, _ in probe.calls[2:]:
+        assert torch.equal(x[:, :4], z_sar) and timesteps.unique().numel() == 1
+        a = alpha_bar()[timesteps[0]].float()
+        recovered_noise = (x[:, 4:] - a.sqrt() * z_eo) / (1 - a).sqrt()
+        torch.testing.assert_close(recovered_noise, recovered_noise[:1].expand_as(recovered_noise), atol=1e-4, rtol=0)
+        assert abs(recovered_noise[0].std().item() - 1) < 0.1
+        found.append((timesteps[0].item(), recovered_noise[0]))
+    assert sorted(t for t, _ in found) == sorted(RENOISE_TIMESTEPS * RENOISE_DRAWS)
+    assert all((one - other).abs().max() > 0.1 for i, (_, one) in enumerate(found) for _, other in found[:i])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_the_variance_of_the_latent_is_that_of_the_clean_latent_predicted(tiny_base, prediction_type):
+    """A prediction with noise of variance σ² on it => the scheduler's z_eo has the variance said."""
+    scheduler = load_scheduler(tiny_base, prediction_type)
+    scheduler.set_timesteps(50)
+    generator = torch.Generator().manual_seed(4)
+    prediction, z_t = 0.3 * torch.randn(1, 4, 200, 200, generator=generator), torch.ones(1, 4, 200, 200)
+    for timestep in (101, 501, 901):
+        clean = scheduler.step(prediction, timestep, z_t).pred_original_sample
+        expected = variance_of_latent(scheduler, torch.tensor(0.09), torch.tensor(timestep))
+        assert clean.var().item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_the_decoded_readout_is_the_variance_of_decoded_perturbations(tiny_base, nets):
+    vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
+    sar = torch.rand(2, 3, 32, 40, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    eo, midpoint = translate(nets[2], vae, scheduler, sar, PROMPT, 4, seed=6)
+    same, decoded = translate(nets[2], vae, scheduler, sar, PROMPT, 4, seed=6, readout="decoded")
+    assert torch.equal(eo, same) and decoded.shape == (2, 1, 32, 40)
+    with torch.no_grad():
+        z_sar = vae.encode(sar).latent_dist.mean * 0.7
+        noise = torch.randn(1, 4, 8, 10, generator=torch.Generator().manual_seed(6)).expand(2, -1, -1, -1)
+        z_eo, _ = sample(nets[2], scheduler, z_sar, noise, PROMPT, 4)
+        a = alpha_bar()[251].float()  # steps 751, 501, 251 and 1: the midpoint is index 2
+        sigma = (midpoint * (1 - a) / a).sqrt()
+        squares = []
+        for draw in range(DECODED_DRAWS):
+            n = torch.randn(1, 4, 8, 10, generator=torch.Generator().manual_seed(2**40 + draw))
+            squares.append((vae.decode((z_eo + sigma * n) / 0.7).sample.clamp(-1, 1) - eo).square().mean(1, keepdim=True))
+    torch.testing.assert_close(decoded, torch.stack(squares).mean(0).clamp(min=1e-6), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("readout", list(READOUTS))
+def test_a_readout_does_not_depend_on_the_batch_and_a_stage_1_net_has_none(tiny_base, nets, readout):
+    vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
+    sar = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    _, together = translate(nets[2], vae, scheduler, sar, PROMPT, 4, 1, readout)
+    alone = [translate(nets[2], vae, scheduler, image[None], PROMPT, 4, 1, readout)[1] for image in sar]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-3)
+    assert translate(nets[1], vae, scheduler, sar[:1], PROMPT, 2, 1, readout)[1] is None
+
+
+# --------------------------------------------------------------------------------------------------------------- ensembles
+def test_members_of_an_ensemble_are_plain_translations(tiny_base, nets):
+    vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
+    sar = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    samples, sigma2, spread = ensemble(nets[2], vae, scheduler, sar, PROMPT, 3, range(5, 8))
+    plain = [translate(nets[2], vae, scheduler, sar, PROMPT, 3, seed) for seed in range(5, 8)]
+    assert torch.equal(samples, torch.stack([eo for eo, _ in plain]))  # to the last bit, at the same batch size
+    torch.testing.assert_close(sigma2, sum(each for _, each in plain) / 3, atol=1e-6, rtol=1e-6)
+    units = (samples.double() + 1) * 127.5
+    deviation = ((units - units.mean(0)).square().sum(0) / 2).sqrt().mean(1, keepdim=True)
+    torch.testing.assert_close(spread.double(), deviation, atol=1e-3, rtol=1e-4)
+    assert spread.shape == (2, 1, 32, 32) and spread.mean() > 1
+    for batch_size in (1, 4, 100):
+        others = ensemble(nets[2], vae, scheduler, sar, PROMPT, 3, range(5, 8), batch_size=batch_size)
+        for one, other, atol in zip((samples, sigma2, spread), others, (1e-4, 1e-4, 1e-2), strict=True):
+            torch.testing.assert_close(one, other, atol=atol, rtol=0)
+
+
+def test_one_member_has_no_spread_and_a_stage_1_net_no_variance(tiny_base, nets):
+    sar = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    samples, sigma2, spread = ensemble(nets[1], tiny_vae(), load_scheduler(tiny_base, "epsilon"), sar, PROMPT, 2, [3])
+    assert samples.shape == (1, 1, 3, 32, 32) and sigma2 is None and spread is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_samples_become_one_image(count):
+    samples = torch.randn(count, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(reduce_samples(samples, "first"), samples[0])
+    assert np.allclose(reduce_samples(samples, "mean"), samples.numpy().mean(0), atol=1e-6)
+    assert np.allclose(reduce_samples(samples, "median"), np.median(samples.numpy(), axis=0), atol=1e-6)

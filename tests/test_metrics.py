@@ -1,7 +1,5 @@
 """The metrics against direct library calls and hand-computed cases, in both conventions; no network."""
 
-import csv
-import json
 import math
 import socket
 import sys
@@ -10,7 +8,8 @@ import urllib.error
 
 # First of all, because it mends torchvision, which the metric libraries import.
 import utils
-from utils import CONVENTIONS, MetricUnavailable, PairMetrics
+from cdiffset.images import to_uint8
+from utils import CONVENTIONS, MetricUnavailable, PairMetrics, SetMetrics
 
 # isort: split
 import lpips
@@ -22,6 +21,7 @@ from PIL import Image
 from pytorch_fid.fid_score import get_activations
 from pytorch_fid.inception import InceptionV3
 from torchmetrics.functional.image import (
+    deep_image_structure_and_texture_similarity,
     peak_signal_noise_ratio,
     spatial_correlation_coefficient,
     structural_similarity_index_measure,
@@ -47,6 +47,15 @@ def random_lpips():
         return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
 
 
+@pytest.fixture(scope="module")
+def random_dists():
+    """DISTS with its own weights of the features, on a VGG of random weights."""
+    with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
+        torch.manual_seed(0)
+        patch.setattr("torchmetrics.functional.image.dists.vgg16", lambda weights: torchvision.models.vgg16(weights=None))
+        return utils._load_dists()
+
+
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     """Every download fails, nothing is cached; gives the list of attempts."""
@@ -61,12 +70,11 @@ def offline(monkeypatch, tmp_path):
     return attempts
 
 
-def write_images(folder, count: int, seed: int, size: int = 32) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def eight_bit(count: int, seed: int, size: int = 32) -> torch.Tensor:
+    """Images [count, 3, size, size] in [-1, 1] whose values 8 bits hold."""
     rng = np.random.default_rng(seed)
-    for index in range(count):
-        pixels = rng.integers(0, 256, (size, size, 3)) * rng.uniform(0.2, 1)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index:03d}.png")
+    pixels = rng.integers(0, 256, (count, 3, size, size)) * rng.uniform(0.2, 1, (count, 1, 1, 1))
+    return torch.from_numpy(pixels.astype(np.uint8)).float() / 127.5 - 1
 
 
 # ---- per-image metrics
@@ -154,6 +162,27 @@ def test_lpips_is_fed_with_each_conventions_own_range(random_lpips):
     assert standard != pytest.approx(paper, abs=1e-4)
 
 
+def test_dists_is_torchmetrics_own_in_each_conventions_range(random_dists, monkeypatch):
+    generated, eo = pair(batch=3)
+    values = PairMetrics(with_lpips=False, dists_model=random_dists)(generated, eo)
+    monkeypatch.setattr("torchmetrics.functional.image.dists.DISTSNetwork", lambda: random_dists)
+    direct = deep_image_structure_and_texture_similarity
+    assert values["standard"]["dists"] == pytest.approx(direct(generated * 0.5 + 0.5, eo * 0.5 + 0.5).tolist(), abs=1e-5)
+    paper = direct((generated + 0.5).clamp(0, 1), (eo + 0.5).clamp(0, 1)).tolist()
+    assert values["paper"]["dists"] == pytest.approx(paper, abs=1e-5)
+    assert paper != pytest.approx(values["standard"]["dists"], abs=1e-4)
+
+
+def test_dists_is_symmetric_0_for_equal_images_and_the_same_at_batch_1(random_dists):
+    generated, eo = pair(batch=2)
+    metrics = PairMetrics(with_lpips=False, dists_model=random_dists)
+    forwards = metrics(generated, eo)["standard"]["dists"]
+    assert metrics(eo, generated)["standard"]["dists"] == pytest.approx(forwards, abs=1e-5)
+    assert metrics(eo, eo.clone())["standard"]["dists"] == pytest.approx([0, 0], abs=1e-4)
+    assert metrics(generated[1:], eo[1:])["standard"]["dists"] == pytest.approx(forwards[1:], abs=1e-5)
+    assert forwards[0] > 0.01
+
+
 def test_half_precision_images_are_measured_in_float32():
     generated, eo = (images.bfloat16() for images in pair(batch=1))
     metrics = PairMetrics(with_lpips=False)
@@ -168,8 +197,8 @@ def test_images_too_small_for_a_metric_leave_it_absent_with_the_reason():
     assert metrics.absent["lpips"] == "switched off"
 
 
-def test_minimal_sizes_are_the_libraries_own(random_lpips):
-    metrics = PairMetrics(lpips_model=random_lpips)
+def test_minimal_sizes_are_enough_for_the_libraries(random_lpips, random_dists):
+    metrics = PairMetrics(lpips_model=random_lpips, dists_model=random_dists)
     for metric, side in utils.MIN_SIDE_PX.items():
         assert math.isfinite(metrics(*pair(batch=1, size=side))["standard"][metric][0])
     assert math.isfinite(metrics(*pair(batch=1, size=16))["paper"]["lpips"][0])
@@ -199,6 +228,13 @@ def test_lpips_without_its_weights_is_absent_tried_once_and_the_rest_is_computed
     assert "Name or service not known" in metrics.absent["lpips"] and "\n" not in metrics.absent["lpips"]
 
 
+def test_dists_without_its_weights_or_switched_off_is_absent(offline):
+    metrics = PairMetrics(with_lpips=False, with_dists=True)
+    assert "Name or service not known" in metrics.absent["dists"] and len(offline) == 1
+    assert PairMetrics(with_lpips=False, with_dists=False).absent["dists"] == "switched off"
+    assert "dists" not in PairMetrics(with_lpips=False).absent
+
+
 def test_lpips_without_its_library_is_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     assert "ModuleNotFoundError" in PairMetrics().absent["lpips"]
@@ -220,34 +256,81 @@ def random_inception(monkeypatch):
     monkeypatch.setattr(utils, "FID_DIMS", 64)
 
 
-def features(folder) -> np.ndarray:
-    """pytorch-fid's own activations [n, 64]."""
-    return get_activations(sorted(folder.glob("*.png")), InceptionV3([0]), batch_size=1, dims=64, num_workers=0)
+def measured(generated: torch.Tensor, eo: torch.Tensor, batch_size: int = 4) -> SetMetrics:
+    metrics = SetMetrics()
+    for a, b in zip(generated.split(batch_size), eo.split(batch_size), strict=True):
+        metrics.update(a, b)
+    return metrics
 
 
-def test_fid_is_the_frechet_distance_of_pytorch_fids_activations(random_inception, tmp_path):
-    write_images(tmp_path / "a", 5, seed=1)
-    write_images(tmp_path / "b", 6, seed=2)
-    a, b = features(tmp_path / "a"), features(tmp_path / "b")
+def features(images: torch.Tensor, folder) -> np.ndarray:
+    """pytorch-fid's own activations [n, 64] of the images as files."""
+    folder.mkdir()
+    paths = [folder / f"{index:03d}.png" for index in range(len(images))]
+    for path, pixels in zip(paths, to_uint8(images), strict=True):
+        Image.fromarray(pixels).save(path)
+    return get_activations(paths, InceptionV3([0]), batch_size=1, dims=64, num_workers=0)
+
+
+def test_fid_is_the_frechet_distance_of_pytorch_fids_activations_of_the_files(random_inception, no_score, tmp_path):
+    first, second = eight_bit(5, seed=1), eight_bit(5, seed=2)
+    a, b = features(first, tmp_path / "a"), features(second, tmp_path / "b")
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     # Tr sqrt(Ca Cb) is the nuclear norm of the product of two square-root factors of the covariances.
     factor_a, factor_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
     trace_root = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root
-    measured = utils.fid(tmp_path / "a", tmp_path / "b")
-    assert measured == pytest.approx(expected, rel=1e-3) and measured > 0
-    assert utils.fid(tmp_path / "b", tmp_path / "a") == pytest.approx(measured, rel=1e-3)
-    assert utils.fid(tmp_path / "a", tmp_path / "a") == pytest.approx(0, abs=1e-3 * expected)
+    fid = measured(first, second).compute()["fid"]["value"]
+    assert fid == pytest.approx(expected, rel=1e-3) and fid > 0
+    assert measured(second, first).compute()["fid"]["value"] == pytest.approx(fid, rel=1e-3)
+    assert measured(first, first).compute()["fid"]["value"] == pytest.approx(0, abs=1e-3 * expected)
 
 
-def test_fid_finds_images_in_subfolders_and_of_different_sizes(random_inception, tmp_path):
-    write_images(tmp_path / "nested" / "x", 3, seed=1)
-    write_images(tmp_path / "nested" / "y", 2, seed=2, size=24)
-    write_images(tmp_path / "b", 5, seed=3)
-    assert utils.fid(tmp_path / "nested", tmp_path / "b") > 0
+def unbiased_mmd(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared maximum mean discrepancy with the kernel (x y / d + 1)^3, without the diagonals."""
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
+    n = len(a)
+    within = [(kernel(x, x).sum() - np.trace(kernel(x, x))) / (n * (n - 1)) for x in (a, b)]
+    return sum(within) - 2 * kernel(a, b).mean()
 
 
-def test_fid_uses_inceptions_pool3(monkeypatch, tmp_path):
+def test_kid_of_a_small_set_is_its_unbiased_discrepancy(random_inception, no_score, tmp_path):
+    first, second = eight_bit(6, seed=1), eight_bit(6, seed=2)
+    expected = unbiased_mmd(features(first, tmp_path / "a"), features(second, tmp_path / "b"))
+    assert measured(first, second).compute()["kid"] == {
+        "value": pytest.approx(expected, rel=1e-4), "subsets": 1, "subset_size": 6
+    }  # fmt: skip
+
+
+def test_kid_of_a_larger_set_is_the_seeded_mean_over_subsets(random_inception, no_score, monkeypatch, tmp_path):
+    monkeypatch.setattr(utils, "KID_SUBSETS", 7)
+    monkeypatch.setattr(utils, "KID_SUBSET_SIZE", 4)
+    first, second = eight_bit(6, seed=1), eight_bit(6, seed=2)
+    state = torch.get_rng_state()
+    kid = measured(first, second).compute()["kid"]
+    assert torch.equal(torch.get_rng_state(), state) and measured(first, second).compute()["kid"] == kid
+    a, b = features(first, tmp_path / "a"), features(second, tmp_path / "b")
+    rng, values = torch.Generator().manual_seed(0), []
+    for _ in range(7):
+        of_eo, of_generated = (torch.randperm(6, generator=rng)[:4].numpy() for _ in range(2))
+        values.append(unbiased_mmd(a[of_generated], b[of_eo]))
+    assert kid == {
+        "value": pytest.approx(np.mean(values), rel=1e-4), "std": pytest.approx(np.std(values), rel=1e-4),
+        "subsets": 7, "subset_size": 4,
+    }  # fmt: skip
+
+
+def test_set_metrics_depend_neither_on_batches_nor_on_sizes_being_mixed(random_inception, no_score):
+    first, second = eight_bit(6, seed=1), eight_bit(6, seed=2)
+    values, alone = measured(first, second).compute(), measured(first, second, batch_size=1).compute()
+    for metric in ("fid", "kid"):
+        assert alone[metric]["value"] == pytest.approx(values[metric]["value"], rel=1e-4)
+    metrics = measured(first, second)
+    metrics.update(eight_bit(2, seed=3, size=24), eight_bit(2, seed=4, size=24))
+    assert metrics.compute()["fid"]["value"] > 0
+
+
+def test_fid_uses_inceptions_pool3(monkeypatch, no_score):
     asked_for = []
 
     class Recorder:
@@ -258,10 +341,7 @@ def test_fid_uses_inceptions_pool3(monkeypatch, tmp_path):
             raise OSError("seen enough")
 
     monkeypatch.setattr("pytorch_fid.inception.InceptionV3", Recorder)
-    write_images(tmp_path / "a", 2, seed=1)
-    with pytest.raises(MetricUnavailable, match="seen enough"):
-        utils.fid(tmp_path / "a", tmp_path / "a")
-    assert asked_for == [[3]]
+    assert "seen enough" in SetMetrics().absent["fid"] and asked_for == [[3]]
 
 
 @pytest.fixture
@@ -279,42 +359,60 @@ def colour_classifier(monkeypatch):
     monkeypatch.setattr("torchmetrics.image.inception.NoTrainInceptionV3", MeanColour)
 
 
-def test_inception_score_is_the_mean_over_splits_and_leaves_the_global_generator_alone(colour_classifier, tmp_path):
-    write_images(tmp_path, 20, seed=1)
+@pytest.fixture
+def no_score(monkeypatch):
+    monkeypatch.setattr(utils, "_load_inception_score", unavailable)
+
+
+@pytest.fixture
+def no_features(monkeypatch):
+    monkeypatch.setattr(utils, "_load_inception", unavailable)
+
+
+def unavailable():
+    raise MetricUnavailable("not here")
+
+
+def test_inception_score_is_the_mean_over_splits_and_leaves_the_global_generator_alone(colour_classifier, no_features):
+    images = eight_bit(20, seed=1)
     state = torch.get_rng_state()
-    score = utils.inception_score(tmp_path)
-    assert utils.inception_score(tmp_path) == score and torch.equal(torch.get_rng_state(), state)
-    images = [np.asarray(Image.open(path), np.float64) for path in sorted(tmp_path.glob("*.png"))]
-    p = np.array([np.exp(image.mean((0, 1)) / 25) for image in images])
+    score = measured(images, images).compute()["inception_score"]
+    assert measured(images, images, batch_size=20).compute()["inception_score"] == pytest.approx(score)
+    assert torch.equal(torch.get_rng_state(), state)
+    p = np.exp(to_uint8(images).astype(np.float64).mean((1, 2)) / 25)
     p /= p.sum(1, keepdims=True)
     shuffled = p[torch.randperm(20, generator=torch.Generator().manual_seed(0)).numpy()]
     by_split = [np.exp((s * np.log(s / s.mean(0))).sum(1).mean()) for s in np.split(shuffled, 10)]
-    assert score == pytest.approx(np.mean(by_split), rel=1e-5)
+    assert score["value"] == pytest.approx(np.mean(by_split), rel=1e-5)
+    assert score["std"] == pytest.approx(np.std(by_split, ddof=1), rel=1e-4)
 
 
-def test_sets_that_are_too_small_or_missing_are_absent_with_the_reason(tmp_path):
-    write_images(tmp_path / "a", 10, seed=1)
-    values, absent = utils.set_metrics(tmp_path / "a", tmp_path / "missing")
-    assert values == {} and set(absent) == {"fid", "inception_score"}
-    assert absent["fid"].startswith("needs at least 2 PNG images") and "missing has 0" in absent["fid"]
-    assert absent["inception_score"].startswith("needs more than 10 PNG images")
+def test_sets_that_are_too_small_are_absent_with_the_reason(random_inception, colour_classifier):
+    metrics = measured(eight_bit(1, seed=1), eight_bit(1, seed=2))
+    assert metrics.compute() == {}
+    assert metrics.absent["fid"] == metrics.absent["kid"] == "needs at least 2 images, got 1"
+    assert metrics.absent["inception_score"] == "needs more than 10 images, got 1"
 
 
-def test_set_metrics_without_weights_are_absent_with_the_reason(offline, tmp_path):
-    write_images(tmp_path / "a", 11, seed=1)
-    values, absent = utils.set_metrics(tmp_path / "a", tmp_path / "a")
-    assert values == {} and set(absent) == {"fid", "inception_score"} and len(offline) == 2
-    assert all("Name or service not known" in reason and "\n" not in reason for reason in absent.values())
+def test_set_metrics_without_weights_are_absent_with_the_reason(offline):
+    metrics = measured(eight_bit(11, seed=1), eight_bit(11, seed=2))
+    assert metrics.compute() == {} and set(metrics.absent) == {"fid", "kid", "inception_score"} and len(offline) == 2
+    assert all("Name or service not known" in reason and "\n" not in reason for reason in metrics.absent.values())
 
 
-def test_set_metrics_hands_on_what_was_computed(random_inception, colour_classifier, tmp_path):
-    write_images(tmp_path / "a", 11, seed=1)
-    write_images(tmp_path / "b", 11, seed=2)
-    values, absent = utils.set_metrics(tmp_path / "a", tmp_path / "b")
-    assert absent == {} and values["fid"] > 0 and values["inception_score"] >= 1
+def test_set_metrics_switched_off_load_nothing(offline):
+    metrics = SetMetrics(wanted=False)
+    assert offline == [] and set(metrics.absent.values()) == {"switched off"} and metrics.compute() == {}
 
 
-# ---- reports
+def test_set_metrics_hands_on_all_that_was_computed(random_inception, colour_classifier):
+    metrics = measured(eight_bit(11, seed=1), eight_bit(11, seed=2))
+    values = metrics.compute()
+    assert metrics.absent == {} and values["fid"]["value"] > 0 and values["inception_score"]["value"] >= 1
+    assert set(values) == {"fid", "kid", "inception_score"}
+
+
+# ---- means
 
 
 def rows_of_two_batches() -> list[dict]:
@@ -332,50 +430,6 @@ def test_means_are_over_images_not_batches_and_count_what_they_leave_out():
     assert utils.summarise([]) == {}
     assert utils.flat_means(rows_of_two_batches())["standard/psnr"] == 15.0
     assert utils.flat_means(utils.image_rows(["a"], {"paper": {"psnr": [math.inf]}})) == {"paper/psnr": math.inf}
-
-
-def test_a_report_is_valid_labelled_and_names_what_is_absent(tmp_path):
-    absent = {"lpips": "no weights", "ssim": "needs sides of at least 6 px, an image has 5 x 5"}
-    report = utils.write_report(tmp_path / "run", rows_of_two_batches(), {"fid": 18.15}, absent)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.csv", "report.json", "report.md"]
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    loaded = json.loads((tmp_path / "run" / "report.json").read_text(), parse_constant=refuse)
-    assert loaded == report and loaded["images"] == 3 and loaded["absent"] == absent and loaded["set"] == {"fid": 18.15}
-
-    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert [row["name"] for row in table] == ["a", "b", "c"]
-    assert [row["standard/psnr"] for row in table] == ["10.0", "inf", "20.0"]
-    assert [row["paper/ssim"] for row in table] == ["0.3", "1.0", ""]
-
-    text = (tmp_path / "run" / "report.md").read_text()
-    assert "| metric | standard | paper |" in text
-    assert "| PSNR [dB] ↑ | 15.0000 (n = 2, 1 infinite) | 4.0000 (n = 1, 2 infinite) |" in text
-    assert "| FID ↓ | 18.1500 |" in text and "FID of 3 images is biased" in text
-    assert "- LPIPS: no weights" in text
-
-
-def test_a_report_of_equal_images_only_is_still_valid(tmp_path):
-    rows = utils.image_rows(["a"], {"standard": {"psnr": [math.inf]}})
-    report = utils.write_report(tmp_path, rows, {}, {})
-    assert report["means"]["standard"]["psnr"] == {"mean": None, "n": 0, "infinite": 1}
-    assert "∞ (n = 0, 1 infinite)" in (tmp_path / "report.md").read_text()
-
-
-def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
-    utils.write_report(tmp_path, rows_of_two_batches(), {}, {})
-    before = {path: path.read_text() for path in tmp_path.iterdir()}
-
-    def fail(*paths):
-        raise OSError("disk gone")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk gone"):
-        utils.write_report(tmp_path, rows_of_two_batches()[:1], {}, {})
-    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
 
 
 # ---- panels

@@ -231,6 +231,34 @@ def test_the_seed_decides(translate, tmp_path):
     assert np.array_equal(first, again) and np.abs(first - other).max() > 10
 
 
+def test_an_ensemble_gives_its_first_sample_or_what_all_agree_on(translate, tmp_path):
+    save(tmp_path / "sar" / "x.png", grey(13, 16))
+    singles = [read(translate(tmp_path / "sar", f"s{seed}", seed=seed) / "eo" / "x.png") for seed in (4, 5, 6)]
+    runs = {
+        output: translate(
+            tmp_path / "sar", output, seed=4, ensemble=3, ensemble_output=output, spread_dir=tmp_path / output / "s"
+        )
+        for output in ("first", "mean", "median")
+    }
+    assert (runs["first"] / "eo" / "x.png").read_bytes() == (tmp_path / "s4" / "eo" / "x.png").read_bytes()
+    for output, expected in (("mean", np.mean(singles, 0)), ("median", np.median(singles, 0))):
+        assert np.abs(read(runs[output] / "eo" / "x.png") - expected).max() <= 1
+    spread = np.std(singles, 0, ddof=1).mean(-1)
+    found = read_variance(tmp_path / "mean" / "s" / "x.tif")
+    assert found.shape == (13, 16) and np.abs(found - spread).max() < 1 and spread.max() > 5  # rounding of the singles
+    together = translate(tmp_path / "sar", "3", seed=4, ensemble=3, ensemble_output="mean", batch_size=3)
+    assert np.abs(read(together / "eo" / "x.png") - read(runs["mean"] / "eo" / "x.png")).max() <= 1
+
+
+@pytest.mark.parametrize("readout", ["late", "renoise", "decoded"])
+def test_a_readout_changes_the_variance_alone(translate, tmp_path, readout):
+    save(tmp_path / "sar" / "x.png", grey(13, 16))
+    plain, other = translate(tmp_path / "sar", "plain"), translate(tmp_path / "sar", "other", readout=readout)
+    assert (plain / "eo" / "x.png").read_bytes() == (other / "eo" / "x.png").read_bytes()
+    values = [read_variance(out / "variance" / "x.tif") for out in (plain, other)]
+    assert values[0].shape == values[1].shape == (13, 16) and not np.allclose(*values, rtol=0.05)
+
+
 # ------------------------------------------------------------------------------------------------------- skip-existing
 def stamps(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {name: ((folder / name).stat().st_mtime_ns, (folder / name).read_bytes()) for name in files(folder)}

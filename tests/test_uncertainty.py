@@ -11,7 +11,6 @@ from cdiffset.uncertainty import (
     ause,
     average_precision,
     confidence_map,
-    discard_curve,
     ence,
     judge_ranking,
     rank_error,
@@ -180,10 +179,10 @@ def test_ause_and_aurg_share_out_the_oracles_own_gain():
 
 
 def test_discard_curve_by_hand():
-    # Removing the most uncertain first from errors 1, 2, 3, 6 leaves means of {1,2,3,6}, {1,2,3}, {1,3} and {3}.
-    fractions, remaining = discard_curve(np.array([1.0, 3.0, 0.5, 9.0]), np.array([1.0, 2.0, 3.0, 6.0]), steps=4)
-    np.testing.assert_allclose(fractions, [0, 0.25, 0.5, 0.75])
-    np.testing.assert_allclose(remaining, [3, 2, 2, 3])
+    # 100 errors 1 ... 100, the largest the most uncertain: what remains without k of them has the mean (101 - k) / 2.
+    error = np.arange(1.0, 101)
+    judged = judge_ranking(error**2, {"absolute": rank_error(error)})
+    np.testing.assert_allclose(judged["absolute"]["discard"], (101 - np.arange(100)) / 2)
 
 
 def test_judging_by_ranked_errors_equals_every_measure_alone():
@@ -197,7 +196,8 @@ def test_judging_by_ranked_errors_equals_every_measure_alone():
             assert judged[name]["spearman"] == pytest.approx(spearman(uncertainty, values), abs=1e-12)
             assert judged[name]["ause"] == pytest.approx(ause(uncertainty, values), abs=1e-12)
             assert judged[name]["aurg"] == pytest.approx(aurg(uncertainty, values), abs=1e-12)
-            np.testing.assert_allclose(judged[name]["curve"], sparsification_curve(uncertainty, values)[1])
+            curve = sparsification_curve(uncertainty, values)[1]
+            np.testing.assert_allclose(judged[name]["discard"], curve * values.mean())
 
 
 def test_constants_cannot_be_ranked():

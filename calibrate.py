@@ -1,0 +1,165 @@
+"""Fit the expected error to the maps: python calibrate.py --checkpoint work_dir/run/best --sar-dir SAR --eo-dir EO
+
+Translates pairs that training has not seen and fits a monotone map from the variance (and, with --ensemble, the spread) to the
+absolute error in 8-bit EO units. The JSON file that it writes beside the checkpoint is what `test.py --error-dir` reads.
+
+The pairs are split by image, at random but fixed by --split-seed: half of them fit the curves, a quarter sets the widths of the
+intervals (split conformal prediction), and the last quarter judges both; the numbers are printed and kept in the file.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from cdiffset import calibration
+from cdiffset.calibration import LEVELS, Calibration
+from cdiffset.errors import UserError, run
+from cdiffset.options import add_translation_options, calibrated_settings, check_translation_options
+
+PARTS = {"fit": 0.5, "intervals": 0.25, "judge": 0.25}
+MIN_PAIRS = 4
+MAX_PIXELS = 4_000_000  # of all images together; more are drawn from at random, equally from each image
+
+Pixels = tuple[dict[str, np.ndarray], np.ndarray]  # maps by name, each [n], and the error [n]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Calibrate the maps of a checkpoint to an expected error.", allow_abbrev=False)
+    group = parser.add_argument_group("files")
+    group.add_argument("--sar-dir", type=Path, required=True, help="folder of SAR images, recursive")
+    group.add_argument("--eo-dir", type=Path, required=True, help="the true EO images, same relative paths but for the suffix")
+    group.add_argument("--list", type=Path, help="text file of the pairs to take, a relative path per line [all]")
+    group.add_argument("--output", type=Path, help="the JSON file [beside the checkpoint, where test.py looks for it]")
+    group.add_argument("--split-seed", type=int, default=0, help="splits the pairs into fitting, intervals and judging [0]")
+    add_translation_options(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 1 where single images could not be read."""
+    args = check(make_parser().parse_args(argv))
+    pairs = find_pairs(args)
+    parts = split(len(pairs), args.split_seed)
+    from cdiffset.translator import Translator
+
+    translator = Translator(args, ["calibrate.py without --ensemble"] if args.ensemble == 1 else [], with_fingerprint=True)
+    pixels, unreadable = collect(translator, pairs, args)
+    drawn = {part: pooled([pixels[index] for index in chosen if index in pixels], part) for part, chosen in parts.items()}
+    fitted = fit(drawn, calibrated_settings(args), translator.fingerprint)
+    fitted.report["images"] = {part: sum(index in pixels for index in chosen) for part, chosen in parts.items()}
+    path = args.output or calibration.path_beside(args.checkpoint)
+    try:
+        calibration.save(path, fitted)
+    except OSError as error:
+        raise UserError(f"--output: cannot write {path}: {error}") from error
+    print(table(fitted), f"\nCalibration: {path}")
+    if unreadable:
+        print(f"{len(unreadable)} skipped as unreadable: {', '.join(map(str, unreadable[:3]))}", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def check(args: argparse.Namespace) -> argparse.Namespace:
+    for option, folder in (("--sar-dir", args.sar_dir), ("--eo-dir", args.eo_dir)):
+        if not folder.is_dir():
+            raise UserError(f"{option}: there is no folder {folder}")
+    if args.split_seed < 0:
+        raise UserError(f"--split-seed: expected at least 0, found {args.split_seed}")
+    if args.output and args.output.is_dir():
+        raise UserError(f"--output: {args.output} is a folder, expected a JSON file")
+    check_translation_options(args)
+    return args
+
+
+def find_pairs(args: argparse.Namespace) -> list:
+    """The pairs of both folders, or those that --list names, in the order of their names."""
+    from feeders.feeder import match_folders, read_list
+
+    pairs = match_folders(args.sar_dir, args.eo_dir)
+    if args.list:
+        wanted = {str(Path(text).with_suffix("")): where for where, text in read_list(args.list, (".txt",))}
+        if missing := wanted.keys() - {pair.name for pair in pairs}:
+            name = min(missing)
+            raise UserError(f"--list: {wanted[name]}: there is no pair {name!r} in {args.sar_dir} and {args.eo_dir}")
+        pairs = [pair for pair in pairs if pair.name in wanted]
+    if len(pairs) < MIN_PAIRS:
+        raise UserError(f"--sar-dir, --eo-dir: expected at least {MIN_PAIRS} pairs to fit and to judge, found {len(pairs)}")
+    return pairs
+
+
+def split(count: int, seed: int) -> dict[str, np.ndarray]:
+    """Indices of `count` images for each of PARTS: disjoint, none empty, every image used."""
+    order = np.random.default_rng(seed).permutation(count)
+    ends = np.cumsum([max(1, int(count * share)) for share in list(PARTS.values())[1:]])
+    intervals, judged, fitted = np.split(order, ends)
+    return {"fit": np.sort(fitted), "intervals": np.sort(intervals), "judge": np.sort(judged)}
+
+
+def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int, Pixels], list[Path]]:
+    """Translate every pair => (maps and errors of pixels drawn from each, by index of the pair; files that are unreadable)."""
+    from cdiffset.images import read_eo
+    from cdiffset.translator import translate_files
+
+    pixels, unreadable = {}, []
+    for index, translation in translate_files(translator, [pair.sar for pair in pairs], args.batch_size, unreadable):
+        try:
+            eo = read_eo(pairs[index].eo)
+        except UserError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            unreadable.append(pairs[index].eo)
+            continue
+        if eo.shape != translation.eo.shape:
+            sizes = " and ".join("{} x {}".format(*each.shape[:2]) for each in (translation.eo, eo))
+            raise UserError(f"{pairs[index].sar} and {pairs[index].eo} differ in size: {sizes}")
+        error = np.abs(translation.eo - eo).mean(-1, dtype=np.float64).ravel()
+        drawn = np.random.default_rng([args.split_seed, index]).permutation(error.size)[: max(1, MAX_PIXELS // len(pairs))]
+        pixels[index] = {name: values.ravel()[drawn] for name, values in translation.uncertainties.items()}, error[drawn]
+    return pixels, unreadable
+
+
+def pooled(pixels: list[Pixels], part: str) -> Pixels:
+    if not pixels:
+        raise UserError(f"no pair is left for the part {part!r}: too few of them are readable")
+    maps = {name: np.concatenate([maps[name] for maps, _ in pixels]).astype(np.float64) for name in pixels[0][0]}
+    return maps, np.concatenate([error for _, error in pixels])
+
+
+def fit(drawn: dict[str, Pixels], settings: dict, model: str) -> Calibration:
+    """Each part does its own work: curves, intervals, judgement."""
+    maps, error = drawn["fit"]
+    curves, share, joint = calibration.fit(maps, error)
+    scales = {name: float(error.mean() / calibration.magnitude(name, values).mean()) for name, values in maps.items()}
+    bare = Calibration(settings, model, curves, share, joint)
+    held_out, held_out_error = drawn["intervals"]
+    expected = bare.expected_error(held_out)
+    quantiles = {f"{level:g}": calibration.conformal_quantile(expected, held_out_error, level) for level in LEVELS}
+    calibrated = Calibration(settings, model, curves, share, joint, quantiles)
+    calibrated.report.update(calibration.judge(calibrated, scales, *drawn["judge"]))
+    calibrated.report["pixels"] = {part: len(errors) for part, (_, errors) in drawn.items()}
+    return calibrated
+
+
+def table(calibrated: Calibration) -> str:
+    """What the held-out images say, as Markdown."""
+    report = calibrated.report
+    lines = [f"Held out: {report['images']['judge']} images, mean absolute error {report['mean_error']:.2f} of 255", ""]
+    lines += ["| expected error | ENCE ↓ |", "|---|---|"]
+    names = {"variance": "σ", "spread": "spread"}
+    lines += [f"| {names[name]}, one global scale | {value:.3f} |" for name, value in report["ence_before"].items()]
+    by = " and ".join(calibrated.curves) + (
+        f" (share of the spread {calibrated.share:g})" if len(calibrated.curves) > 1 else ""
+    )
+    lines += [
+        f"| calibrated, by {by} | {report['ence_after']:.3f} |",
+        "",
+        "| interval | error at most | coverage |",
+        "|---|---|---|",
+    ]
+    for level, coverage in report["coverage"].items():
+        lines.append(f"| {float(level):.0%} | {calibrated.quantiles[level]:.2f} x expected | {coverage:.1%} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

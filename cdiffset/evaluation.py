@@ -1,0 +1,273 @@
+"""Folder against folder: pairs -> a row of metrics per image -> the report; what evaluate.py and phase test both call."""
+
+import csv
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import utils
+from cdiffset.errors import UserError
+from cdiffset.images import written_whole
+from cdiffset.judgement import pooled
+from cdiffset.pairs import FAULTS, Inputs, PairFolders
+from cdiffset.report import render_html, render_markdown
+
+RESAMPLES = 2000  # of the bootstrap
+INTERVAL = (2.5, 97.5)  # percentiles
+EXAMPLES = 3  # best, median and worst images shown, each
+COLLAPSE = ("8-bit/mae_sar", "8-bit/mae")
+SHOWN = 3  # how many of many faulty files a message names
+
+
+def evaluate_folders(
+    inputs: Inputs,
+    output: Path,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 16,
+    num_workers: int = 0,
+    networks: bool = True,  # False: spare LPIPS, DISTS, FID, KID and IS
+    strict: bool = False,  # any fault is an error
+    baseline: Path | None = None,  # report.json of another method on the same images
+) -> dict:
+    """Judge the folders and write report.json, report.md, report.html and metrics.csv to `output` => report.json's content.
+
+    Batch size, workers and the order of files do not change the numbers beyond rounding. UserError where nothing is left to
+    judge, or for any fault when `strict`.
+    """
+    other = None if baseline is None else read_report(baseline)
+    folders = PairFolders(inputs)
+    refuse(folders.faults, strict)
+    metrics = utils.PairMetrics(device, with_lpips=networks, with_dists=networks)
+    set_metrics = utils.SetMetrics(device, wanted=networks)
+    rows, samples, sizes = [], [], Counter()
+    bar = tqdm(total=len(folders), desc="evaluating", unit="image", mininterval=1)
+    loader = DataLoader(folders, batch_size=None, num_workers=num_workers)
+    with bar:
+        for batch in batches(usable(loader, folders.faults, bar), batch_size):
+            generated, eo = (torch.stack([item[kind] for item in batch]) for kind in ("generated", "eo"))
+            set_metrics.update(generated, eo)
+            values = utils.image_rows([item["stem"] for item in batch], metrics(generated, eo))
+            rows += [row | item["values"] for row, item in zip(values, batch, strict=True)]
+            samples += [item["sample"] for item in batch if item["sample"] is not None]
+            sizes[f"{eo.shape[3]} x {eo.shape[2]}"] += len(batch)
+    refuse(folders.faults, strict)
+    if not rows:
+        raise UserError(f"none of {len(folders)} pairs can be judged: {named(folders.faults)}")
+    set_values = set_metrics.compute()
+    report = {
+        "images": len(rows),
+        "sizes": dict(sizes),
+        "inputs": {name: None if value is None else str(value) for name, value in vars(inputs).items()},
+        "conventions": {name: convention.description for name, convention in utils.CONVENTIONS.items()},
+        "means": means_with_intervals(rows),
+        "set": set_values | identity_collapse(rows),
+        "absent": metrics.absent | set_metrics.absent | absent_inputs(inputs, bool(samples)),
+        "faults": {kind: faults for kind, faults in folders.faults.items() if faults},
+        "uncertainty": pooled(samples, folders.pixels_per_image) if samples else None,
+        "comparison": None if other is None else compare(rows, set_values, *other),
+        "examples": examples(rows),
+    }
+    write_report(output, report, rows, folders)
+    return report
+
+
+def usable(items: Iterable[dict], faults: dict[str, list[str]], bar: tqdm) -> Iterator[dict]:
+    """The items that hold a pair; the faults of all are collected by kind."""
+    for item in items:
+        bar.update()
+        for kind, text in item["faults"]:
+            faults.setdefault(kind, []).append(text)
+        if "eo" in item:
+            yield item
+
+
+def batches(items: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
+    """Neighbours of one size together, up to batch_size of them."""
+    batch: list[dict] = []
+    for item in items:
+        if batch and (len(batch) == batch_size or item["eo"].shape != batch[0]["eo"].shape):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def named(faults: dict[str, list[str]]) -> str:
+    """All faults on one line: how many of each kind, and the first of them."""
+    kinds = [(FAULTS[kind], texts) for kind, texts in faults.items() if texts]
+    shown = [f"{kind}: {len(texts)} ({', '.join(texts[:SHOWN])}{', ...' * (len(texts) > SHOWN)})" for kind, texts in kinds]
+    return "; ".join(shown)
+
+
+def refuse(faults: dict[str, list[str]], strict: bool) -> None:
+    if strict and any(faults.values()):
+        raise UserError(f"--strict: {named(faults)}")
+
+
+def absent_inputs(inputs: Inputs, judged: bool) -> dict[str, str]:
+    absent = {}
+    if inputs.sar_dir is None:
+        absent["identity_collapse"] = "needs --sar-dir"
+    if not judged:
+        given = inputs.variance_dir or inputs.error_dir or inputs.ensemble_dir
+        absent["uncertainty"] = "no pair has all the files" if given else "needs --variance-dir, --error-dir or --ensemble-dir"
+    elif inputs.sar_dir is None:
+        absent["SAR rivals"] = "brightness, local variation and gradient need --sar-dir"
+    if judged and inputs.mask_dir is None:
+        absent["discrepancies"] = "needs --mask-dir"
+    return absent
+
+
+# ---- numbers of all images
+
+
+def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Bootstrap over images: [n, k], NaN where an image has no value => means [RESAMPLES, k].
+
+    Each is of n images drawn with replacement; all columns share the draws, so their ratios may be taken row by row.
+    """
+    rng, images = np.random.default_rng(seed), len(values)
+    valid = np.isfinite(values)
+    filled = np.where(valid, values, 0.0)
+    means = []
+    for draws in np.array_split(np.arange(RESAMPLES), max(1, RESAMPLES * images // 4_000_000)):
+        counts = rng.multinomial(images, np.full(images, 1 / images), size=len(draws)).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # no valid image drawn: NaN
+            means.append((counts @ filled) / (counts @ valid))
+    return np.concatenate(means)
+
+
+def interval(means: np.ndarray) -> dict[str, float | None]:
+    """Resampled means [RESAMPLES] => the ends of the 95 % interval; None where there was nothing to draw."""
+    means = means[np.isfinite(means)]
+    low, high = np.percentile(means, INTERVAL) if means.size else (math.nan, math.nan)
+    return {"low": None if math.isnan(low) else float(low), "high": None if math.isnan(high) else float(high)}
+
+
+def column_values(rows: list[dict], columns: list[str]) -> np.ndarray:
+    """Rows => [n, k] float64, NaN where a row lacks a column or its value is infinite."""
+    values = np.array([[row.get(column, math.nan) for column in columns] for row in rows], np.float64)
+    values = values.reshape(len(rows), len(columns))
+    return np.where(np.isfinite(values), values, math.nan)
+
+
+def means_with_intervals(rows: list[dict]) -> dict[str, dict[str, dict]]:
+    """utils.summarise, each mean with "low" and "high", its 95 % bootstrap interval over images."""
+    columns = utils.columns_of(rows)
+    means, summary = resampled_means(column_values(rows, columns)), utils.summarise(rows)
+    for column, resampled in zip(columns, means.T, strict=True):
+        group, metric = column.split("/")
+        summary[group][metric] |= interval(resampled)
+    return summary
+
+
+def identity_collapse(rows: list[dict]) -> dict[str, dict]:
+    """mean |generated - SAR| / mean |generated - EO| over the images that have a SAR; below 1 the output copies its input."""
+    values = column_values(rows, list(COLLAPSE))
+    values = values[np.isfinite(values).all(1)]
+    if not len(values) or not values[:, 1].any():
+        return {}
+    to_sar, to_eo = values.mean(0)
+    with np.errstate(divide="ignore"):
+        means = resampled_means(values)
+        ratio = interval(means[:, 0] / means[:, 1])
+    return {"identity_collapse": {"value": float(to_sar / to_eo), "n": len(values), **ratio}}
+
+
+def examples(rows: list[dict]) -> dict[str, list[str]]:
+    """Stems of the best, median and worst images by PSNR."""
+    ranked = sorted(rows, key=lambda row: (-row["standard/psnr"], row["name"]))
+    count, middle = min(EXAMPLES, len(rows)), (len(rows) - min(EXAMPLES, len(rows))) // 2
+    chosen = {"best": ranked[:count], "median": ranked[middle : middle + count], "worst": ranked[-count:]}
+    return {kind: [row["name"] for row in some] for kind, some in chosen.items()}
+
+
+# ---- two reports
+
+
+def read_report(path: Path) -> tuple[dict, list[dict], Path]:
+    """report.json and the metrics.csv beside it => (report, rows, path)."""
+    table = path.parent / "metrics.csv"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        with table.open(newline="", encoding="utf-8") as file:
+            rows = [
+                {key: value if key == "name" else float(value) for key, value in row.items() if value != ""}
+                for row in csv.DictReader(file)
+            ]
+        _ = report["set"], report["images"], [row["name"] for row in rows]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; expected report.json with metrics.csv beside it") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: neither it nor {table.name} beside it may be changed by hand ({error})") from error
+    return report, rows, path
+
+
+def compare(rows: list[dict], set_values: dict, report: dict, other_rows: list[dict], path: Path) -> dict:
+    """This method minus the baseline on the images that both judged, with 95 % intervals of a paired bootstrap."""
+    theirs = {row["name"]: row for row in other_rows}
+    mine = [row for row in rows if row["name"] in theirs]
+    if not mine:
+        raise UserError(f"--baseline: {path} judged none of these images")
+    theirs = [theirs[row["name"]] for row in mine]
+    columns = [column for column in utils.columns_of(mine) if column in set(utils.columns_of(theirs))]
+    differences = column_values(mine, columns) - column_values(theirs, columns)  # [n, k]
+    groups: dict[str, dict[str, dict]] = {}
+    for column, values, resampled in zip(columns, differences.T, resampled_means(differences).T, strict=True):
+        group, metric = column.split("/")
+        finite = values[np.isfinite(values)]
+        entry = {"difference": float(finite.mean()) if finite.size else None, "n": int(finite.size), **interval(resampled)}
+        groups.setdefault(group, {})[metric] = entry
+    both = [name for name in set_values if name in report["set"]]
+    of_set = {name: {"value": set_values[name]["value"], "baseline": report["set"][name]["value"]} for name in both}
+    return {"baseline": str(path), "images": len(mine), "images_of_baseline": report["images"], "means": groups, "set": of_set}
+
+
+# ---- files
+
+
+def write_report(output: Path, report: dict, rows: list[dict], folders: PairFolders) -> None:
+    """Each file whole or not at all; metrics.csv has a line per image."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["name", *utils.columns_of(rows)], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    texts = {
+        "metrics.csv": table.getvalue(),
+        "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n",
+        "report.md": render_markdown(report),
+        "report.html": render_html(report, pictures(report["examples"], folders)),
+    }
+    for name, text in texts.items():
+        with written_whole(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def pictures(chosen: dict[str, list[str]], folders: PairFolders) -> dict[str, dict[str, np.ndarray]]:
+    """{best, median, worst: {stem: a row of pictures, uint8 [H, W', 3]}}."""
+    return {
+        kind: {stem: picture(folders[folders.stems.index(stem)]) for stem in stems} for kind, stems in chosen.items()
+    }  # fmt: skip
+
+
+def picture(item: dict) -> np.ndarray:
+    """SAR, EO, generated EO, their absolute difference (white: half of the range or more), maps on each one's own scale."""
+    images = {name: item[kind] for name, kind in (("SAR", "sar"), ("EO", "eo"), ("generated EO", "generated")) if kind in item}
+    images["error"] = (item["generated"] - item["eo"]).abs().mean(0, keepdim=True).clamp(0, 1)
+    for name, values in item["maps"].items():
+        scale = np.ptp(values) or 1
+        images[name] = torch.from_numpy((values - values.min()) / scale)[None]
+    side = min(item["eo"].shape[-2:])
+    scale = max(1, 128 // side)  # small images are shown larger
+    enlarged = [image.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for image in images.values()]
+    return utils.panel(enlarged, list(images))

@@ -1,0 +1,73 @@
+"""Judge a folder of EO images, of any method: python evaluate.py --pred-dir EO --gt-dir EO_TRUE --output report
+
+Writes report.html (to look at), report.md, report.json and metrics.csv (a line per image). With uncertainty maps it also judges
+whether they foretell the error.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from cdiffset.errors import UserError, run
+
+WORKERS = min(8, (os.cpu_count() or 1) // 2)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Judge EO images and their uncertainty maps.", allow_abbrev=False)
+    group = parser.add_argument_group("folders, matched by relative path without suffix")
+    group.add_argument("--pred-dir", type=Path, required=True, help="EO images to judge")
+    group.add_argument("--gt-dir", type=Path, required=True, help="true EO, centre-cropped where it is larger")
+    group.add_argument("--sar-dir", type=Path, help="SAR, for the identity-collapse ratio and the maps' rivals")
+    group.add_argument("--variance-dir", type=Path, help="σ² in units of the latent, float32 TIFF, of test.py")
+    group.add_argument("--error-dir", type=Path, help="expected absolute error in 8-bit units, float32 TIFF")
+    group.add_argument("--ensemble-dir", type=Path, help="standard deviation over samples in 8-bit units, float32 TIFF")
+    group.add_argument("--mask-dir", type=Path, help="known discrepancies: mask_sar_only/ and mask_eo_only/, 8-bit")
+    group.add_argument("--split-list", type=Path, help="list of the images that count, as the feeders read them [all]")
+    group = parser.add_argument_group("report")
+    group.add_argument("--output", type=Path, required=True, help="folder of the report")
+    group.add_argument("--baseline", type=Path, help="report.json of another method, to compare with image by image")
+    group.add_argument("--strict", action="store_true", help="missing, extra, cropped or unreadable files are errors")
+    group.add_argument("--no-networks", action="store_true", help="spare LPIPS, DISTS, FID, KID and IS")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--batch-size", type=int, default=16, help="images of one size measured together [16]")
+    group.add_argument("--num-workers", type=int, default=WORKERS, help=f"processes that read and rank [{WORKERS}]")
+    group.add_argument("--device", help="of the networks, e.g. cuda, cpu [cuda if there is one]")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 1 where single pairs could not be judged."""
+    args = make_parser().parse_args(argv)
+    for name, low in (("batch_size", 1), ("num_workers", 0)):
+        if getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, found {getattr(args, name)}")
+    for name in ("pred_dir", "gt_dir", "sar_dir", "variance_dir", "error_dir", "ensemble_dir", "mask_dir"):
+        folder = getattr(args, name)
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"--{name.replace('_', '-')}: there is no folder {folder}")
+    import torch  # heavy imports, only once the arguments hold
+
+    from cdiffset.evaluation import evaluate_folders, named
+    from cdiffset.pairs import Inputs
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: {device!r} is not to be had here ({str(error).splitlines()[0]})") from error
+    inputs = Inputs(**{name: getattr(args, name) for name in Inputs.__dataclass_fields__})
+    report = evaluate_folders(
+        inputs, args.output, device=device, batch_size=args.batch_size, num_workers=args.num_workers,
+        networks=not args.no_networks, strict=args.strict, baseline=args.baseline,
+    )  # fmt: skip
+    print((args.output / "report.md").read_text(encoding="utf-8"))
+    print(f"To look at: {args.output / 'report.html'}")
+    if report["faults"]:
+        print(named(report["faults"]), file=sys.stderr)
+    return 1 if report["faults"].keys() & {"size", "unreadable"} else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,400 @@
+"""evaluate.py end to end on small folders: numbers against independent computations, faults, comparison, report files."""
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import evaluate
+from cdiffset import errors, evaluation, judgement, pairs
+from cdiffset.errors import UserError
+from cdiffset.report import line_chart, ticks
+
+# isort: split
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import spearmanr
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from cdiffset.images import write_tiff
+from results import table
+
+COUNT, SIDE = 8, 24
+
+
+@pytest.fixture
+def scene(tmp_path) -> Path:
+    """gt/ (28 px where the others have 24), pred/, sar/, variance/, error/, ensemble/ and masks, 8 images each."""
+    rng = np.random.default_rng(0)
+    for index in range(COUNT):
+        stem = f"sub/{index}" if index % 2 else str(index)
+        gt = rng.integers(60, 190, (SIDE, SIDE, 3))
+        scale = rng.uniform(1, 20, (SIDE, SIDE, 1))
+        pred = np.clip(gt + rng.normal(0, scale, gt.shape), 0, 255)
+        write(tmp_path / "gt" / f"{stem}.png", gt)
+        write(tmp_path / "pred" / f"{stem}.png", pred)
+        write(tmp_path / "sar" / f"{stem}.png", rng.integers(0, 256, (SIDE, SIDE)))
+        write_tiff(tmp_path / "variance" / f"{stem}.tif", scale[..., 0] ** 2 * 1e-3)
+        write_tiff(tmp_path / "error" / f"{stem}.tif", scale[..., 0] * math.sqrt(2 / math.pi))
+        write_tiff(tmp_path / "ensemble" / f"{stem}.tif", scale[..., 0])
+        sar_only = np.zeros((SIDE, SIDE)) + 255 * (scale[..., 0] > 18)
+        eo_only = 255 * (rng.uniform(size=(SIDE, SIDE)) < 0.1) * (sar_only == 0)
+        write(tmp_path / "masks" / "mask_sar_only" / f"{stem}.png", sar_only)
+        write(tmp_path / "masks" / "mask_eo_only" / f"{stem}.png", eo_only)
+    return tmp_path
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.round().astype(np.uint8)).save(path)
+
+
+def read(path: Path) -> np.ndarray:
+    return np.array(Image.open(path)).astype(np.float64)
+
+
+def run(scene: Path, *options: str, output: str = "report", code: int = 0) -> dict:
+    argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--no-networks", "--num-workers", "0"]
+    assert evaluate.main([*argv, "--output", str(scene / output), *options]) == code
+    return json.loads((scene / output / "report.json").read_text(), parse_constant=refuse)
+
+
+def refuse(constant: str):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def everything(scene: Path) -> list[str]:
+    folders = {"sar": "sar", "variance": "variance", "error": "error", "ensemble": "ensemble", "mask": "masks"}
+    return [part for option, folder in folders.items() for part in (f"--{option}-dir", str(scene / folder))]
+
+
+def table_of(folder: Path) -> list[dict]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def stacked(scene: Path, kind: str, suffix: str = ".png") -> np.ndarray:
+    return np.stack([read(path) for path in sorted((scene / kind).rglob(f"*{suffix}"))])
+
+
+# ---- pictures
+
+
+def test_numbers_are_those_of_the_files_in_counting_order(scene):
+    report, rows = run(scene, "--sar-dir", str(scene / "sar")), table_of(scene / "report")
+    assert report["images"] == COUNT and report["sizes"] == {"24 x 24": COUNT} and report["faults"] == {}
+    assert [row["name"] for row in rows] == ["0", "2", "4", "6", "sub/1", "sub/3", "sub/5", "sub/7"]
+    for row in rows:
+        pred, gt = (read(scene / kind / f"{row['name']}.png") for kind in ("pred", "gt"))
+        assert float(row["standard/psnr"]) == pytest.approx(10 * math.log10(255**2 / np.mean((pred - gt) ** 2)), abs=1e-3)
+        stretched = [np.clip((pixels / 127.5 - 1) + 0.5, 0, 1) for pixels in (pred, gt)]
+        assert float(row["paper/psnr"]) == pytest.approx(
+            -10 * math.log10(np.mean((stretched[0] - stretched[1]) ** 2)), abs=1e-3
+        )
+        assert float(row["8-bit/mae"]) == pytest.approx(np.abs(pred - gt).mean(), abs=1e-3)
+    psnr = np.array([float(row["standard/psnr"]) for row in rows])
+    entry = report["means"]["standard"]["psnr"]
+    assert entry["mean"] == pytest.approx(psnr.mean()) and entry["low"] < psnr.mean() < entry["high"]
+    pred, gt, sar = (stacked(scene, kind) for kind in ("pred", "gt", "sar"))
+    ratio = np.abs(pred - sar[..., None]).mean() / np.abs(pred - gt).mean()
+    collapse = report["set"]["identity_collapse"]
+    assert collapse["value"] == pytest.approx(ratio, rel=1e-5) and collapse["low"] < ratio < collapse["high"]
+    ranked = sorted(rows, key=lambda row: -float(row["standard/psnr"]))
+    assert report["examples"]["best"] == [row["name"] for row in ranked[:3]]
+    assert report["examples"]["worst"] == [row["name"] for row in ranked[-3:]]
+    assert set(report["absent"]) == {"lpips", "dists", "fid", "kid", "inception_score", "uncertainty"}
+
+
+def test_equal_images_are_infinite_and_swapping_the_folders_changes_nothing(scene):
+    forwards = run(scene)["means"]
+    argv = [
+        "--pred-dir",
+        str(scene / "gt"),
+        "--gt-dir",
+        str(scene / "pred"),
+        "--no-networks",
+        "--output",
+        str(scene / "swapped"),
+    ]
+    assert evaluate.main(argv) == 0
+    backwards = json.loads((scene / "swapped" / "report.json").read_text())["means"]
+    for metric in ("psnr", "ssim", "scc"):
+        assert backwards["standard"][metric]["mean"] == pytest.approx(forwards["standard"][metric]["mean"], abs=1e-5)
+    shutil.rmtree(scene / "pred")
+    shutil.copytree(scene / "gt", scene / "pred")
+    same = run(scene, *everything(scene), output="same")
+    assert same["means"]["standard"]["psnr"] == {"mean": None, "n": 0, "infinite": COUNT, "low": None, "high": None}
+    assert same["means"]["standard"]["ssim"]["mean"] == pytest.approx(1, abs=1e-5)
+    assert "not all 0" in same["uncertainty"]["absent"]["ranking"] and "identity_collapse" not in same["set"]
+    assert "∞" in (scene / "same" / "report.md").read_text()
+
+
+def test_a_copied_sar_is_warned_about(scene):
+    shutil.rmtree(scene / "pred")
+    shutil.copytree(scene / "sar", scene / "pred")
+    assert run(scene, "--sar-dir", str(scene / "sar"))["set"]["identity_collapse"]["value"] == 0
+    assert "the output copies its input" in (scene / "report" / "report.md").read_text()
+
+
+def test_batches_workers_and_the_names_order_on_disk_change_nothing(scene):
+    one = run(scene, *everything(scene), "--batch-size", "1")
+    many = run(scene, *everything(scene), "--batch-size", "5", "--num-workers", "2", output="many")
+    for path, value in flat(one).items():
+        assert flat(many)[path] == pytest.approx(value, abs=1e-5), path
+
+
+def flat(node, path=()) -> dict:
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if children is None:
+        return {path: node}
+    return {key: value for name, child in children for key, value in flat(child, (*path, name)).items()}
+
+
+# ---- what does not fit
+
+
+def test_every_fault_is_counted_and_named_and_strict_refuses_them(scene, capsys):
+    (scene / "pred" / "0.png").unlink()
+    (scene / "gt" / "2.png").unlink()
+    write(scene / "gt" / "4.png", np.pad(read(scene / "gt" / "4.png"), ((2, 2), (2, 2), (0, 0)), constant_values=9))
+    write(scene / "gt" / "6.png", read(scene / "gt" / "6.png")[:-1])
+    (scene / "pred" / "sub" / "1.png").write_bytes(b"\x89PNG")
+    (scene / "variance" / "sub" / "3.tif").unlink()
+    report = run(scene, "--variance-dir", str(scene / "variance"), code=1)
+    faults = report["faults"]
+    assert faults["missing"] == ["0"] and faults["extra"] == ["2"] and faults["cropped"] == ["4 (28 x 28 px to 24 x 24 px)"]
+    assert faults["size"] == ["6 is 24 x 23 px, the prediction 24 x 24 px"] and "sub/1.png" in faults["unreadable"][0]
+    assert faults["beside"] == ["sub/3: no variance file"]
+    assert report["images"] == 4 and report["uncertainty"]["images"] == 3
+    assert "ground truth without a prediction: 1 (0)" in capsys.readouterr().err
+    text = (scene / "report" / "report.md").read_text()
+    assert all(line in text for line in ("Predictions without ground truth: 1.", "- sub/3: no variance file"))
+    argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--no-networks", "--strict"]
+    assert errors.run(evaluate.main, [*argv, "--output", str(scene / "strict")]) == 2
+    assert "--strict: ground truth without a prediction: 1 (0); predictions" in capsys.readouterr().err
+    assert not (scene / "strict").exists()
+
+
+def test_larger_ground_truth_is_cropped_at_its_centre(scene):
+    before = run(scene)["means"]
+    for path in (scene / "gt").rglob("*.png"):
+        write(path, np.pad(read(path), ((5, 5), (3, 3), (0, 0)), constant_values=255))
+    after = run(scene, output="cropped")
+    assert after["means"]["standard"] == before["standard"] and len(after["faults"]["cropped"]) == COUNT
+
+
+def test_a_list_chooses_what_counts(scene):
+    (scene / "list.txt").write_text("data/opt/0.png\n\nsub/3.png\n6\nnowhere.png\n")
+    report = run(scene, "--split-list", str(scene / "list.txt"))
+    assert [row["name"] for row in table_of(scene / "report")] == ["0", "6", "sub/3"]
+    assert report["faults"] == {"unlisted": ["nowhere.png"]}
+    (scene / "pairs.csv").write_text("sar,eo\na/1.png,b/2.png\n")
+    assert run(scene, "--split-list", str(scene / "pairs.csv"), output="csv")["images"] == 1
+    with pytest.raises(UserError, match="x/2.png and y/2.png would both be 2"):
+        (scene / "twice.txt").write_text("y/2.png\nx/2.png\n")
+        run(scene, "--split-list", str(scene / "twice.txt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size: expected at least 1, found 0"),
+        (["--sar-dir", "/nowhere"], "--sar-dir: there is no folder /nowhere"),
+        (["--device", "cuda:99"], "--device: 'cuda:99' is not to be had here"),
+        (["--baseline", "/nowhere/report.json"], "/nowhere/report.json: No such file"),
+    ],
+)
+def test_mistakes_are_one_line(scene, capsys, options, message):
+    argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--output", str(scene / "report")]
+    assert errors.run(evaluate.main, [*argv, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}") and not (scene / "report").exists()
+
+
+def test_folders_without_a_common_name_and_twins_are_refused(scene):
+    shutil.copy(scene / "pred" / "0.png", scene / "pred" / "0.jpg")
+    with pytest.raises(UserError, match="0.jpg and 0.png differ in the suffix alone"):
+        run(scene)
+    (scene / "other").mkdir()
+    write(scene / "other" / "x.png", np.zeros((9, 9, 3)))
+    with pytest.raises(UserError, match="has a twin"):
+        evaluation.evaluate_folders(pairs.Inputs(scene / "other", scene / "gt"), scene / "report")
+
+
+# ---- uncertainty
+
+
+def test_the_maps_are_judged_by_the_pooled_pixels_and_per_image(scene):
+    report = run(scene, *everything(scene))
+    part = report["uncertainty"]
+    pred, gt, sar = (stacked(scene, kind) for kind in ("pred", "gt", "sar"))
+    variance, spread = stacked(scene, "variance", ".tif"), stacked(scene, "ensemble", ".tif")
+    errors_by_name = {"absolute": np.abs(pred - gt).mean(-1), "squared": ((pred - gt) ** 2).mean(-1)}
+    scores = {"variance": variance, "ensemble spread": spread, "SAR brightness": sar}
+    for name, score in scores.items():
+        for kind, error in errors_by_name.items():
+            expected = spearmanr(score.ravel(), error.ravel()).statistic
+            assert part["maps"][name]["ranking"][kind]["spearman"] == pytest.approx(expected, abs=1e-5)
+    assert part["mean_error"]["squared"] == pytest.approx(errors_by_name["squared"].mean(), rel=1e-5)
+    sar_only, eo_only = (stacked(scene / "masks", f"mask_{kind}") > 127 for kind in pairs.MASKS)
+    clean = ~(sar_only | eo_only)
+    for kind, mask in (("sar_only", sar_only), ("eo_only", eo_only)):
+        truth, score = mask[mask | clean], sar[mask | clean]
+        assert part["maps"]["SAR brightness"][kind]["auroc"] == pytest.approx(roc_auc_score(truth, score), abs=1e-6)
+        precision = average_precision_score(truth, score)
+        assert part["maps"]["SAR brightness"][kind]["average_precision"] == pytest.approx(precision, abs=1e-6)
+        assert part["discrepant_pixels"][kind] == mask.sum()
+    assert part["maps"]["variance"]["sar_only"]["auroc"] == 1 and 0.4 < part["maps"]["random"]["eo_only"]["auroc"] < 0.6
+    # Errors were drawn with the spread as their σ: as a σ it is calibrated, and as σ² at another scale after scaling too.
+    assert part["maps"]["ensemble spread"]["calibration"]["ence"] < 0.1
+    assert part["maps"]["variance"]["calibration"]["ence"] < 0.1 and part["maps"]["expected error"]["calibration"]["ence"] < 0.1
+    assert (
+        "calibration" not in part["maps"]["SAR brightness"]
+        and abs(part["maps"]["random"]["ranking"]["absolute"]["aurg"]) < 0.05
+    )
+    row = next(row for row in table_of(scene / "report") if row["name"] == "sub/3")
+    alone = np.abs(read(scene / "pred/sub/3.png") - read(scene / "gt/sub/3.png")).mean(-1)
+    expected = spearmanr(read(scene / "variance/sub/3.tif").ravel(), alone.ravel()).statistic
+    assert float(row["variance/spearman_absolute"]) == pytest.approx(expected, abs=1e-6)
+    assert "SAR gradient/aurg_squared" in row
+
+
+def test_rivals_by_hand():
+    sar = np.zeros((15, 15, 3), np.float32)
+    sar[:, 8:] = 100
+    maps = judgement.rivals(sar, (15, 15), "a")
+    assert (maps["SAR brightness"] == sar[..., 0]).all()
+    # A 7 x 7 window at column 7 holds 4 dark and 3 bright columns: mean 300 / 7, deviation 100 sqrt(12) / 7.
+    assert maps["SAR local variation"][7, 7] == pytest.approx(math.sqrt(12) / 3, rel=1e-5)
+    assert (
+        maps["SAR local variation"][7, 0] == 0 and maps["SAR gradient"][7].argmax() in (7, 8) and maps["SAR gradient"][7, 0] < 1
+    )
+    assert set(judgement.rivals(None, (2, 3), "a")) == {"random"}
+    assert (judgement.rivals(None, (2, 3), "a")["random"] != judgement.rivals(None, (2, 3), "b")["random"]).all()
+
+
+def test_pooled_pixels_are_capped_and_drawn_by_the_stem_alone(scene, monkeypatch):
+    monkeypatch.setattr(pairs, "POOLED_PIXELS", 100 * COUNT)
+    part = run(scene, "--variance-dir", str(scene / "variance"))["uncertainty"]
+    assert part["pixels"] == 100 * COUNT and part["pixels_per_image"] == 100
+    maps = {"a": np.arange(600.0).reshape(20, 30), "b": np.arange(600.0).reshape(20, 30) * 2}
+    sample = judgement.sample_pixels(maps, 100, "stem")
+    assert len(np.unique(sample["a"])) == 100 and (sample["b"] == 2 * sample["a"]).all()
+    assert (judgement.sample_pixels(maps, 100, "stem")["a"] == sample["a"]).all()
+    assert (judgement.sample_pixels(maps, 100, "other")["a"] != sample["a"]).any()
+
+
+# ---- intervals and comparison
+
+
+def test_bootstrap_intervals_cover_the_normal_theory_and_ignore_what_is_missing():
+    values = np.random.default_rng(0).normal(5, 2, (400, 2))
+    values[:100, 1] = np.nan
+    means = evaluation.resampled_means(values)
+    assert means.shape == (evaluation.RESAMPLES, 2)
+    for column, n in ((0, 400), (1, 300)):
+        kept = values[np.isfinite(values[:, column]), column]
+        ends = evaluation.interval(means[:, column])
+        half = 1.96 * kept.std() / math.sqrt(n)
+        assert ends["low"] == pytest.approx(kept.mean() - half, abs=0.03) and ends["high"] == pytest.approx(
+            kept.mean() + half, abs=0.03
+        )
+    assert evaluation.interval(evaluation.resampled_means(np.full((3, 1), np.nan))[:, 0]) == {"low": None, "high": None}
+    assert (evaluation.resampled_means(values)[:, 0] == means[:, 0]).all()
+
+
+def test_the_paired_bootstrap_sees_a_small_steady_gain(scene):
+    run(scene)
+    for path in (scene / "pred").rglob("*.png"):  # everything a little nearer to the truth
+        gt = read(scene / "gt" / path.relative_to(scene / "pred"))
+        write(path, gt + 0.9 * (read(path) - gt))
+    (scene / "pred" / "0.png").unlink()
+    comparison = run(scene, "--baseline", str(scene / "report" / "report.json"), output="better")["comparison"]
+    assert comparison["images"] == COUNT - 1 and comparison["images_of_baseline"] == COUNT
+    gain = comparison["means"]["standard"]["psnr"]
+    first, second = ({r["name"]: float(r["standard/psnr"]) for r in table_of(scene / f)} for f in ("report", "better"))
+    assert gain["difference"] == pytest.approx(np.mean([second[name] - first[name] for name in second]))
+    assert 0 < gain["low"] < gain["difference"] < gain["high"] and gain["high"] - gain["low"] < 0.3
+    assert "Against the baseline" in (scene / "better" / "report.html").read_text()
+    (scene / "report" / "metrics.csv").unlink()
+    with pytest.raises(UserError, match="expected report.json with metrics.csv beside it"):
+        run(scene, "--baseline", str(scene / "report" / "report.json"))
+
+
+# ---- files
+
+
+class Checker(HTMLParser):
+    """Every tag is closed in order, nothing is loaded from elsewhere; counts tags."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.count = [], {}
+
+    def handle_starttag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        assert tag not in ("script", "link", "iframe")
+        for name, value in attributes:
+            assert name not in ("src", "href") or value.startswith("data:")
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_html_is_well_formed_and_self_contained(scene):
+    for index in range(2):  # a name that would break careless HTML
+        for kind in ("pred", "gt", "sar"):
+            shutil.copy(scene / kind / "0.png", scene / kind / f"<b>&{index}.png")
+    run(scene, *everything(scene))
+    text = (scene / "report" / "report.html").read_text()
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == [] and checker.count["svg"] == 5 and checker.count["img"] == 9 and "b" not in checker.count
+    for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text):
+        Image.open(io.BytesIO(base64.b64decode(data))).verify()
+    assert sorted(path.name for path in (scene / "report").iterdir()) == [
+        "metrics.csv",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+
+
+def test_a_chart_places_its_points():
+    svg = line_chart({"a": ([0, 10], [0, 4])}, "x", "y")
+    (points,) = re.findall(r'polyline points="([^"]+)"', svg)
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points.split())
+    assert (x0, y0) == (60, 295) and x1 == 450 and y1 == pytest.approx(295 - 285 / 1.05, abs=0.1)
+    assert ticks(99).tolist() == [0, 20, 40, 60, 80] and ticks(1.3).tolist() == pytest.approx([0, 0.5, 1.0])
+
+
+def test_reports_merge_into_one_table_that_never_mixes_conventions(scene, capsys):
+    run(scene, *everything(scene), output="with_maps/test")
+    run(scene, output="plain")
+    argv = [str(scene / "with_maps/test/report.json"), f"other={scene / 'plain/report.json'}", "--output", str(scene / "R.md")]
+    assert table.main(argv) == 0
+    text = (scene / "R.md").read_text()
+    sections = re.split(r"\n## ", text)
+    assert [section.split("\n")[0] for section in sections[1:]] == [
+        "standard convention", "paper convention", "Whole sets", "Uncertainty maps and their rivals"
+    ]  # fmt: skip
+    means = json.loads((scene / "plain/report.json").read_text())["means"]
+    for section, convention in zip(sections[1:], ("standard", "paper"), strict=False):
+        assert f"| other | {COUNT} | {means[convention]['psnr']['mean']:.4f} [" in section
+        assert f"| with_maps | {COUNT} |" in section
+    assert "| with_maps | ensemble spread | 8 |" in sections[4]
+    assert errors.run(table.main, [argv[0], argv[0], "--output", str(scene / "R.md")]) == 2
+    assert "a second run called with_maps" in capsys.readouterr().err
+    (scene / "plain" / "report.json").write_text("{}")
+    assert errors.run(table.main, argv) == 2 and "no report of evaluate.py" in capsys.readouterr().err
