@@ -1,0 +1,151 @@
+"""What an audit leaves behind: table, overlays, contact sheet, and the list of the pairs that are worth training on."""
+
+import csv
+import html
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from cdiffset.audit import scores_of, strongest_boxes
+from cdiffset.images import read_eo, read_sar, read_tiff, to_signed, write_png, written_whole
+from feeders.feeder import ListFeeder, Pair, PairedFeeder
+from utils import panel
+
+BOX_QUANTILE = 0.98  # of the discrepancies of all pixels of the set: what is above belongs to a box
+HEAT, BOX = (255, 30, 0), (255, 235, 0)  # RGB
+MIN_SIDE_PX = 192  # smaller images are enlarged in overlays
+
+
+@dataclass
+class Finding:
+    """What the audit says of one pair."""
+
+    pair: Pair
+    score: float  # mean of the discrepancy map: is it a pair at all, and aligned?
+    local: float  # its 99th percentile: has a part of it changed?
+    maximum: float
+    boxes: list[tuple[int, int, int, int]]  # x0, y0, x1, y1 in px, the strongest first
+    kept: bool = True
+
+
+def map_path(output: Path, pair: Pair) -> Path:
+    return output / "maps" / f"{pair.name}.tif"
+
+
+def overlay_path(pair: Pair) -> Path:
+    """Relative to the output folder, as the contact sheet refers to it."""
+    return Path("overlays") / f"{pair.name}.png"
+
+
+def write_findings(output: Path, pairs: list[Pair], most_boxes: int) -> list[Finding]:
+    """Score and box every pair from its map in `output`, and write its overlay => findings, the highest score first.
+
+    One threshold and one colour scale serve the whole set, so that pairs compare.
+    """
+    findings, samples = [], []
+    for pair in pairs:
+        residual = read_tiff(map_path(output, pair))
+        findings.append(Finding(pair, *scores_of(residual), float(residual.max()), []))
+        step = max(1, min(residual.shape) // 64)  # a grid of some thousand pixels represents a pair
+        samples.append(residual[::step, ::step].ravel())
+    threshold = float(np.quantile(np.concatenate(samples), BOX_QUANTILE))
+    for finding in tqdm(findings, desc="drawing", unit="pair", mininterval=1):
+        residual = read_tiff(map_path(output, finding.pair))
+        finding.boxes = strongest_boxes(residual, threshold, most_boxes)
+        sar, eo = read_sar(finding.pair.sar), read_eo(finding.pair.eo)
+        write_png(output / overlay_path(finding.pair), overlay(sar, eo, residual, finding.boxes, threshold))
+    return sorted(findings, key=lambda finding: (-finding.score, finding.pair.name))
+
+
+def overlay(sar: np.ndarray, eo: np.ndarray, residual: np.ndarray, boxes: list, threshold: float) -> np.ndarray:
+    """SAR, EO [H, W, 3] in 0-255 and the map [H, W] => SAR | EO | EO with heat and boxes, uint8 [H', W', 3].
+
+    Heat is half opaque at the threshold and lets the image shine through everywhere.
+    """
+    opacity = (residual / max(2 * threshold, np.finfo(np.float32).tiny)).clip(0, 0.8)[..., None]  # [H,W,1]
+    heated = eo * (1 - opacity) + np.array(HEAT) * opacity
+    scale = max(1, -(-MIN_SIDE_PX // min(eo.shape[:2])))
+    pictures = [picture.repeat(scale, 0).repeat(scale, 1).round().astype(np.uint8) for picture in (sar, eo, heated)]
+    boxed = Image.fromarray(pictures[2])
+    for x0, y0, x1, y1 in boxes:
+        ImageDraw.Draw(boxed).rectangle([x0 * scale, y0 * scale, x1 * scale - 1, y1 * scale - 1], outline=BOX)
+    pictures[2] = np.array(boxed)
+    return panel([to_signed(torch.from_numpy(picture).float()).movedim(-1, 0) for picture in pictures])
+
+
+def choose_kept(findings: list[Finding], drop_share: float, max_score: float | None) -> None:
+    """Mark the pairs that go: those above `max_score`, or else the given share of all, the worst ones.
+
+    findings: the highest score first.
+    """
+    dropped = round(drop_share * len(findings)) if max_score is None else sum(f.score > max_score for f in findings)
+    for place, finding in enumerate(findings):
+        finding.kept = place >= dropped
+
+
+def write_table(path: Path, findings: list[Finding]) -> None:
+    """CSV, a line per pair in the order given. Boxes: x0 y0 x1 y1 in px, parted by semicolons."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["name", "score", "local", "max", "kept", "boxes", "sar", "eo"])
+    for finding in findings:
+        boxes = "; ".join(" ".join(map(str, box)) for box in finding.boxes)
+        numbers = [f"{number:.6g}" for number in (finding.score, finding.local, finding.maximum)]
+        writer.writerow(
+            [finding.pair.name, *numbers, "yes" if finding.kept else "no", boxes, finding.pair.sar, finding.pair.eo]
+        )
+    write_text(path, table.getvalue())
+
+
+def write_contact_sheet(path: Path, findings: list[Finding], top: int) -> None:
+    """HTML page of the `top` first findings, whose overlays it shows from the folder it lies in."""
+    figures = []
+    for place, finding in enumerate(findings[:top], start=1):
+        name = html.escape(finding.pair.name)
+        source = quote(overlay_path(finding.pair).as_posix())
+        caption = f"{place}. {name}: score {finding.score:.4g}, local {finding.local:.4g}" + (
+            "" if finding.kept else ", dropped"
+        )
+        figures.append(f'<figure><img src="{source}" alt="{name}" loading="lazy"><figcaption>{caption}</figcaption></figure>')
+    style = "body{font-family:sans-serif}figure{display:inline-block;margin:8px;max-width:640px}img{max-width:100%}"
+    title = f"The {len(figures)} most discrepant of {len(findings)} pairs"
+    legend = "SAR, EO, EO with what contradicts the SAR in red; yellow boxes: the strongest regions."
+    page = [
+        "<!DOCTYPE html>", '<html lang="en">',
+        f'<head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>',
+        f"<body><h1>{title}</h1><p>{legend}</p>", *figures, "</body></html>",
+    ]  # fmt: skip
+    write_text(path, "\n".join(page) + "\n")
+
+
+def write_kept_list(path: Path, feeder: PairedFeeder, root: Path, findings: list[Finding]) -> None:
+    """The kept pairs in the feeder's order, as a list for training: EO paths for a ListFeeder, else `sar,eo` lines.
+
+    Paths are relative to `root`, the feeder's dataroot. PairedFolderFeeder reads the `sar,eo` form.
+    """
+    kept = {finding.pair for finding in findings if finding.kept}
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    if not isinstance(feeder, ListFeeder):
+        writer.writerow(["sar", "eo"])
+    for pair in feeder.pairs:
+        if pair not in kept:
+            continue
+        sar, eo = (Path(os.path.relpath(file, root)).as_posix() for file in (pair.sar, pair.eo))
+        if isinstance(feeder, ListFeeder):
+            table.write(f"{eo}\n")  # a path a line, never quoted
+        else:
+            writer.writerow([sar, eo])
+    write_text(path, table.getvalue())
+
+
+def write_text(path: Path, text: str) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
