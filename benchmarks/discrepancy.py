@@ -411,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     size, device = SIZES[args.size], "cuda" if torch.cuda.is_available() else "cpu"
     output = args.output or REPO / "work_dir/benchmarks/discrepancy" / args.size
     settings = {"size": asdict(size), "base": args.base, "levels": {name: asdict(level) for name, level in LEVELS.items()}}
-    check_settings(output, json.loads(json.dumps(settings)))
+    check_settings(output, settings)
     if not args.report_only:
         for level in args.levels:
             load_latents(output, args.base, level, size, device)

@@ -11,6 +11,7 @@ from scipy.stats import t as student_t
 
 import utils
 from benchmarks.measures import APPEARS, Scenes
+from cdiffset.readouts import READOUTS
 
 Results = dict[tuple[str, str], dict[int, dict]]  # (level, variant) -> seed -> numbers
 SCALE = 2  # a 64 px scene is shown at 128 px
@@ -276,7 +277,7 @@ def report(results: Results, judged: dict[str, str], levels: list[str], at_level
         "## Claims", "Differences between variants of the same seed. Supported: the interval lies on the claimed side of 0.",
         claims_table(results),
         "## Pictures", variant_table(results, "standard", labels, PICTURE),
-        "## Confidence", "σ² is read early: mean over the first eighth of the sampling steps.",
+        "## Confidence", f"σ² is read early: {READOUTS['early']}.",
         variant_table(results, "standard", labels, CONFIDENCE),
         "## Audit", variant_table(results, "standard", labels, audit_columns()),
     ]  # fmt: skip

@@ -158,13 +158,6 @@ def map_measures(map_: "Map", score: np.ndarray, error: np.ndarray, scenes: Scen
     return numbers
 
 
-def readout_steps(name: str, num_inference_steps: int) -> list[int]:
-    """Indices of the steps whose σ² a readout averages. "early": the first eighth, before the sample has decided anything."""
-    if name == "early":
-        return list(range(max(1, num_inference_steps // 8)))
-    return list(steps_read(name, num_inference_steps))
-
-
 @dataclass(frozen=True)
 class Map:
     """A map of uncertainty over scenes, of latent cells or pixels."""
@@ -229,7 +222,7 @@ class Judge:
         if sigma2 is None:
             return maps
         for name in ("midpoint", "early", "mean", "late"):
-            maps[f"σ² {name}"] = Map(sigma2[0, readout_steps(name, steps)].mean(0), steps, 0.5)
+            maps[f"σ² {name}"] = Map(sigma2[0, list(steps_read(name, steps))].mean(0), steps, 0.5)
         maps["σ² first step"] = Map(sigma2[0, 0], 1, 0.5)
         if members > 1:
             maps[f"σ² first step, {members} noises"] = Map(sigma2[:, 0].mean(0), members, 0.5)
