@@ -143,7 +143,7 @@ class Job:
         return output / self.level.replace(" ", "_") / f"seed{self.seed}" / self.variant
 
 
-def all_jobs(size: Size, levels: list[str], seeds: list[int]) -> list[list[Job]]:
+def all_jobs(levels: list[str], seeds: list[int]) -> list[list[Job]]:
     """Waves of jobs, each of which may run at once; the standard level comes first."""
     waves = []
     for level in levels:
@@ -255,14 +255,18 @@ def train_job(job: Job, output: Path, base: str, size: Size, device: str) -> Non
         loss_of = partial(weighted_loss, scheduler, prompt, cdiff_weights(scheduler, sigma2))
     else:
         loss_of = partial(project_loss, scheduler, prompt, variant.beta)
-    iterations = (
-        size.stage2 if variant.start else size.stage1 if job.variant.startswith("stage1") else size.stage1 + size.stage2
-    )
-    stage = 1 if variant.start is None else 2
-    average = train(unet, loss_of, latents, size, iterations, 1000 * job.seed + stage, device)
+    seed = 1000 * job.seed + (2 if variant.start else 1)  # a stage 2 sees other batches than the stage 1 before it
+    average = train(unet, loss_of, latents, size, iterations_of(variant, size), seed, device)
     temporary = folder / "unet.part"
     average.save_pretrained(temporary)
     temporary.rename(folder / "unet")
+
+
+def iterations_of(variant: Variant, size: Size) -> int:
+    """Iterations in all are the same whatever the variant."""
+    if variant.start:
+        return size.stage2
+    return size.stage1 + size.stage2 if variant.confidence else size.stage1
 
 
 def project_loss(scheduler, prompt, beta, unet, z_sar, z_eo, noise, timesteps) -> torch.Tensor:
@@ -297,8 +301,6 @@ def judge_job(job: Job, output: Path, base: str, size: Size, device: str) -> Non
 
 
 def run_job(job: Job, output: Path, base: str, size: Size, device: str) -> Job:
-    if device == "cpu":
-        torch.set_num_threads(1)  # several jobs run beside each other
     train_job(job, output, base, size, device)
     judge_job(job, output, base, size, device)
     return job
@@ -307,7 +309,7 @@ def run_job(job: Job, output: Path, base: str, size: Size, device: str) -> Job:
 # ------------------------------------------------------------------------------------------------------------------ the command
 def run_all(waves: list[list[Job]], workers: int, do_job) -> None:
     """Run the jobs of every wave, `workers` at a time, each in a process of its own."""
-    # Read when a process starts. glibc is told to keep the large blocks that every iteration needs: see the Makefile.
+    # Read when a process starts: one thread for each, and glibc is told to keep the large blocks of every iteration.
     os.environ.update(OMP_NUM_THREADS="1", MALLOC_TRIM_THRESHOLD_="8589934592", MALLOC_MMAP_THRESHOLD_="33554432")
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
@@ -341,9 +343,10 @@ def machine() -> str:
     """The processor that computes, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] \
-        if Path("/proc/cpuinfo").is_file() else []  # fmt: skip
-    return f"{models[0].partition(':')[2].strip() if models else platform.processor()}, {os.cpu_count()} cores"
+    file = Path("/proc/cpuinfo")  # Linux; elsewhere Python knows the name
+    lines = file.read_text().splitlines() if file.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {os.cpu_count()} cores"
 
 
 def heading(name: str, size: Size) -> str:
@@ -417,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
             load_latents(output, args.base, level, size, device)
         workers = args.workers or (1 if device == "cuda" else os.cpu_count() or 1)
         do_job = partial(run_job, output=output, base=args.base, size=size, device=device)
-        run_all(all_jobs(size, args.levels, list(size.seeds)), workers, do_job)
+        run_all(all_jobs(args.levels, list(size.seeds)), workers, do_job)
     write_report(output, args.size, size)
     return 0
 

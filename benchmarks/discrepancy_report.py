@@ -221,7 +221,12 @@ def figure(scenes: Scenes, maps: dict[str, dict[str, np.ndarray]]) -> np.ndarray
     columns = {"SAR": scenes.sar, "EO": scenes.eo} | {
         title: torch.from_numpy(maps[name]["generated"]) for title, name in (("MSE", "mse"), ("C-Diff", "cdiff"))
     }
-    for title, name in (("σ² early", EARLY), ("σ² midpoint", "σ² midpoint"), ("spread", spread), ("audit", "audit")):
+    for title, name in (
+        ("variance, early", EARLY),
+        ("variance, midpoint", "σ² midpoint"),
+        ("spread", spread),
+        ("audit", "audit"),
+    ):
         columns[title] = torch.from_numpy(stretched(cdiff[name]))[:, None]
     columns["only SAR / EO"] = truth
     rows = []
