@@ -78,13 +78,15 @@ class Size:
     warmup: int = 50
     ema_decay: float = 0.995
     scene_px: int = 64
+    train_levels: bool = False  # train at every level of difficulty; False: judge the models of the standard level at all
 
 
 SIZES = {
     "tiny": Size(8, 4, 1, 1, 4, 8e-4, (0,), samples=2, steps=4, warmup=0),  # shows that the command works, nothing else
     "small": Size(4096, 160, 200, 800, 16, 1.6e-3, (0, 1, 2)),
-    "large": Size(65536, 1000, 5000, 20000, 64, 3e-4, (0, 1, 2, 3, 4), samples=16, steps=50, warmup=500, ema_decay=0.9995),
-}
+    "large": Size(65536, 1000, 5000, 20000, 64, 3e-4, (0, 1, 2, 3, 4), samples=16, steps=50, warmup=500, ema_decay=0.9995,
+                  train_levels=True),
+}  # fmt: skip
 
 # Ships and vehicles are as bright in the SAR as the permanent structures. The demo's looks, parcels and texture, which a
 # small network learns in minutes.
@@ -143,15 +145,20 @@ class Job:
         return output / self.level.replace(" ", "_") / f"seed{self.seed}" / self.variant
 
 
-def all_jobs(levels: list[str], seeds: list[int]) -> list[list[Job]]:
-    """Waves of jobs, each of which may run at once; the standard level comes first."""
+def all_jobs(size: Size, levels: list[str]) -> list[list[Job]]:
+    """Waves of jobs, each of which may run at once; the standard level comes first, then these."""
     waves = []
-    for level in levels:
-        needed = set(AT_EVERY_LEVEL) | {"stage1"} if level != "standard" else set(VARIANTS)
+    for level in ("standard", *levels):
+        needed = VARIANTS if level == "standard" else ("stage1", *AT_EVERY_LEVEL) if size.train_levels else AT_EVERY_LEVEL
         for wave in range(3):
-            chosen = [name for name, variant in VARIANTS.items() if variant.wave == wave and name in needed]
-            waves.append([Job(level, seed, name) for name in chosen for seed in seeds])
+            chosen = [name for name in needed if VARIANTS[name].wave == wave]
+            waves.append([Job(level, seed, name) for name in chosen for seed in size.seeds])
     return waves
+
+
+def trained_at(level: str, size: Size) -> str:
+    """The level whose scenes the models were trained on that are judged at this one."""
+    return level if size.train_levels else "standard"
 
 
 # --------------------------------------------------------------------------------------------------------------------- training
@@ -243,7 +250,7 @@ def train(unet, loss_of, latents: torch.Tensor, size: Size, iterations: int, see
 def train_job(job: Job, output: Path, base: str, size: Size, device: str) -> None:
     """Train one variant and write its averaged U-Net, whole or not at all, unless it is there."""
     folder, variant = job.folder(output), VARIANTS[job.variant]
-    if (folder / "unet").is_dir():
+    if (folder / "unet").is_dir() or job.level != trained_at(job.level, size):
         return
     scheduler, latents = load_scheduler(base, "epsilon"), load_latents(output, base, job.level, size, device)
     prompt = embed_prompt(base, variant.prompt).to(device)
@@ -289,7 +296,8 @@ def judge_job(job: Job, output: Path, base: str, size: Size, device: str) -> Non
         num_inference_steps=size.steps, batch_size=32, audit_timesteps=size.audit_timesteps, audit_draws=size.audit_draws
     )
     judge = Judge(load_vae(base).to(device), load_scheduler(base, "epsilon"), prompt, **use)
-    unet, _ = checkpoint.load_unet(str(folder), base, judge.vae.config.latent_channels, "judge")
+    trained = replace(job, level=trained_at(job.level, size)).folder(output)
+    unet, _ = checkpoint.load_unet(str(trained), base, judge.vae.config.latent_channels, "judge")
     thorough = job.variant in ("mse", "cdiff") and job.level == "standard"
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         numbers, maps = judge_unet(judge, unet.to(device).eval(), scenes, size.samples if thorough else 1, thorough)
@@ -378,7 +386,8 @@ def write_report(output: Path, name: str, size: Size) -> None:
     if not results:
         raise UserError(f"--output: {output} holds no results yet: run without --report-only first")
     judged = {variant: VARIANTS[variant].label for variant in JUDGED}
-    text = report(results, judged, list(LEVELS), list(AT_EVERY_LEVEL), heading(name, size))
+    how_trained = f"Trained on scenes of {'the same' if size.train_levels else 'the standard'} level."
+    text = report(results, judged, list(LEVELS), list(AT_EVERY_LEVEL), heading(name, size), how_trained)
     record = [numbers for seeds in results.values() for _, numbers in sorted(seeds.items())]
     for file, content in (("DISCREPANCY.md", text), ("results.json", json.dumps(record, indent=2) + "\n")):
         with written_whole(output / file) as temporary:
@@ -398,9 +407,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, help="folder of the run [work_dir/benchmarks/discrepancy/SIZE]")
     parser.add_argument("--base", default=str(REPO / "assets/demo_base"), help="base model, name or folder [the demo's]")
-    parser.add_argument(
-        "--levels", nargs="+", choices=LEVELS, default=list(LEVELS), metavar="LEVEL", help=f"{', '.join(LEVELS)} [all]"
-    )
+    others = [level for level in LEVELS if level != "standard"]
+    listed = f"difficulties beside the standard one: any of {', '.join(map(repr, others))} [all]"
+    parser.add_argument("--levels", nargs="*", choices=others, default=others, metavar="LEVEL", help=listed)
     parser.add_argument("--workers", type=int, help="variants trained at once [the CPU's cores; 1 on a GPU]")
     parser.add_argument("--report-only", action="store_true", help="write the report of what has been judged so far")
     return parser
@@ -416,11 +425,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = {"size": asdict(size), "base": args.base, "levels": {name: asdict(level) for name, level in LEVELS.items()}}
     check_settings(output, settings)
     if not args.report_only:
-        for level in args.levels:
+        for level in dict.fromkeys(trained_at(level, size) for level in ("standard", *args.levels)):
             load_latents(output, args.base, level, size, device)
         workers = args.workers or (1 if device == "cuda" else os.cpu_count() or 1)
         do_job = partial(run_job, output=output, base=args.base, size=size, device=device)
-        run_all(all_jobs(args.levels, list(size.seeds)), workers, do_job)
+        run_all(all_jobs(size, args.levels), workers, do_job)
     write_report(output, args.size, size)
     return 0
 

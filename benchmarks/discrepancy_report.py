@@ -184,8 +184,8 @@ def targets_table(results: Results) -> str:
     ]
     rows = []
     for target, bound, value, larger in reached:
-        met = value >= bound if larger else value <= bound
-        rows.append([target, f"{'≥' if larger else '≤'} {bound:.2f}", f"{value:.3f}", "reached" if met else "missed"])
+        met = "reached" if (value >= bound if larger else value <= bound) else "missed"
+        rows.append([target, f"{'≥' if larger else '≤'} {bound:.2f}", f"{value:.3f}", "–" if math.isnan(value) else met])
     return markdown(["target", "bound", "mean over the seeds", "verdict"], rows)
 
 
@@ -272,8 +272,12 @@ choice of scenes.
 """
 
 
-def report(results: Results, judged: dict[str, str], levels: list[str], at_levels: list[str], heading: str) -> str:
-    """The whole report. judged: {variant: label}, of the standard level; at_levels: the variants of the other levels."""
+def report(
+    results: Results, judged: dict[str, str], levels: list[str], at_levels: list[str], heading: str, how_trained: str
+) -> str:
+    """The whole report. judged: {variant: label}, of the standard level; at_levels: the variants of the other levels, of which
+    `how_trained` says what they were trained on.
+    """
     parts = [heading, DEFINITIONS]
     labels = {name: label for name, label in judged.items() if results.get(("standard", name))}
     if results.get(("standard", "cdiff")):
@@ -292,7 +296,7 @@ def report(results: Results, judged: dict[str, str], levels: list[str], at_level
     if "cdiff" in labels:
         parts += ["σ² along the sampling, from noise to picture:", timestep_table(results, "cdiff")]
         parts += ["Mean picture of the samples, for comparison:", mean_picture_table(results)]
-    parts += ["## Difficulty", level_table(results, levels, {name: judged[name] for name in at_levels})]
+    parts += ["## Difficulty", how_trained, level_table(results, levels, {name: judged[name] for name in at_levels})]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

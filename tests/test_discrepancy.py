@@ -188,16 +188,18 @@ def test_differences_are_taken_within_a_seed():
 
 
 # ----------------------------------------------------------------------------------------------------------------- the command
-def test_variants_wait_for_what_they_start_from():
-    waves = discrepancy.all_jobs(list(discrepancy.LEVELS), [0, 1, 2])
-    done = set()
-    for wave in waves:
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_variants_wait_for_what_they_start_from(name):
+    size, done = discrepancy.SIZES[name], set()
+    for wave in discrepancy.all_jobs(size, [level for level in discrepancy.LEVELS if level != "standard"]):
         for job in wave:
             variant = discrepancy.VARIANTS[job.variant]
-            assert all(replace(job, variant=name) in done for name in (variant.start, variant.weighted_like) if name)
+            earlier = [replace(job, variant=name) for name in (variant.start, variant.weighted_like) if name]
+            trained = job.level == discrepancy.trained_at(job.level, size)
+            assert all(each in done for each in earlier) if trained else replace(job, level="standard") in done
         done |= set(wave)
     assert {job.variant for job in done if job.level == "standard"} == set(discrepancy.VARIANTS)
-    assert all(len(size.seeds) >= 3 for name, size in discrepancy.SIZES.items() if name != "tiny")
+    assert {job.level for job in done} == set(discrepancy.LEVELS) and len(size.seeds) >= 3
 
 
 def test_training_is_reproducible_and_a_variant_is_not_trained_twice(tiny_base, tmp_path):
@@ -219,10 +221,12 @@ def test_the_command(tiny_base, tmp_path, monkeypatch, capsys):
     some = ("stage1", "mse", "cdiff", "mse_weighted")
     monkeypatch.setattr(discrepancy, "VARIANTS", {name: discrepancy.VARIANTS[name] for name in some})
     monkeypatch.setattr(discrepancy, "JUDGED", list(some[1:]))
-    arguments = ["--size", "tiny", "--output", str(tmp_path), "--base", tiny_base, "--levels", "standard"]
+    arguments = ["--size", "tiny", "--output", str(tmp_path), "--base", tiny_base, "--levels", "few looks"]
     assert discrepancy.main(arguments) == 0
     text = (tmp_path / "DISCREPANCY.md").read_text()
-    record = {numbers["variant"]: numbers for numbers in json.loads((tmp_path / "results.json").read_text())}
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert {numbers["level"] for numbers in record} == {"standard", "few looks"}
+    record = {numbers["variant"]: numbers for numbers in record if numbers["level"] == "standard"}
     assert set(record) == set(discrepancy.JUDGED) and all(discrepancy.VARIANTS[name].label in text for name in record)
     assert f"| {record['cdiff']['picture']['psnr']:.2f} |" in text
     assert (tmp_path / "figure.png").stat().st_size < 300_000
