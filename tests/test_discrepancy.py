@@ -11,7 +11,17 @@ from conftest import tiny_unet
 from scipy import stats
 
 from benchmarks import discrepancy, discrepancy_report
-from benchmarks.measures import Judge, Recorder, appearance, draw_scenes, found, picture_measures, share_drawn
+from benchmarks.measures import (
+    Judge,
+    Map,
+    Recorder,
+    appearance,
+    draw_scenes,
+    found,
+    map_measures,
+    picture_measures,
+    share_drawn,
+)
 from cdiffset.diffusion import translate
 from cdiffset.losses import RAW_OFFSET, cdiff_loss, mse_loss
 from cdiffset.model import embed_prompt, load_scheduler, load_vae, patch_conv_in, patch_conv_out
@@ -84,6 +94,18 @@ def test_brightness_tells_no_movable_from_a_permanent_structure_at_the_benchmark
     scenes = draw_scenes(discrepancy.STANDARD, "test", range(80), discrepancy.SCENE_SEED)
     assert found(scenes.sar[:, 0].numpy(), scenes)["auroc_movable"] == pytest.approx(0.5, abs=0.1)
     assert found(scenes.masks["movable"].astype(float), scenes)["auroc_movable"] == 1
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5, None])
+def test_a_map_that_is_the_error_is_a_perfect_one(scenes, power):
+    """In any unit, and squared where it is a variance; the discrepancies are found as far as the error lies in them."""
+    inside = scenes.masks["sar_only"] | scenes.masks["eo_only"]
+    error = np.random.default_rng(0).uniform(1, 2, inside.shape) + 2 * inside
+    score = 7 * error if power != 0.5 else 7 * error**2
+    numbers = map_measures(Map(torch.empty(0), 3, power), score, error, scenes)
+    assert numbers["spearman"] == pytest.approx(1) and numbers["ause"] == pytest.approx(0, abs=1e-9)
+    assert numbers["auroc_all"] == numbers["ap_all"] == pytest.approx(1) and numbers["passes"] == 3
+    assert numbers.get("ence") == (None if power is None else pytest.approx(0, abs=1e-9))
 
 
 def test_scenes_are_those_that_the_simulator_writes(scenes, tmp_path):
