@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     auditor = Auditor(args, config or Config(), pick_device(args.device))
     try:
         failures = write_maps(auditor, feeder.pairs, args.output, args.batch_size, args.skip_existing)
-        pairs = [pair for pair in feeder.pairs if pair not in set(failures)]
+        pairs = [pair for pair in feeder.pairs if pair not in failures]
         if not pairs:
-            raise UserError(f"none of the {len(failures)} pairs can be read, the first is {failures[0].eo}")
+            raise UserError(f"none of the {len(failures)} pairs can be read, one is {min(failures).eo}")
         findings = audit_report.write_findings(args.output, pairs, args.boxes)
         audit_report.choose_kept(findings, args.drop_share, args.max_score)
         audit_report.write_table(args.output / "audit.csv", findings)
@@ -71,7 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(findings)} pairs, {sum(finding.kept for finding in findings)} kept: see {args.output / 'contact_sheet.html'}")
     print(f"To train on the kept ones: {training_options(args.which, arguments, root, kept_list)}")
     if failures:
-        print(f"{len(failures)} skipped as unreadable: {', '.join(str(pair.eo) for pair in failures[:3])}", file=sys.stderr)
+        print(
+            f"{len(failures)} skipped as unreadable: {', '.join(str(pair.eo) for pair in sorted(failures)[:3])}",
+            file=sys.stderr,
+        )
     return 1 if failures else 0
 
 
@@ -110,7 +113,8 @@ def find_pairs(args: argparse.Namespace, config: Config | None):
     else:
         arguments = getattr(config, f"{args.which}_feeder_args")
         feeder = build_feeder(config, args.which)
-    root = arguments.get("dataroot") or os.path.commonpath([os.path.abspath(arguments[name]) for name in ("sar_dir", "eo_dir")])
+    folders = {os.path.abspath(file.parent) for pair in feeder.pairs for file in (pair.sar, pair.eo)}
+    root = arguments.get("dataroot") or os.path.commonpath(folders)
     return feeder, arguments, Path(root)
 
 

@@ -62,12 +62,12 @@ class Auditor:
         return to_signed(torch.from_numpy(np.stack(padded)).permute(0, 3, 1, 2)).to(self.device)
 
 
-def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, batch_size: int, skip_existing: bool) -> list[Pair]:
+def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, batch_size: int, skip_existing: bool) -> set[Pair]:
     """Write the map of every pair, batching pairs of one padded size => the pairs that could not be read."""
     todo = [pair for pair in pairs if not (skip_existing and map_path(output, pair).is_file())]
     if len(todo) < len(pairs):
         print(f"{len(pairs) - len(todo)} of {len(pairs)} maps are there already")
-    failures, waiting = [], {}
+    failures, waiting = set(), {}
     with tqdm(total=len(todo), desc="auditing", unit="pair", mininterval=1) as bar:
 
         def work(batch: list[tuple[Pair, np.ndarray, np.ndarray]]) -> None:
@@ -80,7 +80,7 @@ def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, batch_size: in
             try:
                 sar, eo = read_pair(pair)
             except UserError as error:
-                failures.append(pair)
+                failures.add(pair)
                 bar.write(f"skipped: {error}", file=sys.stderr)
                 bar.update()
                 continue

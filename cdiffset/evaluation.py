@@ -17,7 +17,7 @@ import utils
 from cdiffset.errors import UserError
 from cdiffset.images import written_whole
 from cdiffset.judgement import pooled
-from cdiffset.pairs import FAULTS, Inputs, PairFolders
+from cdiffset.pairs import FAULTS, MAPS, Inputs, PairFolders
 from cdiffset.report import render_html, render_markdown
 
 RESAMPLES = 2000  # of the bootstrap
@@ -220,7 +220,9 @@ def compare(rows: list[dict], set_values: dict, report: dict, other_rows: list[d
     if not mine:
         raise UserError(f"--baseline: {path} judged none of these images")
     theirs = [theirs[row["name"]] for row in mine]
-    columns = [column for column in utils.columns_of(mine) if column in set(utils.columns_of(theirs))]
+    groups_compared = {*utils.CONVENTIONS, "8-bit", *MAPS}  # not the maps' rivals
+    shared = set(utils.columns_of(theirs))
+    columns = [name for name in utils.columns_of(mine) if name in shared and name.split("/")[0] in groups_compared]
     differences = column_values(mine, columns) - column_values(theirs, columns)  # [n, k]
     groups: dict[str, dict[str, dict]] = {}
     for column, values, resampled in zip(columns, differences.T, resampled_means(differences).T, strict=True):

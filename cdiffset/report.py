@@ -29,6 +29,8 @@ LABELS = {  # with the unit, and an arrow towards better
     "mae": "mean absolute error to EO ↓",
     "mae_sar": "mean absolute difference to SAR",
 }
+RANKING = {"spearman": "Spearman, {} ↑", "ause": "AUSE, {} ↓", "aurg": "AURG, {} ↑"}  # {}: of which error
+LABELS |= {f"{measure}_{error}": label.format(error) for error in ERRORS for measure, label in RANKING.items()}
 FID_UNBIASED_IMAGES = 2049  # fewer leave the covariances of 2048 features rank-deficient
 DISCARDED = (0, 10, 20, 30, 50, 70, 90)  # percent, in the table of the discard curve
 FAULTS_SHOWN = 20
@@ -119,7 +121,7 @@ def blocks(report: dict) -> Iterator[NamedTuple]:
         yield from comparison_blocks(report["comparison"])
     if report["uncertainty"]:
         yield Heading("Is the map right?")
-        yield from uncertainty_blocks(report["uncertainty"])
+        yield from uncertainty_blocks(report["uncertainty"], report["means"], report["images"])
     if report["faults"]:
         yield Heading("Files that did not fit")
         for kind, texts in report["faults"].items():
@@ -208,7 +210,7 @@ def comparison_blocks(comparison: dict) -> Iterator[NamedTuple]:
         yield Table([["of the set", "this", "baseline"], *rows])
 
 
-def uncertainty_blocks(part: dict) -> Iterator[NamedTuple]:
+def uncertainty_blocks(part: dict, means: dict, images: int) -> Iterator[NamedTuple]:
     maps, mean_error = part["maps"], part["mean_error"]
     yield Text(
         f"Pooled over {part['pixels']} pixels of {part['images']} images, at most {part['pixels_per_image']} of each, drawn at "
@@ -216,10 +218,11 @@ def uncertainty_blocks(part: dict) -> Iterator[NamedTuple]:
         f"{mean_error['absolute']:.3f} and {mean_error['squared']:.1f}. Rivals: a random map, and the SAR's brightness, "
         f"coefficient of variation in {WINDOW_PX} x {WINDOW_PX} px and gradient (Gaussian, σ = {GRADIENT_SIGMA_PX:g} px)."
     )
-    header = ["ranking of the pixels by"]
-    for error in ERRORS:
-        header += [f"Spearman, {error} ↑", f"AUSE, {error} ↓", f"AURG, {error} ↑"]
-    yield Table([header, *([name, *ranking_cells(judged)] for name, judged in maps.items())])
+    measures = [f"{measure}_{error}" for error in ERRORS for measure in RANKING]
+    labels = [LABELS[measure] for measure in measures]
+    yield Table([["all pixels, ranked by", *labels], *([name, *ranking_cells(judged)] for name, judged in maps.items())])
+    rows = [[name, *(cell(means.get(name, {}).get(measure), images) for measure in measures)] for name in maps]
+    yield Table([["pixels of an image, mean over images", *labels], *rows])
     yield Text("AUSE: 0 for a perfect ranking. AURG: 0 for a random one. Both are relative to the mean error.")
     yield from detection_blocks(part)
     yield Text("Mean absolute error of what remains when the least certain share is left out:")
@@ -238,7 +241,7 @@ def uncertainty_blocks(part: dict) -> Iterator[NamedTuple]:
 
 def ranking_cells(judged: dict) -> list[str]:
     ranking = judged.get("ranking")
-    return [number(ranking and ranking[error][name], 3) for error in ERRORS for name in ("spearman", "ause", "aurg")]
+    return [number(ranking and ranking[error][name], 3) for error in ERRORS for name in RANKING]
 
 
 def detection_blocks(part: dict) -> Iterator[NamedTuple]:

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import evaluate
+import utils
 from cdiffset import errors, evaluation, judgement, pairs
 from cdiffset.errors import UserError
 from cdiffset.report import line_chart, ticks
@@ -18,6 +19,7 @@ from cdiffset.report import line_chart, ticks
 # isort: split
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -30,7 +32,7 @@ COUNT, SIDE = 8, 24
 
 @pytest.fixture
 def scene(tmp_path) -> Path:
-    """gt/ (28 px where the others have 24), pred/, sar/, variance/, error/, ensemble/ and masks, 8 images each."""
+    """gt/, pred/ (gt with noise of a known σ at each pixel), sar/, variance/, error/, ensemble/ and masks, 8 images each."""
     rng = np.random.default_rng(0)
     for index in range(COUNT):
         stem = f"sub/{index}" if index % 2 else str(index)
@@ -156,6 +158,38 @@ def flat(node, path=()) -> dict:
     return {key: value for name, child in children for key, value in flat(child, (*path, name)).items()}
 
 
+class Distance(torch.nn.Module):
+    def forward(self, a, b):
+        return (a - b).abs().mean((1, 2, 3))
+
+
+class ColourFeatures(torch.nn.Module):
+    """In place of Inception: [B, 3, H, W] in [0, 1] => [pool features [B, 6, 1, 1]]."""
+
+    def forward(self, images):
+        assert 0 <= images.min() and images.max() <= 1
+        return [torch.cat([images.mean((2, 3), keepdim=True), images.std((2, 3), keepdim=True)], 1)]
+
+
+def test_the_networks_metrics_reach_the_report(scene, monkeypatch):
+    for loader, network in (("_load_lpips", Distance), ("_load_dists", Distance), ("_load_inception", ColourFeatures)):
+        monkeypatch.setattr(utils, loader, network)
+    monkeypatch.setattr(utils, "_load_inception_score", ColourFeatures)
+    monkeypatch.setattr(ColourFeatures, "update", lambda self, pixels: None, raising=False)
+    report = evaluation.evaluate_folders(pairs.Inputs(scene / "pred", scene / "gt"), scene / "report")
+    mae = report["means"]["8-bit"]["mae"]["mean"]
+    assert report["means"]["standard"]["lpips"]["mean"] == pytest.approx(mae / 127.5, rel=1e-4)
+    assert report["means"]["standard"]["dists"]["mean"] == pytest.approx(mae / 255, rel=1e-4)
+    pred, gt = (
+        np.concatenate([x.mean((1, 2)), x.std((1, 2), ddof=0)], 1) for x in (stacked(scene, "pred"), stacked(scene, "gt"))
+    )
+    distance = ((pred.mean(0) - gt.mean(0)) ** 2).sum() / 255**2
+    assert report["set"]["fid"]["value"] > 0.9 * distance and report["set"]["kid"]["subset_size"] == COUNT
+    assert report["absent"]["inception_score"] == f"needs more than 10 images, got {COUNT}"
+    text = (scene / "report" / "report.md").read_text()
+    assert f"(the whole set of {COUNT} images)" in text and f"FID of {COUNT} images is biased upwards" in text
+
+
 # ---- what does not fit
 
 
@@ -263,6 +297,9 @@ def test_the_maps_are_judged_by_the_pooled_pixels_and_per_image(scene):
     expected = spearmanr(read(scene / "variance/sub/3.tif").ravel(), alone.ravel()).statistic
     assert float(row["variance/spearman_absolute"]) == pytest.approx(expected, abs=1e-6)
     assert "SAR gradient/aurg_squared" in row
+    entry = report["means"]["variance"]["ause_squared"]
+    assert entry["mean"] == pytest.approx(np.mean([float(r["variance/ause_squared"]) for r in table_of(scene / "report")]))
+    assert f"{entry['mean']:.4f} [{entry['low']:.4f}, {entry['high']:.4f}]" in (scene / "report" / "report.md").read_text()
 
 
 def test_rivals_by_hand():
