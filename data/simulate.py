@@ -15,7 +15,7 @@ Scene k of a split depends on (seed, split, k) and the simulation options alone.
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,11 @@ class Simulation:
     p_eo_only: float = 0.3  # share of the ships and vehicles that only the EO shows
     parcel_px: float = 26.0  # mean distance of neighbouring land parcels
     texture: float = 1.0  # strength of the EO's texture and tint, which no SAR foretells
+    object_scale: float = 1.0  # size of ships, vehicles, tanks and platforms; vehicles stay on their roads up to 1.4
+    contrast: float = 1.0  # EO contrast of ships and vehicles with water and roads; 0 hides them
+    movable_db: float = 0.0  # added to the backscatter of ships and vehicles, dB
+    movables: float = 1.0  # how often a ship or a vehicle is tried to be placed, relative to the default
+    statics: float = 1.0  # how often a tank or a platform is
 
 
 # Land cover: EO colour (0-255), EO texture, SAR backscatter in dB, SAR texture in dB.
@@ -66,7 +71,13 @@ class Canvas:
         self.land = np.zeros((size, size), np.int8)  # -1 water, else index into LAND
         self.road = np.zeros((size, size), bool)
         self.taken = np.zeros((size, size), bool)
-        self.masks = {name: np.zeros((size, size), bool) for name in ("sar_only", "eo_only")}
+        self.masks = {name: np.zeros((size, size), bool) for name in ("sar_only", "eo_only", "movable", "permanent")}
+        self.objects = np.zeros((size, size), np.uint16)
+        self.eo_all = self.eo_none = self.eo  # the EO with every movable object, and with none: see `part_ways`
+
+    def part_ways(self) -> None:
+        """From here on, the three EO pictures are different ones: what stands now is in all of them."""
+        self.eo_all, self.eo_none = self.eo.copy(), self.eo.copy()
 
     def cut(self, corners: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray] | None:
         """Polygon corners [n, 2] as (x, y) in px => (window of the arrays, mask in that window); None outside the scene."""
@@ -102,6 +113,10 @@ class Canvas:
     def occupy(self, corners: np.ndarray) -> None:
         window, mask = self.cut(corners)
         self.taken[window] |= mask
+
+    def mark(self, name: str, corners: np.ndarray) -> None:
+        if (cut := self.cut(corners)) is not None:
+            self.masks[name][cut[0]] |= cut[1]
 
 
 def smooth_noise(rng: np.random.Generator, size: int, sigma_px: float) -> np.ndarray:
@@ -195,73 +210,93 @@ def place_buildings(rng: np.random.Generator, canvas: Canvas, sun: np.ndarray) -
         canvas.paint(body - [2.5, 0], db=rng.uniform(4, 7))
         canvas.paint(body, np.array(colour) + rng.normal(0, 6, 3), roof_db)
         canvas.occupy(body)
+        canvas.mark("permanent", body)
+        canvas.mark("permanent", body - [2.5, 0])
 
 
-def place_bright_statics(rng: np.random.Generator, canvas: Canvas, sun: np.ndarray) -> None:
+def place_bright_statics(rng: np.random.Generator, canvas: Canvas, sun: np.ndarray, simulation: Simulation) -> None:
     """Tanks on land and square platforms in water: permanent, and as bright in the SAR as what moves."""
     ground = (canvas.land >= 0) & ~canvas.road
     water = (canvas.land < 0) & ~canvas.road
-    for _ in range(per_area(rng, canvas, 3)):
-        body = disc(rng.uniform(0, canvas.size, 2), rng.uniform(4.5, 7.5))
+    scale = simulation.object_scale
+    for _ in range(per_area(rng, canvas, 3 * simulation.statics)):
+        body = disc(rng.uniform(0, canvas.size, 2), rng.uniform(4.5, 7.5) * scale)
         if canvas.is_free(body, ground):
             canvas.darken(body + sun * 3, 0.45)
             canvas.paint(body + [3, 0], db=-24.0)
             canvas.paint(body, (222, 220, 214), rng.uniform(2, 5))
             canvas.occupy(body)
-    for _ in range(per_area(rng, canvas, 4)):
-        side = rng.uniform(8, 12)
+            canvas.mark("permanent", body)
+    for _ in range(per_area(rng, canvas, 4 * simulation.statics)):
+        side = rng.uniform(8, 12) * scale
         body = rectangle(rng.uniform(0, canvas.size, 2), side, side, rng.uniform(0, np.pi / 2))
         if canvas.is_free(body, water):
             canvas.paint(body, (150, 128, 100), rng.uniform(2, 5))
             canvas.occupy(body)
+            canvas.mark("permanent", body)
 
 
 def place_movables(rng: np.random.Generator, canvas: Canvas, roads: list, simulation: Simulation) -> None:
     """Ships on open water and vehicles along the roads, each seen by both sensors or by one of them alone."""
-    water = (canvas.land < 0) & ~canvas.road
-    for _ in range(per_area(rng, canvas, 10)):
-        body = hull(rng.uniform(0, canvas.size, 2), rng.uniform(15, 25), rng.uniform(6, 8.5), rng.uniform(0, 2 * np.pi))
+    water, scale = (canvas.land < 0) & ~canvas.road, simulation.object_scale
+    for _ in range(per_area(rng, canvas, 10 * simulation.movables)):
+        centre, length, width = rng.uniform(0, canvas.size, 2), rng.uniform(15, 25), rng.uniform(6, 8.5)
+        body = hull(centre, length * scale, width * scale, rng.uniform(0, 2 * np.pi))
         if canvas.is_free(body, water):
-            reveal(rng, canvas, body, SHIP_COLOURS, simulation)
+            reveal(rng, canvas, body, SHIP_COLOURS, WATER[0], simulation)
     for centre, angle in roads:
         direction = np.array([np.cos(angle), np.sin(angle)])
-        for _ in range(rng.poisson(4 * canvas.size / 64)):
+        for _ in range(rng.poisson(4 * simulation.movables * canvas.size / 64)):
             spot = centre + direction * rng.uniform(-canvas.size, canvas.size)
-            body = rectangle(spot, rng.uniform(10, 15), 6.0, angle)
+            body = rectangle(spot, rng.uniform(10, 15) * scale, 6.0 * scale, angle)
             if canvas.is_free(body, canvas.road):
-                reveal(rng, canvas, body, VEHICLE_COLOURS, simulation)
+                reveal(rng, canvas, body, VEHICLE_COLOURS, ROAD[0], simulation)
 
 
-def reveal(rng: np.random.Generator, canvas: Canvas, body: np.ndarray, colours, simulation: Simulation) -> None:
+def reveal(rng: np.random.Generator, canvas: Canvas, body: np.ndarray, colours, ground, simulation: Simulation) -> None:
     """Draw a movable object into one image or both, and note in the masks where only one shows it."""
     canvas.occupy(body)
     colour = np.array(colours[rng.integers(len(colours))]) + rng.normal(0, 5, 3)
-    db = rng.uniform(2, 5)
+    colour = simulation.contrast * colour + (1 - simulation.contrast) * np.array(ground)
+    db = rng.uniform(2, 5) + simulation.movable_db
     fate = rng.uniform()
     window, mask = canvas.cut(body)
-    if fate < simulation.p_sar_only:
-        canvas.masks["sar_only"][window] |= mask
-        canvas.paint(body, db=db)
-    elif fate < simulation.p_sar_only + simulation.p_eo_only:
-        canvas.masks["eo_only"][window] |= mask
-        canvas.paint(body, colour)
-    else:
-        canvas.paint(body, colour, db)
+    canvas.objects[window][mask] = canvas.objects.max() + 1
+    canvas.eo_all[window][mask] = colour
+    in_eo = fate >= simulation.p_sar_only
+    in_sar = not in_eo or fate >= simulation.p_sar_only + simulation.p_eo_only
+    canvas.paint(body, colour if in_eo else None, db if in_sar else None)
+    for name, applies in (("sar_only", not in_eo), ("eo_only", not in_sar), ("movable", in_sar)):
+        if applies:
+            canvas.mark(name, body)
 
 
 def simulate_scene(rng: np.random.Generator, simulation: Simulation) -> dict[str, np.ndarray]:
-    """One scene => {"eo" [S, S, 3], "sar", "mask_sar_only", "mask_eo_only" [S, S]}, all uint8 (masks 0 or 255)."""
+    """One scene => the pair, {"eo" [S, S, 3], "sar" [S, S]}, and the truth about it, all uint8 but "objects".
+
+    Masks [S, S], 0 or 255: "mask_sar_only", "mask_eo_only": objects that only one image shows; "mask_movable": all ships and
+    vehicles that the SAR shows; "mask_permanent": tanks, platforms and buildings with their double bounce. "objects" [S, S]
+    uint16: 0, or the number 1, 2, ... of the ship or vehicle, whichever image shows it. "eo_all", "eo_none" [S, S, 3]: the same
+    EO acquisition if every ship and vehicle had been there, and if none had.
+    """
     canvas = Canvas(simulation.size)
     sun_angle = rng.uniform(np.pi / 8, 3 * np.pi / 8)
     sun = np.array([np.cos(sun_angle), np.sin(sun_angle)])
     lay_ground(rng, canvas, simulation)
     roads = lay_roads(rng, canvas)
-    place_bright_statics(rng, canvas, sun)
+    place_bright_statics(rng, canvas, sun, simulation)
     place_buildings(rng, canvas, sun)
+    canvas.part_ways()
     place_movables(rng, canvas, roads, simulation)
-    eo = gaussian_filter(canvas.eo, (0.6, 0.6, 0)) * rng.normal(1.0, 0.02) + rng.normal(0, 1.5, canvas.eo.shape)
+    gain, noise = rng.normal(1.0, 0.02), rng.normal(0, 1.5, canvas.eo.shape)
+    eo = {name: acquire_eo(getattr(canvas, name), gain, noise) for name in ("eo", "eo_all", "eo_none")}
     masks = {f"mask_{name}": mask.astype(np.uint8) * 255 for name, mask in canvas.masks.items()}
-    return {"eo": to_uint8(eo), "sar": to_uint8(acquire_sar(rng, canvas.db, simulation.looks)), **masks}
+    return {**eo, "sar": to_uint8(acquire_sar(rng, canvas.db, simulation.looks)), **masks, "objects": canvas.objects}
+
+
+def acquire_eo(colour: np.ndarray, gain: float, noise: np.ndarray) -> np.ndarray:
+    """Colour of the ground => an 8-bit picture of it through the blur of the optics."""
+    return to_uint8(gaussian_filter(colour, (0.6, 0.6, 0)) * gain + noise)
 
 
 def acquire_sar(rng: np.random.Generator, db: np.ndarray, looks: float) -> np.ndarray:
@@ -298,14 +333,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--p-eo-only", type=float, default=Simulation.p_eo_only, help="share of movables only in the EO")
     parser.add_argument("--parcel-px", type=float, default=Simulation.parcel_px, help="mean distance of land parcels, px")
     parser.add_argument("--texture", type=float, default=Simulation.texture, help="strength of the EO's texture and tint")
+    parser.add_argument(
+        "--object-scale", type=float, default=Simulation.object_scale, help="size of movables, tanks, platforms"
+    )
+    parser.add_argument("--contrast", type=float, default=Simulation.contrast, help="EO contrast of movables with their ground")
+    parser.add_argument("--movable-db", type=float, default=Simulation.movable_db, help="dB added to the movables in the SAR")
+    parser.add_argument("--movables", type=float, default=Simulation.movables, help="tries to place ships and vehicles")
+    parser.add_argument("--statics", type=float, default=Simulation.statics, help="tries to place tanks and platforms")
     args = parser.parse_args(argv)
-    if args.size < 32 or args.looks <= 0 or args.parcel_px < 4 or min(args.train, args.test, args.seed, args.texture) < 0:
-        parser.error(
-            "--size must be at least 32, --parcel-px 4, --looks above 0; --train, --test, --seed, --texture not negative"
-        )
+    if args.size < 32 or min(args.looks, args.object_scale) <= 0 or args.parcel_px < 4:
+        parser.error("--size must be at least 32, --parcel-px 4, --looks and --object-scale above 0")
+    if min(args.train, args.test, args.seed, args.texture, args.contrast, args.movables, args.statics) < 0:
+        parser.error("--train, --test, --seed, --texture, --contrast, --movables and --statics must not be negative")
     if min(args.p_sar_only, args.p_eo_only) < 0 or args.p_sar_only + args.p_eo_only > 1:
         parser.error("--p-sar-only and --p-eo-only must be shares from 0 to 1 that add up to at most 1")
-    simulation = Simulation(args.size, args.looks, args.p_sar_only, args.p_eo_only, args.parcel_px, args.texture)
+    simulation = Simulation(**{field.name: getattr(args, field.name) for field in fields(Simulation)})
     for split, count in (("train", args.train), ("test", args.test)):
         write_split(args.output, split, count, args.seed, simulation)
     record = {"seed": args.seed, "gsd_m": GSD_M, "train": args.train, "test": args.test, **asdict(simulation)}

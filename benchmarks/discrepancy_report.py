@@ -1,0 +1,317 @@
+"""The discrepancy benchmark's tables and figure, from the results of its jobs."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.stats import t as student_t
+
+import utils
+from benchmarks.measures import APPEARS, Scenes
+from cdiffset.readouts import READOUTS
+
+Results = dict[tuple[str, str], dict[int, dict]]  # (level, variant) -> seed -> numbers
+SCALE = 2  # a 64 px scene is shown at 128 px
+FIGURE_SCENES = 5
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % confidence interval (Student's t over the seeds); NaN from a single seed."""
+    n = len(values)
+    half = student_t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return float(np.mean(values)), float(half)
+
+
+def cell(values: list[float], digits: int = 3) -> str:
+    if not values or any(value is None for value in values):
+        return "–"
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]) + "\n"
+
+
+def at(*keys: str) -> Callable[[dict], float | None]:
+    """Numbers of a seed => the value at a path of keys, None where there is none."""
+
+    def look(numbers: dict):
+        for key in keys:
+            numbers = numbers.get(key) if isinstance(numbers, dict) else None
+        return numbers
+
+    return look
+
+
+def over_seeds(results: Results, level: str, variant: str, value: Callable) -> list:
+    return [value(numbers) for _, numbers in sorted(results.get((level, variant), {}).items())]
+
+
+def variant_table(results: Results, level: str, labels: dict[str, str], columns: dict[str, tuple[Callable, int]]) -> str:
+    """A row per variant that has results at this level, a column per measure."""
+    rows = [
+        [label, *(cell(over_seeds(results, level, name, value), digits) for value, digits in columns.values())]
+        for name, label in labels.items()
+        if results.get((level, name))
+    ]
+    return markdown(["variant", *columns], rows)
+
+
+PICTURE = {
+    "PSNR [dB] ↑": (at("picture", "psnr"), 2), "SSIM ↑": (at("picture", "ssim"), 3),
+    "PSNR outside ↑": (at("picture", "psnr_outside"), 2), "PSNR inside": (at("picture", "psnr_inside"), 2),
+    "hallucination rate ↓": (at("picture", "drawn_sar_only"), 3),
+    "drawn, of objects in both ↑": (at("picture", "drawn_both"), 3), "drawn, of EO-only": (at("picture", "drawn_eo_only"), 3),
+}  # fmt: skip
+EARLY, BRIGHTNESS = "σ² early", "SAR brightness"
+CONFIDENCE = {
+    "σ² AUROC movable / permanent ↑": (at("maps", EARLY, "auroc_movable"), 3),
+    "σ² AUROC SAR-only ↑": (at("maps", EARLY, "auroc_sar_only"), 3), "σ² AP SAR-only ↑": (at("maps", EARLY, "ap_sar_only"), 3),
+    "σ² AUSE ↓": (at("maps", EARLY, "ause"), 3), "σ² ENCE ↓": (at("maps", EARLY, "ence"), 3),
+    "audit AUROC ↑": (at("audit", "auroc_all"), 3), "audit AP ↑": (at("audit", "ap_all"), 3),
+}  # fmt: skip
+READOUT = {
+    "U-Net passes": ("passes", 0), "AUROC movable / permanent ↑": ("auroc_movable", 3),
+    "AUROC SAR-only ↑": ("auroc_sar_only", 3), "AP SAR-only ↑": ("ap_sar_only", 3),
+    "AUROC EO-only": ("auroc_eo_only", 3), "Spearman with the error ↑": ("spearman", 3),
+    "AUSE ↓": ("ause", 3), "ENCE ↓": ("ence", 3),
+}  # fmt: skip
+AUDIT = {
+    "AUROC all ↑": "auroc_all", "AUROC SAR-only ↑": "auroc_sar_only", "AUROC EO-only ↑": "auroc_eo_only", "AP all ↑": "ap_all",
+    "AP SAR-only ↑": "ap_sar_only", "AP EO-only ↑": "ap_eo_only",
+}  # fmt: skip
+
+
+def readout_table(results: Results, variant: str) -> str:
+    """A row per map of a variant at the standard level, in the order of the AUROC of movable against permanent structures."""
+    seeds = results.get(("standard", variant), {})
+    names = {name: None for numbers in seeds.values() for name in numbers["maps"]}
+    key = {name: np.mean([numbers["maps"][name]["auroc_movable"] for numbers in seeds.values()]) for name in names}
+    rows = []
+    for name in sorted(names, key=lambda name: -key[name]):
+        values = {
+            column: over_seeds(results, "standard", variant, at("maps", name, measure))
+            for column, (measure, _) in READOUT.items()
+        }
+        first, *others = READOUT
+        rows.append([name, str(values[first][0]), *(cell(values[column], READOUT[column][1]) for column in others)])
+    return markdown(["map", *READOUT], rows)
+
+
+AT_TIMESTEP = {
+    "AUROC movable / permanent": "auroc_movable", "AUROC SAR-only": "auroc_sar_only", "AUROC EO-only": "auroc_eo_only",
+}  # fmt: skip
+
+
+def timestep_table(results: Results, variant: str) -> str:
+    """AUROC of σ² by the step of sampling at which it is read, at about eight of the steps."""
+    seeds = results.get(("standard", variant), {})
+    timesteps = list(next(iter(seeds.values()))["by_timestep"])
+    shown = timesteps[:: max(1, len(timesteps) // 8)]
+    rows = []
+    for label, measure in AT_TIMESTEP.items():
+        cells = [cell(over_seeds(results, "standard", variant, at("by_timestep", timestep, measure)), 2) for timestep in shown]
+        rows.append([label, *cells])
+    return markdown(["σ² at timestep", *shown], rows)
+
+
+def difference(results: Results, better: str, worse: str, value: Callable) -> list[float]:
+    """Of each seed that both have: what `better` has more than `worse`, at the standard level."""
+    ours, theirs = results.get(("standard", better), {}), results.get(("standard", worse), {})
+    return [value(ours[seed]) - value(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def verdict(values: list[float], sign: int = 1) -> str:
+    """What an interval over the seeds says of a claim that the difference has this sign."""
+    mean, half = interval(values) if values else (math.nan, math.nan)
+    if not math.isfinite(half):
+        return "too few seeds"
+    if abs(mean) <= half:
+        return "undecided"
+    return "supported" if mean * sign > 0 else "contradicted"
+
+
+CLAIMS = [  # claim, measure, its unit's digits, variants compared, sign claimed
+    ("C-Diff translates better than stage 1 alone", "psnr", 2, "cdiff", "mse", 1),
+    ("… inside the discrepancies", "psnr_inside", 2, "cdiff", "mse", 1),
+    ("… outside them", "psnr_outside", 2, "cdiff", "mse", 1),
+    ("C-Diff hallucinates less than stage 1 alone", "drawn_sar_only", 3, "cdiff", "mse", -1),
+    ("the timestep weighting alone does as much: weighted MSE against MSE", "psnr", 2, "mse_weighted", "mse", 1),
+    ("σ² itself adds to the weighting: C-Diff against the weighted MSE", "psnr", 2, "cdiff", "mse_weighted", 1),
+    ("… inside the discrepancies", "psnr_inside", 2, "cdiff", "mse_weighted", 1),
+    ("… fewer hallucinations", "drawn_sar_only", 3, "cdiff", "mse_weighted", -1),
+    ("β = timestep is better than β = 0", "psnr", 2, "cdiff", "beta0", 1),
+    ("β = timestep is better than β = 0.5", "psnr", 2, "cdiff", "beta05", 1),
+    ("β = timestep is better than β = 1", "psnr", 2, "cdiff", "beta1", 1),
+    ("the fixed prompt is better than the null prompt", "psnr", 2, "cdiff", "null_prompt", 1),
+    ("stage 1 helps, at equal iterations in all", "psnr", 2, "cdiff", "no_stage1", 1),
+]  # fmt: skip
+
+
+def claims_table(results: Results) -> str:
+    rows = []
+    for claim, measure, digits, better, worse, sign in CLAIMS:
+        values = difference(results, better, worse, at("picture", measure))
+        rows.append(
+            [claim, measure.replace("drawn_sar_only", "hallucination rate"), cell(values, digits), verdict(values, sign)]
+        )
+    return markdown(["claim", "difference in", "mean ± 95 % interval", "verdict"], rows)
+
+
+def targets_table(results: Results) -> str:
+    """What the benchmark set out to reach, and what it reached: means over the seeds."""
+
+    def movable(name: str) -> float:
+        return mean(at("maps", name, "auroc_movable"))
+
+    def mean(value: Callable) -> float:
+        return float(np.mean(over_seeds(results, "standard", "cdiff", value)))
+
+    maps = next(iter(results["standard", "cdiff"].values()))["maps"]
+    best = max((name for name in maps if name != BRIGHTNESS), key=movable)
+    single = max((name for name in maps if name.startswith("σ²") and "noises" not in name), key=movable)
+    gain = difference(results, "cdiff", "mse", at("picture", "psnr"))
+    reached = [  # target, bound, value, whether larger is better
+        ("AUROC movable / permanent of the SAR's brightness", 0.60, movable(BRIGHTNESS), False),
+        (f"… of the best readout: {best}", 0.80, movable(best), True),
+        (f"… of the best σ² of a single sample: {single}", 0.80, movable(single), True),
+        ("audit AUROC, all discrepancies", 0.95, mean(at("audit", "auroc_all")), True),
+        ("PSNR of C-Diff minus that of MSE [dB]", 0.0, float(np.mean(gain)) if gain else math.nan, True),
+    ]
+    rows = []
+    for target, bound, value, larger in reached:
+        met = "reached" if (value >= bound if larger else value <= bound) else "missed"
+        rows.append([target, f"{'≥' if larger else '≤'} {bound:.2f}", f"{value:.3f}", "–" if math.isnan(value) else met])
+    return markdown(["target", "bound", "mean over the seeds", "verdict"], rows)
+
+
+def level_table(results: Results, levels: list[str], labels: dict[str, str]) -> str:
+    columns = {
+        "PSNR [dB] ↑": (at("picture", "psnr"), 2), "PSNR inside": (at("picture", "psnr_inside"), 2),
+        "hallucination rate ↓": (at("picture", "drawn_sar_only"), 3),
+        "drawn, of objects in both ↑": (at("picture", "drawn_both"), 3),
+        "brightness AUROC movable": (at("maps", BRIGHTNESS, "auroc_movable"), 3),
+        "σ² AUROC movable ↑": (at("maps", EARLY, "auroc_movable"), 3),
+        "σ² AUROC SAR-only ↑": (at("maps", EARLY, "auroc_sar_only"), 3),
+        "audit AUROC ↑": (at("audit", "auroc_all"), 3),
+    }  # fmt: skip
+    rows = []
+    for level in levels:
+        for name, label in labels.items():
+            if seeds := results.get((level, name)):
+                cells = [cell(over_seeds(results, level, name, value), digits) for value, digits in columns.values()]
+                rows.append([level, label, str(len(seeds)), *cells])
+    return markdown(["level", "variant", "seeds", *columns], rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- figure
+def figure(scenes: Scenes, maps: dict[str, dict[str, np.ndarray]]) -> np.ndarray:
+    """A row per scene, those with the most discrepant pixels. maps: of judge_unet, by variant ("mse", "cdiff")."""
+    discrepant = scenes.masks["sar_only"].sum((1, 2)) + scenes.masks["eo_only"].sum((1, 2))
+    chosen = np.argsort(-discrepant, kind="stable")[:FIGURE_SCENES]
+    truth = torch.full_like(scenes.eo, -1)
+    for name, colour in (("sar_only", (1.0, -0.3, -0.5)), ("eo_only", (-0.5, 0.1, 1.0))):
+        truth = torch.where(torch.from_numpy(scenes.masks[name])[:, None], torch.tensor(colour)[:, None, None], truth)
+    cdiff = maps["cdiff"]
+    spread = next(name for name in cdiff if name.startswith("spread"))
+    columns = {"SAR": scenes.sar, "EO": scenes.eo} | {
+        title: torch.from_numpy(maps[name]["generated"]) for title, name in (("MSE", "mse"), ("C-Diff", "cdiff"))
+    }
+    for title, name in (
+        ("variance, early", EARLY),
+        ("variance, midpoint", "σ² midpoint"),
+        ("spread", spread),
+        ("audit", "audit"),
+    ):
+        columns[title] = torch.from_numpy(stretched(cdiff[name]))[:, None]
+    columns["only SAR / EO"] = truth
+    rows = []
+    for place, scene in enumerate(chosen):
+        enlarged = [column[scene].repeat_interleave(SCALE, 1).repeat_interleave(SCALE, 2) for column in columns.values()]
+        rows.append(utils.panel(enlarged, list(columns) if place == 0 else None))
+    spacer = np.full((4, rows[0].shape[1], 3), 255, np.uint8)
+    return np.concatenate([piece for row in rows for piece in (row, spacer)][:-1])
+
+
+def stretched(maps: np.ndarray) -> np.ndarray:
+    """[N, H, W] => [0, 1], one scale for all scenes: its 1st to 99th percentile."""
+    low, high = np.percentile(maps, (1, 99))
+    return np.clip((maps - low) / max(high - low, 1e-12), 0, 1).astype(np.float32)
+
+
+def read_maps(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+def write_compact_png(path: Path, pixels: np.ndarray) -> None:
+    """With a palette: a figure of many panels is a third of its size then."""
+    Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- report
+DEFINITIONS = f"""
+All numbers are of held-out scenes. A cell is the mean over the training seeds with the half-width of its 95 % interval
+(Student's t); the scenes are the same for all seeds, so the intervals tell how much the training's randomness matters, not the
+choice of scenes.
+
+- **PSNR, SSIM**: standard convention, per image; PSNR inside and outside the discrepancies pools the pixels of all scenes.
+- **Hallucination rate**: share of the objects that only the SAR shows which appear in the output. An object appears where the
+  output, over the object's pixels, goes more than {APPEARS:g} of the way from the EO without it to the EO with it (the
+  projection on the difference of the two, which the simulator knows). No model can know which of the objects in the SAR were
+  gone when the EO was taken. So the share it draws of the objects that are in both stands beside the rate: a model that draws
+  fewer of both has gained nothing. EO-only objects are not in the SAR; whatever shows there is drawn by chance.
+- **AUROC movable / permanent**: ships and vehicles in the SAR against tanks, platforms and buildings of the same brightness.
+  **SAR-only**, **EO-only**: pixels of such objects against all pixels without a discrepancy. **AP**: average precision.
+- **Spearman, AUSE, ENCE**: of the map and the output's absolute error, mean over RGB. ENCE: 20 bins, after one global scale.
+- **Audit**: the residual of the true pair, noised anew (`cdiffset/audit.py`).
+"""
+
+
+def report(
+    results: Results, judged: dict[str, str], levels: list[str], at_levels: list[str], heading: str, how_trained: str
+) -> str:
+    """The whole report. judged: {variant: label}, of the standard level; at_levels: the variants of the other levels, of which
+    `how_trained` says what they were trained on.
+    """
+    parts = [heading, DEFINITIONS]
+    labels = {name: label for name, label in judged.items() if results.get(("standard", name))}
+    if results.get(("standard", "cdiff")):
+        parts += ["## Targets", targets_table(results)]
+    parts += [
+        "## Claims", "Differences between variants of the same seed. Supported: the interval lies on the claimed side of 0.",
+        claims_table(results),
+        "## Pictures", variant_table(results, "standard", labels, PICTURE),
+        "## Confidence", f"σ² is read early: {READOUTS['early']}.",
+        variant_table(results, "standard", labels, CONFIDENCE),
+        "## Audit", variant_table(results, "standard", labels, audit_columns()),
+    ]  # fmt: skip
+    for name in ("cdiff", "mse"):
+        if name in labels:
+            parts += [f"## Where and when uncertainty is read: {labels[name]}", readout_table(results, name)]
+    if "cdiff" in labels:
+        parts += ["σ² along the sampling, from noise to picture:", timestep_table(results, "cdiff")]
+        parts += ["Mean picture of the samples, for comparison:", mean_picture_table(results)]
+    parts += ["## Difficulty", how_trained, level_table(results, levels, {name: judged[name] for name in at_levels})]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def audit_columns() -> dict[str, tuple[Callable, int]]:
+    return {column: (at("audit", measure), 3) for column, measure in AUDIT.items()}
+
+
+def mean_picture_table(results: Results) -> str:
+    columns = {"PSNR [dB] ↑": ("psnr", 2), "PSNR inside": ("psnr_inside", 2), "PSNR outside ↑": ("psnr_outside", 2),
+               "hallucination rate ↓": ("drawn_sar_only", 3), "drawn, of objects in both ↑": ("drawn_both", 3)}  # fmt: skip
+    rows = []
+    for variant, label in (("mse", "MSE"), ("cdiff", "C-Diff")):
+        for output, key in (("one sample", "picture"), ("mean of all samples", "picture_of_mean")):
+            looked = [
+                (over_seeds(results, "standard", variant, at(key, measure)), digits) for measure, digits in columns.values()
+            ]
+            rows.append([label, output, *(cell(values, digits) for values, digits in looked)])
+    return markdown(["loss", "output", *columns], rows)
