@@ -366,6 +366,8 @@ class Trainer:
         except LoaderFault as fault:
             if self.accelerator.num_processes == 1:  # else the others are in the middle of something
                 self.save_early()
+            if self.signals.received:  # some schedulers signal the loader processes as well
+                raise Stopped(f"{self.signals.name()}; {self.last_good()}; the same command continues") from None
             raise UserError(f"{fault}; stopped after iteration {self.iteration}; {self.last_good()}") from None
         self.train_log.info("finished: %d iterations, best PSNR %.3f dB", self.iteration, self.best_psnr)
 
@@ -411,7 +413,7 @@ class Trainer:
             persistent_workers=workers > 0,
             # Items draw from (seed, epoch, index); this is for feeders of other origin that use the workers' own generators.
             generator=seeded(self.config.seed, ORDER, self.iteration, self.accelerator.process_index),
-            worker_init_fn=leave_signals_to_the_trainer,
+            worker_init_fn=in_a_group_of_its_own,
         )
 
     def batches(self, loader: DataLoader):
@@ -587,7 +589,7 @@ class Trainer:
             Subset(self.test_feeder, mine),
             self.config.test_batch_size,
             num_workers=self.config.num_worker,
-            worker_init_fn=leave_signals_to_the_trainer,
+            worker_init_fn=in_a_group_of_its_own,
         )
         batches = self.batches(loader)
         share = math.ceil(len(indices) / self.accelerator.num_processes)  # the first process's, none has more
@@ -700,13 +702,21 @@ class StopSignals:
         if self.group is not None:
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, self.group)
         if received:
-            raise Stopped(f"by {signal.Signals(received.item()).name}")
+            self.received = received.item()
+            raise Stopped(self.name())
+
+    def name(self) -> str:
+        return f"by {signal.Signals(self.received).name}"
 
 
-def leave_signals_to_the_trainer(_: int) -> None:
-    """In a loader process: schedulers and terminals signal whole groups, and the last iteration still needs its batches."""
+def in_a_group_of_its_own(_: int) -> None:
+    """For a loader process: Ctrl-C and group signals are the trainer's affair, whose last iteration still needs its batches.
+
+    Its parent can still end it, which PyTorch does when the loader goes.
+    """
+    os.setpgrp()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL)
 
 
 def write_pictures(folder: Path, batch: dict, generated: torch.Tensor, sigma2: torch.Tensor | None) -> None:

@@ -121,7 +121,7 @@ def residuals(model: Model, z_sar, z_eo, timestep: int, draws: int):
 def pair_table(model: Model, record: dict, count: int, device: str) -> list[str]:
     """AUROC of spoilt pairs against the same pairs left alone, and the share of pairs that score higher than before."""
     size, margin = record["size"], max(SHIFTS_PX)
-    own = {field.name: record[field.name] for field in fields(Simulation)}
+    own = {field.name: record.get(field.name, field.default) for field in fields(Simulation)}
     simulation = Simulation(**{**own, "size": size + 2 * margin})
     scenes, unchanged = (
         [simulate_scene(np.random.default_rng([record["seed"], 2, index]), settings) for index in range(count)]

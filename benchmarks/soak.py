@@ -27,12 +27,10 @@ SAMPLES = 12
 
 def watch(argv: list[str], progress, total: int) -> list[tuple[int, float, int]]:
     """Run a command => (step, resident MiB, open files), sampled whenever another SAMPLES-th of the steps is done."""
-    process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    words = tempfile.TemporaryFile("w+")  # noqa: SIM115  read after the end
+    process = subprocess.Popen([sys.executable, *argv], stdout=words, stderr=words)
     samples, due = [], total // SAMPLES
-    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-    os.set_blocking(process.stderr.fileno(), False)
     while process.poll() is None:
-        errors.write(process.stderr.read() or "")
         if (step := progress()) >= due:
             status = Path(f"/proc/{process.pid}/status").read_text()
             samples.append(
@@ -41,8 +39,8 @@ def watch(argv: list[str], progress, total: int) -> list[tuple[int, float, int]]
             due += total // SAMPLES
         time.sleep(0.05)
     if process.returncode:
-        errors.seek(0)
-        sys.exit(f"{argv[0]} ended with {process.returncode}: {errors.read()[-2000:]}")
+        words.seek(0)
+        sys.exit(f"{argv[0]} ended with {process.returncode}: {words.read()[-2000:]}")
     return samples
 
 

@@ -52,12 +52,14 @@ def last_log_line(work_dir: Path) -> str:
 # -------------------------------------------------------------------------------------------------------------- signals
 @pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
 def test_a_signal_saves_and_the_same_command_continues(argv, whole, tmp_path, number, workers):
-    """Sent to the whole group, loader processes included, as terminals and schedulers do."""
+    """Sent to the whole group and to every loader process, as terminals and schedulers do."""
     command = argv(tmp_path, **RUN, num_worker=workers)
     process = start("main.py", command)
     wait_for(lambda: logged(tmp_path, "iteration 8/30"), process)
     started = descendants(process.pid)
     kill(process, number)
+    for pid in started:
+        os.kill(pid, number)
     code, lines = finish(process)
     assert code == STOPPED and are_gone(started)
     kept = meta_of(tmp_path / "latest")["iteration"]
@@ -447,7 +449,10 @@ def test_where_one_process_is_killed_all_end_within_a_minute(argv, whole_pair, t
     started = descendants(process.pid)
     ranks = [pid for pid in started if "main.py" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(ranks[-1], signal.SIGKILL)
+    ended = time.monotonic() + 60
     process.communicate(timeout=60)
+    while not are_gone(started) and time.monotonic() < ended:
+        time.sleep(0.2)
     assert process.returncode != 0 and are_gone(started)
     assert checkpoint.newest_whole(tmp_path)[1] == []
     code, lines = finish(start("main.py", command, TORCHRUN))
