@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +23,19 @@ QUICKLOOK_PX = 1024
 @contextmanager
 def open_scene(path: Path) -> Iterator[DatasetReader]:
     """Open a GeoTIFF for reading by windows; UserError where it is none, or holds what cannot be translated."""
-    try:
-        with rasterio.Env(GDAL_CACHEMAX=CACHE_MB), open_alone(path, "GTiff") as source:
-            if any("complex" in dtype for dtype in source.dtypes):
-                raise UserError(
-                    f"{path}: complex pixels ({source.dtypes[0]}); write the amplitude to a GeoTIFF first: gdal_calc.py "
-                    f"-A {path.name} --calc='abs(A)' --type=Float32 --outfile=amplitude.tif"
-                )
-            if source.subdatasets:
-                raise UserError(f"{path}: {len(source.subdatasets)} images in one file; take one out by gdal_translate")
-            yield source
-    except rasterio.errors.RasterioIOError as error:
-        raise UserError(f"{path}: unreadable, truncated or no GeoTIFF ({str(error).splitlines()[0]})") from error
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_MB), ExitStack() as stack:
+        try:
+            source = stack.enter_context(open_alone(path, "GTiff"))
+        except rasterio.errors.RasterioIOError as error:
+            raise UserError(f"{path}: unreadable, truncated or no GeoTIFF ({str(error).splitlines()[0]})") from error
+        if any("complex" in dtype for dtype in source.dtypes):
+            raise UserError(
+                f"{path}: complex pixels ({source.dtypes[0]}); write the amplitude to a GeoTIFF first: gdal_calc.py "
+                f"-A {path.name} --calc='abs(A)' --type=Float32 --outfile=amplitude.tif"
+            )
+        if source.subdatasets:
+            raise UserError(f"{path}: {len(source.subdatasets)} images in one file; take one out by gdal_translate")
+        yield source
 
 
 def is_larger_than(path: Path, side: int) -> bool:

@@ -119,6 +119,7 @@ def doubled(coarse: np.ndarray) -> np.ndarray:
     return coarse
 
 
+@np.errstate(over="ignore", invalid="ignore")  # refused below
 def measure(source: DatasetReader, args: argparse.Namespace) -> Radiometry:
     """The radiometry of a scene by the scene options; UserError where bands are missing or nothing is valid."""
     indexes = chosen_bands(source, args.bands)
@@ -139,6 +140,10 @@ def measure(source: DatasetReader, args: argparse.Namespace) -> Radiometry:
     else:
         limits = [tuple(np.percentile(band, numbers)) for band in values]
     limits = tuple((float(low), float(high)) for low, high in limits)
+    if not all(math.isfinite(high - low) for low, high in limits):
+        raise UserError(
+            f"{source.name}: its values overflow as --scale {args.scale}; give the scale that they have, or rescale them"
+        )
     return Radiometry(indexes, channels, args.scale, limits)
 
 

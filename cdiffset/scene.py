@@ -301,13 +301,17 @@ def translate_scene(model: Model, path: Path, outputs: dict[str, Path], options:
         latents = Latents(scratch, model.vae.config.latent_channels, height, width, made_with)
         steps = model.args.num_inference_steps
         with tqdm(total=len(grid.windows()) * (steps + 2), desc=path.name, unit="tile", mininterval=1) as bar, torch.no_grad():
-            if latents.done is None:
-                encode_scene(model, source, radiometry, grid, latents, bar)
-            else:
-                bar.update(len(grid.windows()) * (latents.done + 1))
-                bar.write(f"{path}: goes on after step {latents.done} of {steps}")
-            denoise_scene(model, grid, latents, bar)
-            write_outputs(model, source, radiometry, grid, latents, outputs, known, settings, bar)
+            try:
+                if latents.done is None:
+                    encode_scene(model, source, radiometry, grid, latents, bar)
+                else:
+                    bar.update(len(grid.windows()) * (latents.done + 1))
+                    bar.write(f"{path}: goes on after step {latents.done} of {steps}")
+                denoise_scene(model, grid, latents, bar)
+                write_outputs(model, source, radiometry, grid, latents, outputs, known, settings, bar)
+            except UserError:  # the same again would end the same way
+                shutil.rmtree(scratch)
+                raise
     shutil.rmtree(scratch)
     seconds, megapixels = time.monotonic() - started, source.height * source.width / 1e6
     print(f"{path}: {megapixels:.1f} Mpx in {seconds:.1f} s, {megapixels / seconds:.3f} Mpx/s, into {outputs['eo']}")

@@ -122,3 +122,12 @@ def test_complex_and_truncated_files_name_the_way_out(tmp_path):
     path.write_bytes(path.read_bytes()[:600_000])
     with pytest.raises(UserError, match="truncated or damaged in rows"):
         read(path)
+
+
+def test_ranges_that_overflow_are_told(tmp_path):
+    pixels, _ = read(save(tmp_path / "a.tif", np.array([[[-(2**62), 0, 2**62]]])))
+    np.testing.assert_allclose(pixels[0, 0], [0, 127.5, 255])
+    with pytest.raises(UserError, match="overflow as --scale db"):
+        read(save(tmp_path / "b.tif", np.array([[[-1e30, 0, 1e30]]], np.float32)), scale="db")
+    with pytest.raises(UserError, match="overflow as --scale dn"):
+        read(save(tmp_path / "c.tif", np.array([[[-1e308, 0, 1.7e308]]])))

@@ -271,10 +271,14 @@ def test_a_folder_of_scenes_and_ordinary_images(checkpoints, tmp_path, capsys):
     save(folder / "small.tif", smooth(64, 40))
     Image.fromarray(smooth(70, 40)).save(folder / "large.png")
     save(folder / "empty.tif", np.zeros((70, 70), np.uint16), nodata=0)
+    cut = save(folder / "cut.tif", smooth(900, 70))
+    cut.write_bytes(cut.read_bytes()[:50_000])
     save(folder / "complex.tif", np.zeros((70, 70), np.complex64))
     assert command.main(words(checkpoints[5], folder, tmp_path / "out")) == 1
+    assert not [name for name in files(tmp_path / "out") if name.startswith("eo/.")]
     said = capsys.readouterr().err
     assert "empty.tif: not a single valid pixel" in said and "complex.tif: complex pixels" in said
+    assert "cut.tif: truncated or damaged in rows" in said
     assert {"eo/scene.tif", "eo/small.png", "eo/large.png"} == {
         name for name in files(tmp_path / "out") if name.startswith("eo") and "quick" not in name
     }
