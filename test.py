@@ -1,6 +1,7 @@
 """Translate a folder of SAR images: python test.py --sar-dir SAR --output-dir EO --checkpoint work_dir/run/best
 
-Every image under --sar-dir becomes an EO image of the same size and relative path; maps and overlays on request.
+Every image under --sar-dir becomes an EO image of the same size and relative path; maps and overlays on request. GeoTIFFs
+with a side above --tile are scenes: read and written by windows, into GeoTIFFs on their own grid (cdiffset/scene.py).
 """
 
 import argparse
@@ -11,8 +12,15 @@ from pathlib import Path
 
 from cdiffset import calibration
 from cdiffset.errors import Parser, UserError, run
+from cdiffset.geotiff import is_larger_than
 from cdiffset.images import list_images, require_inside, write_png, write_tiff
-from cdiffset.options import add_translation_options, calibrated_settings, check_translation_options
+from cdiffset.options import (
+    add_scene_options,
+    add_translation_options,
+    calibrated_settings,
+    check_scene_options,
+    check_translation_options,
+)
 
 OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO image last: it stands for a finished job
     ("--conf-dir", "confidence", ".png"),
@@ -23,14 +31,24 @@ OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO im
     ("--overlay-dir", "overlay", ".png"),
     ("--output-dir", "eo", ".png"),
 )
+SCENE_KINDS = ("confidence", "variance", "error", "eo")  # what there is of a scene, all of it .tif
+SCENE_READOUTS = ("midpoint", "mean", "early", "late")  # the others need the whole latent at once
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Translate SAR images to EO images, with confidence maps.", allow_abbrev=False)
     group = parser.add_argument_group("files")
-    group.add_argument("--sar-dir", type=Path, required=True, help="folder of SAR images, PNG, JPEG or TIFF, recursive")
-    group.add_argument("--output-dir", type=Path, required=True, help="EO images, 8-bit PNG, same relative paths")
-    group.add_argument("--conf-dir", type=Path, help="confidence maps, 8-bit PNG, each image on its own scale")
+    group.add_argument(
+        "--sar-dir", type=Path, required=True, help="folder of SAR images, PNG, JPEG or TIFF, recursive, or one file"
+    )
+    group.add_argument(
+        "--output-dir", type=Path, required=True, help="EO images, 8-bit PNG, same relative paths; of scenes .tif"
+    )
+    group.add_argument(
+        "--conf-dir",
+        type=Path,
+        help="confidence maps, 8-bit PNG, each image on its own scale; of scenes variance, float32 TIFF",
+    )
     group.add_argument("--variance-dir", type=Path, help="variance maps, float32 TIFF, on one scale for all images")
     group.add_argument(
         "--spread-dir", type=Path, help="standard deviation over the samples of --ensemble, float32 TIFF, 8-bit EO units"
@@ -46,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--skip-existing", action="store_true", help="leave images alone whose outputs are all there")
     group.add_argument("--follow-links", action="store_true", help="let symbolic links lead out of these folders")
     add_translation_options(parser)
+    add_scene_options(parser)
     return parser
 
 
@@ -55,6 +74,7 @@ class Job:
 
     sar: Path
     outputs: dict[str, Path]
+    is_scene: bool = False
 
     def is_done(self) -> bool:
         return all(path.is_file() for path in self.outputs.values())
@@ -64,7 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 where single images could not be read."""
     args = check(make_parser().parse_args(argv))
     known = load_calibration(args)
-    jobs = make_jobs(args, list_images(args.sar_dir, args.follow_links))
+    jobs = make_jobs(
+        args, [Path(args.sar_dir.name)] if args.sar_dir.is_file() else list_images(args.sar_dir, args.follow_links)
+    )
+    check_scenes(args, jobs)
     todo = [job for job in jobs if not (args.skip_existing and job.is_done())]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already")
@@ -75,12 +98,13 @@ def main(argv: list[str] | None = None) -> int:
     needing_variance = [option for option in ("--conf-dir", "--variance-dir") if folder_of(args, option)]
     if known and "variance" in known.curves:
         needing_variance.append("--calibration")
-    translator = Translator(args, needing_variance, with_fingerprint=known is not None)
+    translator = Translator(args, needing_variance, with_fingerprint=known is not None or any(job.is_scene for job in todo))
     if known and known.model != translator.fingerprint:
         raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
     started = time.monotonic()
     try:
-        failures = translate_all(translator, todo, args, known)
+        failures = translate_all(translator, [job for job in todo if not job.is_scene], args, known)
+        failures += translate_scenes(translator, [job for job in todo if job.is_scene], args, known)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
     seconds, done = time.monotonic() - started, len(todo) - len(failures)
@@ -95,14 +119,16 @@ def folder_of(args: argparse.Namespace, option: str) -> Path | None:
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
-    if not args.sar_dir.is_dir():
-        raise UserError(f"--sar-dir: there is no folder {args.sar_dir}")
+    if not args.sar_dir.exists():
+        raise UserError(f"--sar-dir: there is no folder or file {args.sar_dir}")
     seen: dict[Path, str] = {}
     for option in dict.fromkeys(["--sar-dir", "--output-dir", *(option for option, _, _ in OUTPUTS)]):
         folder = folder_of(args, option)
+        if option == "--sar-dir":
+            folder = source_folder(args)
         if folder is not None and (earlier := seen.setdefault(folder.resolve(), option)) != option:
             raise UserError(f"{option}: {folder} is {earlier} already, expected a folder of its own")
-        if folder is not None and args.sar_dir.resolve() in folder.resolve().parents:
+        if folder is not None and args.sar_dir.is_dir() and args.sar_dir.resolve() in folder.resolve().parents:
             raise UserError(f"{option}: {folder} lies in --sar-dir, whose images would then include the results")
         if folder is not None and folder.exists() and not folder.is_dir():
             raise UserError(f"{option}: {folder} is a file, expected a folder")
@@ -114,8 +140,29 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--overlay-threshold: expected 0 to 255, in 8-bit units, found {args.overlay_threshold}")
     if args.calibration and not (args.error_dir or args.overlay_dir):
         raise UserError("--calibration: it serves --error-dir and --overlay-dir, found neither")
+    check_scene_options(args)
     check_translation_options(args)
     return args
+
+
+def source_folder(args: argparse.Namespace) -> Path:
+    """--sar-dir, or where the one file lies that it names."""
+    return args.sar_dir.parent if args.sar_dir.is_file() else args.sar_dir
+
+
+def check_scenes(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """Refuse what scenes do not have, before the networks are loaded."""
+    scenes = [job for job in jobs if job.is_scene]
+    if not scenes:
+        return
+    refused = [option for option in ("--overlay-dir", "--spread-dir") if folder_of(args, option)]
+    refused += ["--ensemble"] if args.ensemble > 1 else []
+    refused += [f"--readout {args.readout}"] if args.readout not in SCENE_READOUTS else []
+    if refused:
+        raise UserError(
+            f"{', '.join(refused)}: not to be had of scenes, and {scenes[0].sar} has a side above --tile {args.tile}: "
+            f"leave it out, or raise --tile"
+        )
 
 
 def calibration_path(args: argparse.Namespace) -> Path:
@@ -140,20 +187,44 @@ def make_jobs(args: argparse.Namespace, images: list[Path]) -> list[Job]:
     for image in images:
         if (other := taken.setdefault(image.with_suffix(""), image)) != image:
             raise UserError(f"--sar-dir: {other} and {image} would both become {image.with_suffix('.png')}: rename one")
+        sar = source_folder(args) / image
         outputs = {kind: folder / image.with_suffix(suffix) for folder, kind, suffix in wanted}
-        jobs.append(Job(args.sar_dir / image, outputs))
+        is_scene = is_larger_than(sar, args.tile)
+        if is_scene:
+            outputs = {kind: path.with_suffix(".tif") for kind, path in outputs.items() if kind in SCENE_KINDS}
+        jobs.append(Job(sar, outputs, is_scene))
     for folder, kind, _ in wanted:  # a file that is itself a link is replaced, not written through
-        require_inside(folder, {job.outputs[kind].parent for job in jobs}, args.follow_links)
+        require_inside(folder, {job.outputs[kind].parent for job in jobs if kind in job.outputs}, args.follow_links)
     return jobs
 
 
 def translate_all(translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None) -> list[Path]:
     """Read, translate and write every job => the images that could not be read."""
+    if not jobs:
+        return []
     from cdiffset.translator import translate_files
 
     unreadable = []
     for index, translation in translate_files(translator, [job.sar for job in jobs], args.batch_size, unreadable):
         write(jobs[index], translation, known, args.overlay_threshold)
+    return unreadable
+
+
+def translate_scenes(
+    translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None
+) -> list[Path]:
+    """Translate every scene => those that could not be read."""
+    if not jobs:
+        return []
+    from cdiffset.scene import translate_scene
+
+    unreadable = []
+    for job in jobs:
+        try:
+            translate_scene(translator, job.sar, job.outputs, args, known)
+        except UserError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            unreadable.append(job.sar)
     return unreadable
 
 

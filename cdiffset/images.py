@@ -101,13 +101,13 @@ def write_tiff(path: str | Path, values: np.ndarray) -> None:
     """Write float32 [H, W], deflate-compressed; the file appears whole or not at all."""
     height, width = values.shape
     profile = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": "float32", "compress": "deflate"}
-    with written_whole(path) as temporary, _without_georeference(), rasterio.open(temporary, "w", **profile) as target:
+    with written_whole(path) as temporary, without_georeference(), rasterio.open(temporary, "w", **profile) as target:
         target.write(values.astype(np.float32, copy=False), 1)
 
 
 def read_tiff(path: str | Path) -> np.ndarray:
     """What write_tiff wrote: float32 [H, W]."""
-    with _without_georeference(), rasterio.open(path) as source:
+    with without_georeference(), rasterio.open(path) as source:
         return source.read(1)
 
 
@@ -188,7 +188,7 @@ def _counting_order(path: Path) -> tuple:
 
 
 @contextmanager
-def _without_georeference() -> Iterator[None]:
+def without_georeference() -> Iterator[None]:
     """Plain images are welcome: keep rasterio from warning that they lie nowhere on Earth."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
@@ -250,7 +250,7 @@ def _plain_mode(image: Image.Image) -> Image.Image:
 
 
 def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np.ndarray, np.ndarray]:
-    with _alone(path, driver) as source:
+    with open_alone(path, driver) as source:
         _require_size(path, source.height, source.width, source.count, max_pixels)
         if source.subdatasets:
             raise UserError(f"{path}: {len(source.subdatasets)} pages; expected one image")
@@ -265,14 +265,14 @@ def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np
 
 
 @contextmanager
-def _alone(path: Path, driver: str) -> Iterator[rasterio.DatasetReader]:
+def open_alone(path: Path, driver: str) -> Iterator[rasterio.DatasetReader]:
     """Open a raster and nothing but its own file.
 
     GDAL would take a mask from PATH.msk, which may be of any format, those included that name other files or addresses in the
     network. The path is absolute, because GDAL reads beginnings like `GTIFF_DIR:1:` as more than a name.
     """
     with (
-        _without_georeference(),
+        without_georeference(),
         rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
         rasterio.open(path.absolute(), driver=driver) as source,
     ):

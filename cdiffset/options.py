@@ -6,6 +6,7 @@ from pathlib import Path
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES
 from cdiffset.errors import UserError
 from cdiffset.images import MAX_PIXELS
+from cdiffset.radiometry import CHANNELS, SCALES, parse_stretch
 from cdiffset.readouts import ENSEMBLE_OUTPUTS, READOUTS
 
 MAX_SEED = 2**63 - 1
@@ -45,6 +46,31 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the networks [fp32]")
     group.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help=f"skip images that claim more [{MAX_PIXELS}]")
     group.add_argument("--device", help="e.g. cuda, cuda:1, mps, cpu [cuda if there is one]")
+
+
+def add_scene_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("scenes", "GeoTIFFs with a side above --tile, translated without seams into GeoTIFFs")
+    group.add_argument("--tile", type=int, default=1024, help="px, a multiple of 64 [1024]")
+    group.add_argument("--overlap", type=int, default=128, help="of tiles, px, a multiple of 8, at most half a tile [128]")
+    group.add_argument("--bands", help="1 to 4 bands by number or name, e.g. VV,VH [all but alpha]")
+    presets = "; ".join(f"{name}: {meaning}" for name, (_, meaning) in CHANNELS.items())
+    group.add_argument("--channels", choices=CHANNELS, help=f"how bands become three channels [by their number]. {presets}")
+    group.add_argument(
+        "--scale", choices=SCALES, default="dn", help="what the numbers are: dn and amplitude are stretched as they are, "
+        "intensity and db as amplitudes [dn, as in training]"
+    )  # fmt: skip
+    group.add_argument(
+        "--stretch", metavar="RULE", help="percentile:LOW,HIGH of each band of the whole scene, or fixed:MIN,MAX "
+        "[8-bit as it is, else percentile:1,99]"
+    )  # fmt: skip
+
+
+def check_scene_options(args: argparse.Namespace) -> None:
+    check_limits(args, {"tile": (64, None), "overlap": (0, args.tile // 2)})
+    for name, step in (("tile", 64), ("overlap", 8)):
+        if getattr(args, name) % step:
+            raise UserError(f"--{name}: expected a multiple of {step}, found {getattr(args, name)}")
+    parse_stretch(args.stretch)
 
 
 def check_translation_options(args: argparse.Namespace) -> None:

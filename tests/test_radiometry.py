@@ -1,0 +1,133 @@
+"""A scene's bands, scale, stretch and nodata: equal to the reader of ordinary images, and measured once."""
+
+import argparse
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.windows import Window
+
+from cdiffset import radiometry
+from cdiffset.errors import UserError
+from cdiffset.geotiff import open_scene
+from cdiffset.images import read_sar
+from cdiffset.radiometry import fill, measure
+
+RNG = np.random.default_rng(0)
+
+
+def options(**changes) -> argparse.Namespace:
+    return argparse.Namespace(**{"bands": None, "channels": None, "scale": "dn", "stretch": None, **changes})
+
+
+def save(path, bands: np.ndarray, names=(), **profile):
+    count, height, width = bands.shape
+    size = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": bands.dtype}
+    with rasterio.open(path, "w", **size, **profile) as target:
+        target.write(bands)
+        for index, name in enumerate(names, 1):
+            target.set_band_description(index, name)
+    return path
+
+
+def read(path, window=None, **changes):
+    with open_scene(path) as source:
+        return measure(source, options(**changes)).read(source, window or Window(0, 0, source.width, source.height))
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "uint32"])
+def test_a_scene_is_read_as_an_ordinary_image_is(tmp_path, bands, dtype):
+    values = (RNG.gamma(2, 60, (bands, 37, 53)) * (1 if dtype == "uint8" else 16_000_000 if dtype == "uint32" else 30)).clip(
+        0, 255 if dtype == "uint8" else 4e9 if dtype == "uint32" else 65_535
+    )
+    path = save(tmp_path / "a.tif", values.astype(dtype), photometric="minisblack", alpha="no")
+    pixels, valid = read(path)
+    np.testing.assert_allclose(pixels, read_sar(path).transpose(2, 0, 1), atol=1e-4)
+    assert valid.all()
+    part, _ = read(path, Window(10, 5, 20, 30))
+    assert np.array_equal(part, pixels[:, 5:35, 10:30])  # the stretch is the scene's, not the window's
+
+
+def test_scales_bring_power_and_decibels_to_amplitude(tmp_path):
+    amplitude = RNG.gamma(2, 60, (1, 40, 40)) + 1
+    plain, _ = read(save(tmp_path / "a.tif", amplitude), scale="amplitude")
+    for scale, values in (("intensity", amplitude**2), ("db", 20 * np.log10(amplitude))):
+        other, _ = read(save(tmp_path / f"{scale}.tif", values), scale=scale)
+        np.testing.assert_allclose(other, plain, atol=1e-3)
+
+
+def test_fixed_limits_and_percentiles(tmp_path):
+    values = np.arange(101.0).reshape(1, 1, 101)
+    path = save(tmp_path / "a.tif", values)
+    assert np.allclose(read(path, stretch="fixed:20,70")[0][1, 0], np.clip((values[0, 0] - 20) / 50 * 255, 0, 255))
+    assert np.allclose(read(path, stretch="percentile:10,60")[0][2, 0], np.clip((values[0, 0] - 10) / 50 * 255, 0, 255))
+
+
+@pytest.mark.parametrize("stretch", ["percentile", "percentile:5,101", "fixed:3,3", "fixed:a,b", "fixed:0,nan", "dataset"])
+def test_a_stretch_that_makes_no_sense_is_refused(stretch):
+    with pytest.raises(UserError, match="--stretch: expected"):
+        radiometry.parse_stretch(stretch)
+
+
+def test_bands_by_name_and_number_and_the_ratio(tmp_path):
+    values = RNG.gamma(2, 60, (3, 20, 20)) + 1
+    path = save(tmp_path / "a.tif", values, names=("VH", "angle", "vv"))
+    with open_scene(path) as source:
+        assert measure(source, options(bands="VV,1")).indexes == (3, 1)
+        with pytest.raises(UserError, match=r"no single band 'HH', its bands are 1 \(VH\), 2 \(ANGLE\), 3 \(VV\)"):
+            measure(source, options(bands="HH"))
+        with pytest.raises(UserError, match="--channels spacenet6: it takes 4 bands"):
+            measure(source, options(bands="VV,VH", channels="spacenet6"))
+    pixels, _ = read(path, bands="VV,VH", channels="ratio", stretch="fixed:0,2")
+    np.testing.assert_allclose(pixels[2], np.clip(values[2] / values[0] / 2, 0, 1) * 255, atol=1e-3)
+
+
+def test_what_is_not_valid_is_left_out_of_statistics_and_filled_within_range(tmp_path):
+    values = RNG.uniform(100, 200, (1, 60, 70)).astype(np.float32)
+    path = save(tmp_path / "whole.tif", values[:, :40])
+    values[:, 40:] = -9999
+    broken = values.copy()
+    broken[0, 45, :9], broken[0, 50, :9] = np.nan, np.inf
+    pixels, valid = read(save(tmp_path / "a.tif", broken, nodata=-9999))
+    assert valid[:40].all() and not valid[40:].any()
+    np.testing.assert_allclose(pixels[:, :40], read(path)[0], atol=1e-4)
+    assert pixels[:, 40:].min() > 60 and pixels[:, 40:].max() < 195  # means of many, no value of its own
+
+
+def test_filling_continues_a_constant_and_keeps_what_is_valid():
+    valid = RNG.uniform(size=(33, 47)) < 0.2
+    pixels = np.where(valid, 7.5, np.nan)[None]
+    assert np.array_equal(fill(pixels, valid), np.full((1, 33, 47), 7.5))
+    assert not fill(pixels, np.zeros_like(valid)).any()
+    noise = RNG.normal(size=(3, 33, 47))
+    assert np.array_equal(fill(noise, valid)[:, valid], noise[:, valid])
+
+
+def test_a_scene_without_a_valid_pixel_is_refused_and_one_with_few_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(radiometry, "SAMPLE_PX", 64)
+    monkeypatch.setattr(radiometry, "SAMPLE_SIDE", 4)
+    values = np.zeros((1, 64, 64), np.uint16)
+    with pytest.raises(UserError, match="not a single valid pixel"):
+        read(save(tmp_path / "a.tif", values, nodata=0))
+    values[0, 21, 22:24] = 3, 9
+    with open_scene(save(tmp_path / "b.tif", values, nodata=0)) as source:
+        assert measure(source, options(stretch="percentile:0,100")).limits == ((3.0, 9.0),)
+
+
+def test_complex_and_truncated_files_name_the_way_out(tmp_path):
+    with pytest.raises(UserError, match="complex pixels .*gdal_calc"):
+        read(save(tmp_path / "a.tif", np.zeros((1, 4, 4), np.complex64)))
+    path = save(tmp_path / "b.tif", RNG.integers(1, 9, (1, 900, 900)).astype(np.uint16))
+    path.write_bytes(path.read_bytes()[:600_000])
+    with pytest.raises(UserError, match="truncated or damaged in rows"):
+        read(path)
+
+
+def test_ranges_that_overflow_are_told(tmp_path):
+    pixels, _ = read(save(tmp_path / "a.tif", np.array([[[-(2**62), 0, 2**62]]])))
+    np.testing.assert_allclose(pixels[0, 0], [0, 127.5, 255])
+    with pytest.raises(UserError, match="overflow as --scale db"):
+        read(save(tmp_path / "b.tif", np.array([[[-1e30, 0, 1e30]]], np.float32)), scale="db")
+    with pytest.raises(UserError, match="overflow as --scale dn"):
+        read(save(tmp_path / "c.tif", np.array([[[-1e308, 0, 1.7e308]]])))

@@ -1,0 +1,305 @@
+"""Scenes: fused tiles against the plain sampler and an identity, restarts, georeference, and test.py on files and folders."""
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from PIL import Image
+from rasterio.control import GroundControlPoint
+from rasterio.rpc import RPC
+from rasterio.transform import Affine
+from test_translate import command, files, save_checkpoint
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from cdiffset import scene
+from cdiffset.diffusion import sample
+from cdiffset.images import to_signed, to_uint8
+from cdiffset.model import decode, encode
+from cdiffset.scene import blending_weights, fuse, make_grid, map_strips, noise_field, translate_scene
+from cdiffset.translator import Model, pad_to_multiple
+from cdiffset.uncertainty import variance_map
+
+RNG = np.random.default_rng(0)
+SMOOTH = Image.fromarray(RNG.integers(0, 256, (9, 13), dtype=np.uint8))
+UTM = {"crs": "EPSG:32631", "transform": Affine(10, 0, 500_000, 0, -10, 5_700_000)}
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    return np.array(SMOOTH.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def save(path, band: np.ndarray, **profile):
+    size = {"driver": "GTiff", "count": 1, "height": band.shape[0], "width": band.shape[1], "dtype": band.dtype}
+    with rasterio.open(path, "w", **size, **profile) as target:
+        target.write(band, 1)
+    return path
+
+
+def read(path) -> np.ndarray:
+    with rasterio.open(path) as source:
+        return source.read()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_base, tmp_path_factory):
+    return {outputs: save_checkpoint(tmp_path_factory.mktemp("stage"), tiny_base, outputs) for outputs in (4, 5)}
+
+
+def words(checkpoint, sar, out, maps=True, **options) -> list[str]:
+    options = {"num_inference_steps": 3, "device": "cpu", "tile": 64, "overlap": 32, "seed": 5, **options}
+    given = ["--sar-dir", sar, "--output-dir", out / "eo", "--checkpoint", checkpoint]
+    given += ["--conf-dir", out / "conf"] if maps else []
+    for name, value in options.items():
+        given += [f"--{name.replace('_', '-')}", value]
+    return [str(word) for word in given]
+
+
+# ------------------------------------------------------------------------------------------------------------ the tiles
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (17, 16), (7, 131), (45, 83), (64, 33)])
+def test_tiles_cover_overlap_and_weigh_1_everywhere(size):
+    grid = make_grid(*size, 16, 5)
+    for starts, length, side in zip((grid.tops, grid.lefts), size, grid.tile, strict=True):
+        assert starts[0] == 0 and starts[-1] + side == length
+        assert all(0 < after - before <= side - 5 for before, after in zip(starts, starts[1:], strict=False))
+        total = np.zeros(length)
+        for start, weights in zip(starts, blending_weights(length, side, starts), strict=True):
+            assert (weights > 0).all()
+            total[start : start + side] += weights
+        np.testing.assert_allclose(total, 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (7, 131), (45, 83), (64, 33)])
+def test_tiles_that_agree_come_back_to_the_last_bit(size):
+    whole = RNG.normal(size=(3, *size)).astype(np.float32)
+    grid = make_grid(*size, 16, 7)
+    strips = list(fuse(grid, (whole[:, rows, columns] for rows, columns in grid.windows())))
+    assert np.array_equal(np.concatenate([strip for _, strip in strips], 1), whole)
+    assert [top for top, _ in strips] == np.cumsum([0] + [strip.shape[1] for _, strip in strips])[:-1].tolist()
+
+
+def test_tiles_that_differ_are_averaged_by_their_weights():
+    grid = make_grid(41, 29, 16, 6)
+    tiles = RNG.normal(size=(len(grid.windows()), 2, *grid.tile))
+    hann = np.sin(np.pi * (np.arange(16) + 0.5) / 16) ** 2
+    total, weight = np.zeros((2, 41, 29)), np.zeros((41, 29))
+    for k in RNG.permutation(len(tiles)):  # whatever the order
+        total[:, *grid.windows()[k]] += tiles[k] * np.outer(hann, hann)
+        weight[grid.windows()[k]] += np.outer(hann, hann)
+    fused = np.concatenate([strip for _, strip in fuse(grid, iter(tiles))], 1)
+    np.testing.assert_allclose(fused, total / weight, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_is_standard_normal_and_a_matter_of_seed_and_place_alone():
+    noise = noise_field(3, 4, slice(0, 200), 150)
+    assert np.array_equal(noise[:, 128:190, :70], noise_field(3, 4, slice(128, 190), 70))
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    blocks = [noise[:, top : top + 50, left : left + 50].ravel() for top in (0, 64, 128) for left in (0, 64)]
+    blocks += [noise_field(4, 4, slice(0, 50), 50).ravel(), noise_field(2**63 - 1, 4, slice(0, 50), 50).ravel()]
+    assert np.abs(np.corrcoef(blocks) - np.eye(8)).max() < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------- whole scenes
+class Identity:
+    """Stands for VAE, U-Net and scheduler that change nothing: latents are the pixels, rearranged."""
+
+    dtype, config = torch.float32, SimpleNamespace(latent_channels=48, scaling_factor=1.0, prediction_type="sample")
+    init_noise_sigma, timesteps = 1.0, torch.tensor([2, 1])
+
+    def encode(self, pixels):
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixel_unshuffle(pixels, 4)))
+
+    def decode(self, latents):
+        return SimpleNamespace(sample=pixel_shuffle(latents, 4))
+
+    def __call__(self, latents, timestep, encoder_hidden_states):
+        return SimpleNamespace(sample=latents[:, :48])
+
+    def set_timesteps(self, steps): ...
+
+    def step(self, prediction, timestep, z_t):
+        return SimpleNamespace(prev_sample=prediction)
+
+
+@pytest.mark.parametrize("size", [(131, 203), (65, 64), (9, 301)])
+def test_an_identity_model_returns_its_input(tmp_path, size):
+    same = Identity()
+    options = argparse.Namespace(
+        seed=1, num_inference_steps=2, readout="midpoint", precision="fp32", tile=64, overlap=24, batch_size=5,
+        bands=None, channels=None, scale="dn", stretch=None, checkpoint="none",
+    )  # fmt: skip
+    model = SimpleNamespace(
+        vae=same, unet=same, scheduler=same, prompt_embedding=torch.zeros(1, 2, 4), device=torch.device("cpu"), factor=4,
+        args=options, fingerprint="0",
+    )  # fmt: skip
+    pixels = RNG.integers(0, 256, size, dtype=np.uint8)
+    translate_scene(model, save(tmp_path / "a.tif", pixels), {"eo": tmp_path / "eo/a.tif"}, options)
+    eo = read(tmp_path / "eo/a.tif")
+    assert np.array_equal(eo[:3], np.stack([pixels] * 3)) and (eo[3] == 255).all()
+
+
+@pytest.mark.parametrize("readout", ["midpoint", "mean"])
+def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout):
+    pixels = smooth(75, 98)
+    given = words(checkpoints[5], save(tmp_path / "a.tif", pixels), tmp_path, tile=128, readout=readout)
+    args = command.check(command.make_parser().parse_args(given))
+    model = Model(args, with_fingerprint=True)
+    outputs = {kind: tmp_path / f"{kind}.tif" for kind in ("variance", "eo")}
+    translate_scene(model, tmp_path / "a.tif", outputs, args)
+    padded = pad_to_multiple(np.repeat(pixels[..., None], 3, -1).astype(np.float32), 4)
+    with torch.no_grad():
+        z_sar = encode(model.vae, torch.from_numpy(to_signed(padded)).permute(2, 0, 1)[None])
+        noise = torch.from_numpy(noise_field(5, 4, slice(0, 19), 25))[None]
+        z_eo, sigma2 = sample(model.unet, model.scheduler, z_sar, noise, model.prompt_embedding, 3, readout)
+        eo = to_uint8(decode(model.vae, z_eo))[0, :75, :98]
+    assert np.abs(read(outputs["eo"])[:3].astype(int) - eo.transpose(2, 0, 1)).max() <= 1
+    np.testing.assert_allclose(read(outputs["variance"])[0], variance_map(sigma2, (76, 100))[0, 0, :75, :98], rtol=1e-3)
+
+
+def test_variance_strips_have_no_seams_and_carry_nodata(tmp_path, monkeypatch):
+    monkeypatch.setattr(scene, "STRIP", 32)
+    band = np.ones((118, 87), np.uint16)
+    band[20:50, 11] = 0
+    sigma2 = RNG.uniform(0.1, 2, (30, 22)).astype(np.float32)
+    with rasterio.open(save(tmp_path / "a.tif", band, nodata=0)) as source:
+        got = np.concatenate([strip for _, strip in map_strips(source, (1,), sigma2, 4, [None])], 1)[0]
+    expected = variance_map(torch.from_numpy(sigma2)[None, None], (120, 88))[0, 0, :118, :87].numpy()
+    np.testing.assert_allclose(got, np.where(band > 0, expected, np.nan), rtol=1e-5)
+
+
+def test_the_batch_size_changes_no_more_than_the_last_bits(checkpoints, tmp_path):
+    sar = save(tmp_path / "a.tif", smooth(100, 150))
+    for size in (1, 4):
+        assert command.main(words(checkpoints[5], sar, tmp_path / str(size), batch_size=size)) == 0
+    eo, conf = ([read(tmp_path / size / kind / "a.tif") for size in "14"] for kind in ("eo", "conf"))
+    assert np.abs(eo[0].astype(int) - eo[1]).max() <= 1
+    np.testing.assert_allclose(*conf, rtol=1e-3, atol=1e-5)
+
+
+# 12 tiles encoded, 3 steps of 12, 12 decoded; killed while encoding, in the first and the last step, while decoding
+@pytest.mark.parametrize(("killed_at", "left"), [(5, 60), (15, 48), (40, 24), (55, 12)])
+def test_a_killed_run_goes_on_to_the_same_bytes(checkpoints, tmp_path, monkeypatch, killed_at, left):
+    sar = save(tmp_path / "a.tif", smooth(120, 130), **UTM)
+    assert command.main(words(checkpoints[5], sar, tmp_path / "whole")) == 0
+    calls = []
+
+    def counted(function):
+        def call(*args):
+            calls.append(function)
+            if len(calls) == killed_at:
+                raise KeyboardInterrupt
+            return function(*args)
+
+        return call
+
+    for name in ("encode", "predict", "decode"):
+        monkeypatch.setattr(scene, name, counted(getattr(scene, name)))
+    with pytest.raises(KeyboardInterrupt):
+        command.main(words(checkpoints[5], sar, tmp_path / "again"))
+    assert not (tmp_path / "again/eo/a.tif").exists()
+    assert command.main(words(checkpoints[5], sar, tmp_path / "again")) == 0
+    assert len(calls) == killed_at + left
+    assert files(tmp_path / "whole") == files(tmp_path / "again")
+    for name in files(tmp_path / "whole"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_a_run_with_other_settings_does_not_go_on_from_the_one_killed(checkpoints, tmp_path, monkeypatch):
+    sar = save(tmp_path / "a.tif", smooth(100, 70))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(scene, "decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        command.main(words(checkpoints[4], sar, tmp_path / "out", maps=False, seed=1))
+    for out in ("out", "fresh"):
+        assert command.main(words(checkpoints[4], sar, tmp_path / out, maps=False, seed=2)) == 0
+    assert np.array_equal(*(read(tmp_path / out / "eo/a.tif") for out in ("out", "fresh")))
+
+
+# --------------------------------------------------------------------------------------------------- files and folders
+ROTATED = {"crs": "EPSG:32631", "transform": Affine.translation(5e5, 5e6) * Affine.rotation(17) * Affine.scale(3, -2)}
+POINTS = [GroundControlPoint(row, column, 4 + column / 1e3, 50 - row / 1e3, 2.5) for row in (0, 80.5) for column in (0, 99)]
+RPCS = RPC(
+    height_off=10, height_scale=500, lat_off=50, lat_scale=0.1, long_off=4, long_scale=0.1, line_off=50, line_scale=50,
+    samp_off=60, samp_scale=60, line_num_coeff=list(range(20)), line_den_coeff=[1.0] * 20, samp_num_coeff=[2.0] * 20,
+    samp_den_coeff=[1.0] * 20,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("georeference", [UTM, ROTATED, {"gcps": POINTS, "crs": "EPSG:4326"}, {"rpcs": RPCS}, {}])
+def test_the_result_lies_where_the_scene_lies(checkpoints, tmp_path, georeference):
+    sar = save(tmp_path / "a.tif", smooth(81, 100).astype(np.float32), **georeference)
+    assert command.main(words(checkpoints[5], sar, tmp_path / "out")) == 0
+    with rasterio.open(sar) as source:
+        for kind in ("eo", "conf"):
+            with rasterio.open(tmp_path / "out" / kind / "a.tif") as result:
+                assert (result.shape, result.crs, result.transform) == (source.shape, source.crs, source.transform)
+                assert [point.asdict() | {"id": 0} for point in result.gcps[0]] == [
+                    point.asdict() | {"id": 0} for point in source.gcps[0]
+                ]
+                assert result.gcps[1] == source.gcps[1]
+                assert (result.rpcs and result.rpcs.to_dict()) == (source.rpcs and source.rpcs.to_dict())
+
+
+def test_outputs_are_cloud_optimized_and_say_how_they_were_made(checkpoints, tmp_path):
+    band = smooth(700, 90).astype(np.uint16) * 40 + 1
+    band[:70, :20] = 0
+    sar = save(tmp_path / "a.tif", band, nodata=0, **UTM)
+    assert command.main(words(checkpoints[5], sar, tmp_path / "out", num_inference_steps=2, tile=128, batch_size=4)) == 0
+    for kind, dtypes in (("eo", ["uint8"] * 4), ("conf", ["float32"])):
+        with rasterio.open(tmp_path / "out" / kind / "a.tif") as result:
+            assert list(result.dtypes) == dtypes and result.overviews(1)
+            assert result.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+            assert result.tags(ns="IMAGE_STRUCTURE")["COMPRESSION"] == "DEFLATE"
+            limits = json.loads(result.tags()["CDIFFSET_STRETCH"])["limits"]
+            np.testing.assert_allclose(limits, [np.percentile(band[band > 0], (1, 99))])
+            assert (
+                json.loads(result.tags()["CDIFFSET_SETTINGS"])["seed"] == 5 and len(result.tags()["CDIFFSET_CHECKPOINT"]) == 64
+            )
+            assert np.array_equal(result.dataset_mask() > 0, band > 0)
+    conf = read(tmp_path / "out/conf/a.tif")[0]
+    assert np.array_equal(np.isfinite(conf), band > 0) and np.nanmin(conf) > 0
+    assert np.array(Image.open(tmp_path / "out/eo/a.quicklook.png")).shape == (700, 90, 4)
+    assert files(tmp_path / "out") == {"eo/a.tif", "eo/a.quicklook.png", "conf/a.tif"}  # nothing is left of the work
+
+
+def test_a_folder_of_scenes_and_ordinary_images(checkpoints, tmp_path, capsys):
+    folder = tmp_path / "sar"
+    folder.mkdir()
+    save(folder / "scene.tif", smooth(65, 40))
+    save(folder / "small.tif", smooth(64, 40))
+    Image.fromarray(smooth(70, 40)).save(folder / "large.png")
+    save(folder / "empty.tif", np.zeros((70, 70), np.uint16), nodata=0)
+    cut = save(folder / "cut.tif", smooth(900, 70))
+    cut.write_bytes(cut.read_bytes()[:50_000])
+    save(folder / "complex.tif", np.zeros((70, 70), np.complex64))
+    assert command.main(words(checkpoints[5], folder, tmp_path / "out")) == 1
+    assert not [name for name in files(tmp_path / "out") if name.startswith("eo/.")]
+    said = capsys.readouterr().err
+    assert "empty.tif: not a single valid pixel" in said and "complex.tif: complex pixels" in said
+    assert "cut.tif: truncated or damaged in rows" in said
+    assert {"eo/scene.tif", "eo/small.png", "eo/large.png"} == {
+        name for name in files(tmp_path / "out") if name.startswith("eo") and "quick" not in name
+    }
+    (folder / "scene.tif").unlink()
+    command.main(words(checkpoints[5], folder, tmp_path / "plain", tile=4096))
+    for name in ("eo/small.png", "eo/large.png", "conf/small.png"):  # as they are without scenes
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tile": 100}, "--tile: expected a multiple of 64"),
+        ({"overlap": 33}, "--overlap: expected at least 0 and at most 32"),
+        ({"overlap": 12}, "--overlap: expected a multiple of 8"),
+        ({"stretch": "dataset"}, "--stretch: expected"),
+        ({"ensemble": 2}, "--ensemble: not to be had of scenes"),
+        ({"readout": "decoded"}, "--readout decoded: not to be had of scenes"),
+    ],
+)
+def test_options_that_scenes_do_not_have_are_refused(checkpoints, tmp_path, changes, message):
+    sar = save(tmp_path / "a.tif", smooth(70, 70))
+    with pytest.raises(command.UserError, match=message):
+        command.main(words(checkpoints[5], sar, tmp_path / "out", **changes))
