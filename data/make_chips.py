@@ -538,7 +538,11 @@ def main(argv: list[str] | None = None) -> int:
     args["eo_bands"] = args["eo_bands"] and tuple(args["eo_bands"])
     options = Options(**args)
     pairs = find_pairs(sar, eo, follow_links)
-    report = make_chips(pairs, find_masks(cloud_mask, pairs, follow_links), output, options)
+    masks = find_masks(cloud_mask, pairs, follow_links)
+    try:
+        report = make_chips(pairs, masks, output, options)
+    except OSError as error:
+        raise UserError(f"--output: cannot write into {output}: {error.strerror or error}") from error
     registrations = Counter(scene["registration"] for scene in report["scenes"])
     print("EO onto SAR:", ", ".join(f"{how} ({count} scenes)" for how, count in registrations.items()))
     print("dropped:", ", ".join(f"{reason} {count}" for reason, count in report["counts"]["dropped"].items()))

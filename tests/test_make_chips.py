@@ -429,6 +429,13 @@ def test_a_dataset_is_not_mixed_with_an_earlier_one(tmp_path, capsys):
     assert "already holds train, test, chips.json" in capsys.readouterr().err
 
 
+def test_an_output_that_is_no_folder_is_named(tmp_path, capsys):
+    sar, eo = write_raster(tmp_path / "sar.tif", noise(64, 96)), write_raster(tmp_path / "eo.tif", noise(64, 96, 3))
+    argv = ["--sar", sar, "--eo", eo, "--output", sar, "--size", 32, "--stride", 32, "--block", 32, "--guard", 0]
+    assert run_command(main, [str(word) for word in argv]) == 2
+    assert re.search("^error: --output: cannot write into .*sar.tif: ", capsys.readouterr().err, re.MULTILINE)
+
+
 def test_folders_need_a_twin_for_every_scene(tmp_path, capsys):
     for name in ("a", "b"):
         write_raster(tmp_path / f"eo/{name}.tif", noise(64, 96, 3))
