@@ -13,21 +13,23 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from cdiffset.errors import UserError
-from cdiffset.images import open_alone, without_georeference, write_png, written_whole
+from cdiffset.images import open_alone, require_size, without_georeference, write_png, written_whole
 
 SUFFIXES = (".tif", ".tiff")
 CACHE_MB = 256  # GDAL would take 5 % of the machine's memory
 QUICKLOOK_PX = 1024
+MAX_PIXELS = 2**32  # of a scene, unless --max-pixels allows more: a few bytes may claim any size
 
 
 @contextmanager
-def open_scene(path: Path) -> Iterator[DatasetReader]:
+def open_scene(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[DatasetReader]:
     """Open a GeoTIFF for reading by windows; UserError where it is none, or holds what cannot be translated."""
     with rasterio.Env(GDAL_CACHEMAX=CACHE_MB), ExitStack() as stack:
         try:
             source = stack.enter_context(open_alone(path, "GTiff"))
         except rasterio.errors.RasterioIOError as error:
             raise UserError(f"{path}: unreadable, truncated or no GeoTIFF ({str(error).splitlines()[0]})") from error
+        require_size(path, source.height, source.width, 1, max(max_pixels, MAX_PIXELS))
         if any("complex" in dtype for dtype in source.dtypes):
             raise UserError(
                 f"{path}: complex pixels ({source.dtypes[0]}); write the amplitude to a GeoTIFF first: gdal_calc.py "

@@ -217,7 +217,7 @@ def _read(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
     return bands, valid
 
 
-def _require_size(path: Path, height: int, width: int, bands: int, max_pixels: int) -> None:
+def require_size(path: Path, height: int, width: int, bands: int, max_pixels: int) -> None:
     """Refuse the size that a header claims before memory is taken for it; bands beyond a SAR image's four count as pixels."""
     if height * width * max(bands, 4) > 4 * max_pixels:
         raise UserError(
@@ -228,7 +228,7 @@ def _require_size(path: Path, height: int, width: int, bands: int, max_pixels: i
 
 def _read_picture(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
     with Image.open(path, formats=PICTURE_FORMATS) as image:
-        _require_size(path, image.height, image.width, len(image.getbands()), max_pixels)
+        require_size(path, image.height, image.width, len(image.getbands()), max_pixels)
         # MPO is the JPEG of drones and phones: its later frames are previews and depth maps of the first.
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise UserError(f"{path}: {image.n_frames} frames; expected one image")
@@ -251,7 +251,7 @@ def _plain_mode(image: Image.Image) -> Image.Image:
 
 def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np.ndarray, np.ndarray]:
     with open_alone(path, driver) as source:
-        _require_size(path, source.height, source.width, source.count, max_pixels)
+        require_size(path, source.height, source.width, source.count, max_pixels)
         if source.subdatasets:
             raise UserError(f"{path}: {len(source.subdatasets)} pages; expected one image")
         kept = [k for k in source.indexes if source.colorinterp[k - 1] != ColorInterp.alpha]
@@ -292,7 +292,7 @@ def _read_array(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.size == 0:
         raise UserError(f"{path}: expected one array [H, W] or [H, W, C], found {getattr(array, 'shape', 'an archive')}")
     bands = array.reshape(*array.shape[:2], -1)
-    _require_size(path, *bands.shape, max_pixels)
+    require_size(path, *bands.shape, max_pixels)
     return np.array(bands), np.ones(bands.shape, bool)
 
 

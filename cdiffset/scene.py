@@ -290,7 +290,7 @@ def translate_scene(model: Model, path: Path, outputs: dict[str, Path], options:
     """
     started = time.monotonic()
     scratch = outputs["eo"].with_name(f".{outputs['eo'].stem}.scene")
-    with open_scene(path) as source:
+    with open_scene(path, options.max_pixels) as source:
         radiometry = measure(source, options)
         print(f"{path}: {describe(source, radiometry, read_meta(model.args.checkpoint).get('gsd_m'))}")
         settings = settings_of(model, options, radiometry)
