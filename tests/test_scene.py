@@ -129,6 +129,7 @@ def test_an_identity_model_returns_its_input(tmp_path, size):
     same = Identity()
     options = argparse.Namespace(
         seed=1, num_inference_steps=2, readout="midpoint", precision="fp32", tile=64, overlap=24, batch_size=5,
+        max_pixels=2**28,
         bands=None, channels=None, scale="dn", stretch=None, checkpoint="none",
     )  # fmt: skip
     model = SimpleNamespace(

@@ -16,12 +16,15 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_unet
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from cdiffset import errors
 from cdiffset.config import Config
 from cdiffset.errors import UserError
+from cdiffset.translator import pad_to_multiple
 
 REPO = Path(__file__).parents[1]
 FACTOR, STEPS = 4, 3  # of the tiny VAE; DDIM steps
@@ -445,3 +448,22 @@ def test_the_command_line(sar_dir, tiny_base, pair_folders, tmp_path):
     assert files(tmp_path / "out" / "eo") == set(SIZES)
     expected = by_hand(grey(16, 16), tiny_base, tmp_path / "run" / "best" / "unet_ema")
     assert np.abs(read(tmp_path / "out" / "eo" / "square.png") - expected[0]).max() <= 1
+
+
+# --------------------------------------------------------------------------------------------------------------- padding
+def mirrored(index: int, length: int) -> int:
+    """Where an index beyond the end comes to lie, walking back and forth between the first and the last."""
+    place = index % max(1, 2 * (length - 1))
+    return min(place, 2 * (length - 1) - place)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([4, 8, 64]))
+def test_padding_continues_any_size_by_reflection_and_crops_back(height, width, factor):
+    pixels = np.arange(height * width * 3, dtype=np.float32).reshape(height, width, 3)
+    padded = pad_to_multiple(pixels, factor)
+    rows, columns = padded.shape[:2]
+    assert rows % factor == columns % factor == 0 and 0 <= rows - height < factor and 0 <= columns - width < factor
+    assert np.array_equal(padded[:height, :width], pixels)
+    at = [mirrored(row, height) for row in range(rows)], [mirrored(column, width) for column in range(columns)]
+    assert np.array_equal(padded, pixels[at[0]][:, at[1]])
