@@ -425,8 +425,8 @@ class Trainer:
             yield from batches
         except UserError as error:
             raise LoaderFault(message_of(error)) from error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:  # a dying process may also reset a connection
+            if loader.num_workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
                 raise
             raise LoaderFault(f"num_worker: a loader process died: {str(error).splitlines()[0]}") from error
 
