@@ -302,6 +302,17 @@ def test_the_maps_are_judged_by_the_pooled_pixels_and_per_image(scene):
     assert f"{entry['mean']:.4f} [{entry['low']:.4f}, {entry['high']:.4f}]" in (scene / "report" / "report.md").read_text()
 
 
+def test_maps_are_tiffs_whatever_pictures_lie_beside_them(scene, capsys):
+    """test.py --error-dir writes a map and a picture of it; a confidence map is a picture, and no variance."""
+    before = run(scene, *everything(scene))["uncertainty"]
+    for path in (scene / "error").rglob("*.tif"):
+        write(path.with_suffix(".png"), np.zeros((SIDE, SIDE)))
+    assert run(scene, *everything(scene), output="with_pictures")["uncertainty"] == before
+    argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--variance-dir", str(scene / "sar")]
+    assert errors.run(evaluate.main, [*argv, "--no-networks", "--output", str(scene / "refused")]) == 2
+    assert "sar: holds no .tif or .tiff, expected a map for each image" in capsys.readouterr().err
+
+
 def test_rivals_by_hand():
     sar = np.zeros((15, 15, 3), np.float32)
     sar[:, 8:] = 100
