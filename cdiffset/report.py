@@ -293,12 +293,12 @@ def calibration_blocks(maps: dict, means: dict, images: int) -> Iterator[NamedTu
         "in units of the latent, so its σ is judged by its shape alone, after one global scale to the mean (square) of the "
         "error; in single images, after a scale for each."
     )
-    label = {key: f"{key[0]}{', scaled' if key[0] == 'variance' else ''}, {key[1]} error" for key in judged}
+    label = {key: f"{key[0]}{' (scaled)' if key[0] == 'variance' else ''}, {key[1]}" for key in judged}
     rows = [
         [label[name, error], number(found["ence"]), cell(means.get(name, {}).get(f"ence_{error}"), images)]
         for (name, error), found in judged.items()
     ]
-    yield Table([["map", "ENCE of all pixels ↓", "ENCE of an image, mean over images ↓"], *rows])
+    yield Table([["map, error", "ENCE of all pixels ↓", "ENCE of an image, mean over images ↓"], *rows])
     lines = {label[key]: (found["predicted"], found["observed"]) for key, found in judged.items()}
     highest = max(max(xs + ys) for xs, ys in lines.values())
     lines["calibrated"] = ([0, highest], [0, highest])

@@ -450,6 +450,8 @@ def test_the_html_is_well_formed_and_self_contained(scene):
     checker = Checker()
     checker.feed(text)
     assert checker.open == [] and checker.count["svg"] == 5 and checker.count["img"] == 9 and "b" not in checker.count
+    legend = re.findall(r'<text x="480.0"[^>]*>([^<]+)<', text)  # 160 px remain of the chart, and a letter takes about 5.8
+    assert "variance (scaled), absolute" in legend and max(map(len, legend)) <= 27
     for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text):
         Image.open(io.BytesIO(base64.b64decode(data))).verify()
     assert sorted(path.name for path in (scene / "report").iterdir()) == [
