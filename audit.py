@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         pairs = [pair for pair in feeder.pairs if pair not in failures]
         if not pairs:
             raise UserError(f"none of the {len(failures)} pairs can be read, one is {min(failures).eo}")
-        findings = audit_report.write_findings(args.output, pairs, args.boxes)
+        findings = audit_report.write_findings(args.output, pairs, args.boxes, args.max_pixels)
         audit_report.choose_kept(findings, args.drop_share, args.max_score)
         audit_report.write_table(args.output / "audit.csv", findings)
         audit_report.write_contact_sheet(args.output / "contact_sheet.html", findings, args.top)

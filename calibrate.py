@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 1 where single images could not be read."""
+    """Returns 0, or 1 where single pairs could not be used."""
     args = check(make_parser().parse_args(argv))
     pairs = find_pairs(args)
     parts = split(len(pairs), args.split_seed)
@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--output: cannot write {path}: {error}") from error
     print(table(fitted), f"\nCalibration: {path}")
     if unreadable:
-        print(f"{len(unreadable)} skipped as unreadable: {', '.join(map(str, unreadable[:3]))}", file=sys.stderr)
+        print(
+            f"{len(unreadable)} skipped as unreadable or of two sizes: {', '.join(map(str, unreadable[:3]))}", file=sys.stderr
+        )
     return 1 if unreadable else 0
 
 
@@ -97,21 +99,21 @@ def split(count: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int, Pixels], list[Path]]:
-    """Translate every pair => (maps and errors of pixels drawn from each, by index of the pair; files that are unreadable)."""
+    """Translate every pair => (maps and errors of pixels drawn from each, by index of the pair; files that cannot be used)."""
     from cdiffset.images import read_eo
     from cdiffset.translator import translate_files
 
-    pixels, unreadable = {}, []
+    pixels, unreadable = {}, []  # a pair of two sizes counts as unreadable too
     for index, translation in translate_files(translator, [pair.sar for pair in pairs], args.batch_size, unreadable):
         try:
-            eo = read_eo(pairs[index].eo)
+            eo = read_eo(pairs[index].eo, args.max_pixels)
+            if eo.shape != translation.eo.shape:
+                sizes = " and ".join(f"{image.shape[1]} x {image.shape[0]} px" for image in (translation.eo, eo))
+                raise UserError(f"{pairs[index].sar} and {pairs[index].eo} differ in size: {sizes}")
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
             unreadable.append(pairs[index].eo)
             continue
-        if eo.shape != translation.eo.shape:
-            sizes = " and ".join("{} x {}".format(*each.shape[:2]) for each in (translation.eo, eo))
-            raise UserError(f"{pairs[index].sar} and {pairs[index].eo} differ in size: {sizes}")
         error = np.abs(translation.eo - eo).mean(-1, dtype=np.float64).ravel()
         drawn = np.random.default_rng([args.split_seed, index]).permutation(error.size)[: max(1, MAX_PIXELS // len(pairs))]
         pixels[index] = {name: values.ravel()[drawn] for name, values in translation.uncertainties.items()}, error[drawn]

@@ -32,7 +32,7 @@ OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO im
     ("--output-dir", "eo", ".png"),
 )
 SCENE_KINDS = ("confidence", "variance", "error", "eo")  # what there is of a scene, all of it .tif
-SCENE_READOUTS = ("midpoint", "mean", "early", "late")  # the others need the whole latent at once
+SCENE_READOUTS = ("midpoint", "mean", "first", "early", "late")  # the others need the whole latent at once
 
 
 def make_parser() -> argparse.ArgumentParser:

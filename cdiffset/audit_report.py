@@ -44,7 +44,7 @@ def overlay_path(pair: Pair) -> Path:
     return Path("overlays") / f"{pair.name}.png"
 
 
-def write_findings(output: Path, pairs: list[Pair], most_boxes: int) -> list[Finding]:
+def write_findings(output: Path, pairs: list[Pair], most_boxes: int, max_pixels: int) -> list[Finding]:
     """Score and box every pair from its map in `output`, and write its overlay => findings, the highest score first.
 
     One threshold and one colour scale serve the whole set, so that pairs compare.
@@ -59,7 +59,7 @@ def write_findings(output: Path, pairs: list[Pair], most_boxes: int) -> list[Fin
     for finding in tqdm(findings, desc="drawing", unit="pair", mininterval=1):
         residual = read_tiff(map_path(output, finding.pair))
         finding.boxes = strongest_boxes(residual, threshold, most_boxes)
-        sar, eo = read_sar(finding.pair.sar), read_eo(finding.pair.eo)
+        sar, eo = read_sar(finding.pair.sar, max_pixels), read_eo(finding.pair.eo, max_pixels)
         write_png(output / overlay_path(finding.pair), overlay(sar, eo, residual, finding.boxes, threshold))
     return sorted(findings, key=lambda finding: (-finding.score, finding.pair.name))
 

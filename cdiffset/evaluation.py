@@ -134,21 +134,22 @@ def absent_inputs(inputs: Inputs, judged: bool) -> dict[str, str]:
 def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
     """Bootstrap over images: [n, k], NaN where an image has no value => means [RESAMPLES, k].
 
-    Each is of n images drawn with replacement; all columns share the draws, so their ratios may be taken row by row.
+    Each is of n images drawn with replacement; all columns share the draws, so their ratios may be taken row by row. NaN for a
+    column with fewer than two values: it does not say how much they vary.
     """
     rng, images = np.random.default_rng(seed), len(values)
     valid = np.isfinite(values)
-    filled = np.where(valid, values, 0.0)
+    filled, varies = np.where(valid, values, 0.0), valid.sum(0) > 1
     means = []
     for draws in np.array_split(np.arange(RESAMPLES), max(1, RESAMPLES * images // 4_000_000)):
         counts = rng.multinomial(images, np.full(images, 1 / images), size=len(draws)).astype(np.float64)
         with np.errstate(invalid="ignore"):  # no valid image drawn: NaN
-            means.append((counts @ filled) / (counts @ valid))
+            means.append(np.where(varies, (counts @ filled) / (counts @ valid), np.nan))
     return np.concatenate(means)
 
 
 def interval(means: np.ndarray) -> dict[str, float | None]:
-    """Resampled means [RESAMPLES] => the ends of the 95 % interval; None where there was nothing to draw."""
+    """Resampled means [RESAMPLES] => the ends of the 95 % interval; None where there is none."""
     means = means[np.isfinite(means)]
     low, high = np.percentile(means, INTERVAL) if means.size else (math.nan, math.nan)
     return {"low": None if math.isnan(low) else float(low), "high": None if math.isnan(high) else float(high)}

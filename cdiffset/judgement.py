@@ -18,12 +18,9 @@ GRADIENT_SIGMA_PX = 1.0
 BINS = 20  # of reliability diagrams, equally many pixels each
 RANDOM, SAMPLE = 1, 2  # purposes of random draws, so that no two share a stream
 
-# How a map is read as an error in 8-bit units: (power of `reliability`, note). The variance claims no such unit.
-CALIBRATED = {
-    "expected error": (1, "expected against mean absolute error"),
-    "ensemble spread": (2, "root mean variance over samples against RMSE"),
-}
-SCALED_NOTE = "σ, after one global scale (mean absolute error / mean σ), against mean absolute error"
+# Which errors a map is to foretell in size. The variance claims no unit: its σ is scaled to the mean of the error.
+CALIBRATED = {"variance": ("absolute", "squared"), "expected error": ("absolute",), "ensemble spread": ("squared",)}
+POWERS = {"absolute": 1, "squared": 2}  # of `reliability`: means, or root mean squares
 
 
 def rivals(sar: np.ndarray | None, size: tuple[int, int], stem: str) -> dict[str, np.ndarray]:
@@ -47,6 +44,11 @@ def _generator(stem: str, purpose: int) -> np.random.Generator:
 def image_columns(maps: dict[str, np.ndarray], errors: dict[str, np.ndarray]) -> dict[str, float]:
     """Maps and errors [H, W] of one image => {"variance/ause_absolute": ..., ...}; what is undefined is left out."""
     columns = {}
+    for name, kind in ((name, kind) for name, kinds in CALIBRATED.items() if name in maps for kind in kinds):
+        try:
+            columns[f"{name}/ence_{kind}"] = _calibration(name, kind, maps[name], errors)["ence"]
+        except ValueError:  # no error at all, or fewer pixels than bins
+            continue
     try:
         ranked = {name: rank_error(error) for name, error in errors.items()}
     except ValueError:  # the error is the same everywhere, as in a perfect image
@@ -84,21 +86,18 @@ def pooled(samples: list[dict[str, np.ndarray]], pixels_per_image: int) -> dict:
         "discrepant_pixels": {name: int(mask.sum()) for name, mask in masks.items()},
         "maps": {name: {} for name in values}, "absent": {},
     }  # fmt: skip
+    part["absent"] |= {name: "no pixel of any image is marked" for name, mask in masks.items() if not mask.any()}
     try:
         ranked = {name: rank_error(error) for name, error in errors.items()}
+        part["oracle"] = {name: (error.oracle * part["mean_error"][name]).tolist() for name, error in ranked.items()}
     except ValueError as error:
-        part["absent"]["ranking"] = str(error)
-        return part
-    for name, error in ranked.items():
-        part.setdefault("oracle", {})[name] = (error.oracle * part["mean_error"][name]).tolist()
+        ranked, part["absent"]["ranking"] = None, str(error)
     for name, score in values.items():
-        measures = {
-            "ranking": partial(_ranking, score, ranked),
-            "calibration": partial(_calibration, name, score, errors["absolute"], np.sqrt(errors["squared"])),
-            **{mask: partial(_detection, score, positive, masks) for mask, positive in masks.items()},
-        }
-        if name not in ("variance", *CALIBRATED):
-            del measures["calibration"]
+        measures = {mask: partial(_detection, score, positive, masks) for mask, positive in masks.items() if positive.any()}
+        if ranked:
+            measures["ranking"] = partial(_ranking, score, ranked)
+        if name in CALIBRATED:
+            measures["calibration"] = partial(_calibrations, name, score, errors)
         for measure, compute in measures.items():
             try:
                 part["maps"][name][measure] = compute()
@@ -118,14 +117,18 @@ def _detection(score: np.ndarray, positive: np.ndarray, masks: dict[str, np.ndar
     return {"auroc": auroc(score, positive, clean), "average_precision": average_precision(score, positive, clean)}
 
 
-def _calibration(name: str, score: np.ndarray, absolute_error: np.ndarray, rms_error: np.ndarray) -> dict:
-    """The reliability diagram and ENCE, in 8-bit units."""
-    if name in CALIBRATED:
-        power, note = CALIBRATED[name]
-        predicted = score
-    else:
-        power, note = 1, SCALED_NOTE
-        sigma = np.sqrt(score, dtype=np.float64)
-        predicted = sigma * (absolute_error.mean() / sigma.mean())
-    by_bin = reliability(predicted, absolute_error if power == 1 else rms_error, power, BINS)
-    return {"note": note, "bins": BINS, "predicted": by_bin[0].tolist(), "observed": by_bin[1].tolist(), "ence": ence(*by_bin)}
+def _calibrations(name: str, score: np.ndarray, errors: dict[str, np.ndarray]) -> dict[str, dict]:
+    return {error: _calibration(name, error, score, errors) for error in CALIBRATED[name]}
+
+
+def _calibration(name: str, error: str, score: np.ndarray, errors: dict[str, np.ndarray]) -> dict:
+    """The reliability diagram and ENCE of a map against one kind of error, in 8-bit units."""
+    power, observed = POWERS[error], np.asarray(errors[error], np.float64)
+    predicted = np.asarray(score, np.float64)
+    if name == "variance":  # σ^power, scaled to one mean with the error's
+        scaled = predicted ** (power / 2)
+        if not scaled.any():
+            raise ValueError("calibration is undefined: the variance is 0 everywhere")
+        predicted = (scaled * (observed.mean() / scaled.mean())) ** (1 / power)
+    by_bin = reliability(predicted, observed ** (1 / power), power, BINS)
+    return {"bins": BINS, "predicted": by_bin[0].tolist(), "observed": by_bin[1].tolist(), "ence": ence(*by_bin)}

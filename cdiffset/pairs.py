@@ -24,6 +24,7 @@ MAPS = {
     "ensemble spread": "ensemble_dir",
 }  # name: its field in Inputs
 MASKS = ("sar_only", "eo_only")  # objects that only one of the two images shows
+MAP_SUFFIXES = (".tif", ".tiff")  # test.py --error-dir writes a picture for the eye beside each map
 LIST_SUFFIXES = (".txt", ".pkl", ".csv", ".tsv")
 FAULTS = {
     "missing": "ground truth without a prediction",
@@ -78,10 +79,11 @@ class PairFolders(Dataset):
         if not self.stems:
             raise UserError(f"no image of {inputs.pred_dir} has a twin of the same relative path in {inputs.gt_dir}")
         self.map_names = [name for name, field in MAPS.items() if getattr(inputs, field) is not None]
-        beside = {"sar": inputs.sar_dir} | {name: getattr(inputs, MAPS[name]) for name in self.map_names}
+        self.files |= {name: images_by_stem(getattr(inputs, MAPS[name]), MAP_SUFFIXES) for name in self.map_names}
+        beside = {} if inputs.sar_dir is None else {"sar": inputs.sar_dir}
         if inputs.mask_dir is not None:
             beside |= {mask: inputs.mask_dir / f"mask_{mask}" for mask in MASKS}
-        self.files |= {kind: images_by_stem(folder) for kind, folder in beside.items() if folder is not None}
+        self.files |= {kind: images_by_stem(folder) for kind, folder in beside.items()}
         self.pixels_per_image = max(1, POOLED_PIXELS // len(self.stems))
 
     def __len__(self) -> int:
@@ -128,10 +130,15 @@ class PairFolders(Dataset):
         return self.files[kind][stem]
 
 
-def images_by_stem(folder: Path) -> dict[str, Path]:
-    """Images under a folder by stem, in counting order; UserError where two differ in the suffix alone."""
+def images_by_stem(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, Path]:
+    """Images of these suffixes under a folder by stem, in counting order; UserError where there is none, or where two differ
+    in the suffix alone.
+    """
     stems: dict[str, Path] = {}
-    for path in list_images(folder):
+    listed = [path for path in list_images(folder) if path.suffix.lower() in suffixes]
+    if not listed:
+        raise UserError(f"{folder}: holds no {' or '.join(suffixes)}, expected a map for each image")
+    for path in listed:
         if (twin := stems.setdefault(stem_of(path.as_posix()), folder / path)) != folder / path:
             raise UserError(f"{folder}: {twin.relative_to(folder)} and {path} differ in the suffix alone; keep one of them")
     return stems

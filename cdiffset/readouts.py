@@ -6,6 +6,7 @@ Kept apart from `diffusion.py` so that `--help` need not import the networks.
 READOUTS = {
     "midpoint": "at the middle step of sampling, as in the paper",
     "mean": "mean over all steps",
+    "first": "at the first step, where there is nothing but the SAR to go by",
     "early": "mean over the first quarter of the steps, where the SAR alone speaks",
     "late": "mean over the last quarter of the steps, where little noise is left",
     "renoise": "after sampling, on the result noised anew; costs more U-Net passes",
@@ -27,6 +28,8 @@ def steps_read(readout: str, num_inference_steps: int) -> range:
             return range(n // 2, n // 2 + 1)
         case "mean":
             return range(n)
+        case "first":
+            return range(1)
         case "early":
             return range((n + 3) // 4)
         case "late":

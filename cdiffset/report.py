@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cdiffset.judgement import CALIBRATED, ERRORS, GRADIENT_SIGMA_PX, WINDOW_PX
+from cdiffset.judgement import ERRORS, GRADIENT_SIGMA_PX, WINDOW_PX
 from cdiffset.pairs import FAULTS, MASKS
 
 LABELS = {  # with the unit, and an arrow towards better
@@ -30,7 +30,11 @@ LABELS = {  # with the unit, and an arrow towards better
     "mae_sar": "mean absolute difference to SAR",
 }
 RANKING = {"spearman": "Spearman, {} ↑", "ause": "AUSE, {} ↓", "aurg": "AURG, {} ↑"}  # {}: of which error
-LABELS |= {f"{measure}_{error}": label.format(error) for error in ERRORS for measure, label in RANKING.items()}
+LABELS |= {
+    f"{measure}_{error}": label.format(error)
+    for error in ERRORS
+    for measure, label in (RANKING | {"ence": "ENCE, {} ↓"}).items()
+}
 FID_UNBIASED_IMAGES = 2049  # fewer leave the covariances of 2048 features rank-deficient
 DISCARDED = (0, 10, 20, 30, 50, 70, 90)  # percent, in the table of the discard curve
 FAULTS_SHOWN = 20
@@ -234,7 +238,7 @@ def uncertainty_blocks(part: dict, means: dict, images: int) -> Iterator[NamedTu
     yield Table([["left out", *(f"{percent} %" for percent in DISCARDED)], *rows])
     for error in ERRORS:
         yield from curve_figures(part, error)
-    yield from calibration_blocks(maps)
+    yield from calibration_blocks(maps, means, images)
     if part["absent"]:
         yield Items([f"{name}: {reason}" for name, reason in part["absent"].items()])
 
@@ -245,7 +249,7 @@ def ranking_cells(judged: dict) -> list[str]:
 
 
 def detection_blocks(part: dict) -> Iterator[NamedTuple]:
-    if not part["discrepant_pixels"]:
+    if not any(part["discrepant_pixels"].values()):
         return
     found = part["discrepant_pixels"]
     yield Text(
@@ -276,18 +280,26 @@ def curve_figures(part: dict, error: str) -> Iterator[Figure]:
     yield Figure(line_chart(discard, "least certain left out [%]", f"error of the rest [{unit}]"), f"Discard, {error} error")
 
 
-def calibration_blocks(maps: dict) -> Iterator[NamedTuple]:
-    judged = {name: entry["calibration"] for name, entry in maps.items() if "calibration" in entry}
+def calibration_blocks(maps: dict, means: dict, images: int) -> Iterator[NamedTuple]:
+    judged = {
+        (name, error): found for name, entry in maps.items() for error, found in entry.get("calibration", {}).items()
+    }  # fmt: skip
     if not judged:
         return
     bins = next(iter(judged.values()))["bins"]
     yield Text(
-        f"Calibration, in {bins} bins of equally many pixels by prediction. ENCE: mean over bins of |observed - predicted| / "
-        "predicted. The variance is in units of the latent, so it is judged by its shape alone, after one global scale."
+        f"Calibration, in {bins} bins of equally many pixels by prediction: expected against mean absolute error, root mean "
+        "variance against root mean square error. ENCE: mean over bins of |observed - predicted| / predicted. The variance is "
+        "in units of the latent, so its σ is judged by its shape alone, after one global scale to the mean (square) of the "
+        "error; in single images, after a scale for each."
     )
-    label = {name: name if name in CALIBRATED else f"{name}, after one global scale" for name in judged}
-    yield Table([["map", "ENCE ↓", "how"], *([label[name], number(e["ence"]), e["note"]] for name, e in judged.items())])
-    lines = {label[name]: (entry["predicted"], entry["observed"]) for name, entry in judged.items()}
+    label = {key: f"{key[0]}{' (scaled)' if key[0] == 'variance' else ''}, {key[1]}" for key in judged}
+    rows = [
+        [label[name, error], number(found["ence"]), cell(means.get(name, {}).get(f"ence_{error}"), images)]
+        for (name, error), found in judged.items()
+    ]
+    yield Table([["map, error", "ENCE of all pixels ↓", "ENCE of an image, mean over images ↓"], *rows])
+    lines = {label[key]: (found["predicted"], found["observed"]) for key, found in judged.items()}
     highest = max(max(xs + ys) for xs, ys in lines.values())
     lines["calibrated"] = ([0, highest], [0, highest])
     yield Figure(line_chart(lines, "predicted error [8-bit units]", "observed error [8-bit units]"), "Reliability")

@@ -15,6 +15,7 @@ from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import written_whole
 
 RANKING = {"spearman": "Spearman ↑", "ause": "AUSE ↓", "aurg": "AURG ↑"}  # of the absolute error
+ENCE = {"absolute": "ENCE, absolute ↓", "squared": "ENCE, squared ↓"}
 
 
 def read_reports(arguments: list[str]) -> dict[str, dict]:
@@ -69,15 +70,15 @@ def map_table(reports: dict[str, dict]) -> list[list[str]]:
     """Maps and their rivals, a row each; runs without maps have none."""
     from cdiffset.report import number
 
-    rows = [["run", "map", "n", *RANKING.values(), "ENCE ↓", "AUROC SAR-only ↑", "AUROC EO-only"]]
+    rows = [["run", "map", "n", *RANKING.values(), *ENCE.values(), "AUROC SAR-only ↑", "AUROC EO-only"]]
     for name, report in reports.items():
         part = report["uncertainty"] or {"maps": {}}
         for map_name, judged in part["maps"].items():
             ranking = judged.get("ranking", {}).get("absolute", {})
             values = [ranking.get(measure) for measure in RANKING]
-            values.append(judged.get("calibration", {}).get("ence"))
+            values += [judged.get("calibration", {}).get(error, {}).get("ence") for error in ENCE]
             values += [judged.get(mask, {}).get("auroc") for mask in ("sar_only", "eo_only")]
-            scaled = " (ENCE after one global scale)" if map_name == "variance" else ""
+            scaled = " (ENCEs after one global scale)" if map_name == "variance" else ""
             rows.append([name, map_name + scaled, str(part["images"]), *(number(value, 3) for value in values)])
     return rows
 

@@ -17,13 +17,14 @@ from conftest import REPO, tiny_unet, tiny_vae
 from PIL import Image
 
 import audit as command
-from cdiffset import errors
+from cdiffset import audit_report, errors
 from cdiffset.audit import residual_map, scores_of, strongest_boxes, upsampled
 from cdiffset.config import Config
+from cdiffset.errors import UserError
 from cdiffset.images import read_tiff
 from cdiffset.losses import variance
 from cdiffset.model import encode, load_scheduler
-from feeders.feeder import PairedFolderFeeder, QXSFeeder
+from feeders.feeder import Pair, PairedFolderFeeder, QXSFeeder
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -280,6 +281,9 @@ def test_skip_existing_keeps_maps_and_makes_the_missing(checkpoint, pair_folders
     assert "4 of 5 maps are there already" in capsys.readouterr().out
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "maps").iterdir()}
     assert [name for name in maps if maps[name] != after[name]] == ["2.tif"]
+    pair = Pair("2", pair_folders / "test/sar/2.png", pair_folders / "test/eo/2.png")
+    with pytest.raises(UserError, match="at most 9 px are opened"):  # --max-pixels holds for the overlays as well
+        audit_report.write_findings(tmp_path, [pair], 5, max_pixels=9)
 
 
 def test_broken_pairs_are_named_and_the_rest_done(checkpoint, pair_folders, tmp_path, capsys):

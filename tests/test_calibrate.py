@@ -436,7 +436,7 @@ def test_wrong_options_of_calibrate_py(pair_folders, tiny_base, checkpoints, tmp
     assert not (tmp_path / "c.json").exists()
 
 
-def test_pairs_that_are_unreadable_are_named_and_pairs_of_two_sizes_refused(
+def test_pairs_that_are_unreadable_or_of_two_sizes_are_named_and_left_out(
     pair_folders, checkpoints, tiny_base, tmp_path, capsys
 ):
     for kind in ("sar", "eo"):
@@ -447,10 +447,15 @@ def test_pairs_that_are_unreadable_are_named_and_pairs_of_two_sizes_refused(
     options = {"sar_dir": tmp_path / "sar", "eo_dir": tmp_path / "eo", "device": "cpu", "output": tmp_path / "c.json"}
     options |= {"checkpoint": checkpoints["stage2"], "pretrained_model_name_or_path": tiny_base, "num_inference_steps": 1}
     assert calibrate.main(words(options)) == 1
-    assert "1 skipped as unreadable" in capsys.readouterr().err
+    assert "1 skipped as unreadable or of two sizes: " in capsys.readouterr().err
     assert sum(json.loads((tmp_path / "c.json").read_text())["report"]["images"].values()) == 8
-    Image.new("RGB", (40, 39)).save(tmp_path / "eo" / "2.png")
-    with pytest.raises(UserError, match="2.png and .*2.png differ in size: 40 x 40 and 39 x 40"):
+    Image.new("RGB", (40, 39)).save(tmp_path / "eo" / "4.png")
+    assert calibrate.main(words(options)) == 1
+    assert re.search("4.png and .*4.png differ in size: 40 x 40 px and 40 x 39 px", capsys.readouterr().err)
+    assert sum(json.loads((tmp_path / "c.json").read_text())["report"]["images"].values()) == 7
+    for index in range(9):
+        (tmp_path / "eo" / f"{index}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="no pair is left for the part 'fit'"):
         calibrate.main(words(options))
 
 

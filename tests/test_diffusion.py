@@ -280,16 +280,17 @@ def test_a_bfloat16_net_translates_nearly_as_the_float32_one(tiny_base):
 
 # ---------------------------------------------------------------------------------------------- where the variance is read
 def test_every_readout_is_known_and_no_other():
-    assert set(READOUTS) == {"midpoint", "mean", "early", "late", "renoise", "decoded"}
-    with pytest.raises(ValueError, match="unknown readout 'first'"):
-        steps_read("first", 10)
+    assert set(READOUTS) == {"midpoint", "mean", "first", "early", "late", "renoise", "decoded"}
+    with pytest.raises(ValueError, match="unknown readout 'last'"):
+        steps_read("last", 10)
 
 
 @pytest.mark.parametrize(
     "readout, steps, expected",
     [
         ("midpoint", 1, [0]), ("midpoint", 2, [1]), ("midpoint", 50, [25]), ("decoded", 50, [25]),
-        ("mean", 3, [0, 1, 2]), ("early", 1, [0]), ("early", 4, [0]), ("early", 5, [0, 1]), ("early", 50, list(range(13))),
+        ("mean", 3, [0, 1, 2]), ("first", 1, [0]), ("first", 50, [0]),
+        ("early", 1, [0]), ("early", 4, [0]), ("early", 5, [0, 1]), ("early", 50, list(range(13))),
         ("late", 1, [0]), ("late", 4, [3]), ("late", 5, [3, 4]), ("late", 50, list(range(37, 50))),
         ("renoise", 50, []),
     ],

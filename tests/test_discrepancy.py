@@ -129,7 +129,7 @@ def test_recorded_variances_are_the_samplers_own_readouts(tiny_base, unet, scene
     pictures, sigma2 = judge.sampled(unet, some, 2)
     assert pictures.shape == (2, 5, 3, 64, 64) and sigma2.shape == (2, 8, 5, 1, 16, 16)
     for seed in (0, 1):
-        for readout in ("midpoint", "early", "mean", "late"):
+        for readout in ("midpoint", "first", "early", "mean", "late"):
             picture, expected = translate(unet, vae, scheduler, some.sar, prompt, 8, seed, readout)
             torch.testing.assert_close(pictures[seed], picture, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(sigma2[seed, list(steps_read(readout, 8))].mean(0), expected, atol=1e-4, rtol=1e-4)

@@ -15,6 +15,7 @@ import utils
 from cdiffset import errors, evaluation, judgement, pairs
 from cdiffset.errors import UserError
 from cdiffset.report import line_chart, ticks
+from cdiffset.uncertainty import ence, reliability
 
 # isort: split
 import numpy as np
@@ -286,8 +287,11 @@ def test_the_maps_are_judged_by_the_pooled_pixels_and_per_image(scene):
         assert part["discrepant_pixels"][kind] == mask.sum()
     assert part["maps"]["variance"]["sar_only"]["auroc"] == 1 and 0.4 < part["maps"]["random"]["eo_only"]["auroc"] < 0.6
     # Errors were drawn with the spread as their σ: as a σ it is calibrated, and as σ² at another scale after scaling too.
-    assert part["maps"]["ensemble spread"]["calibration"]["ence"] < 0.1
-    assert part["maps"]["variance"]["calibration"]["ence"] < 0.1 and part["maps"]["expected error"]["calibration"]["ence"] < 0.1
+    found = {name: part["maps"][name]["calibration"] for name in ("ensemble spread", "variance", "expected error")}
+    assert {name: list(kinds) for name, kinds in found.items()} == {
+        "ensemble spread": ["squared"], "variance": ["absolute", "squared"], "expected error": ["absolute"]
+    }  # fmt: skip
+    assert all(calibration["ence"] < 0.1 for kinds in found.values() for calibration in kinds.values())
     assert (
         "calibration" not in part["maps"]["SAR brightness"]
         and abs(part["maps"]["random"]["ranking"]["absolute"]["aurg"]) < 0.05
@@ -296,10 +300,56 @@ def test_the_maps_are_judged_by_the_pooled_pixels_and_per_image(scene):
     alone = np.abs(read(scene / "pred/sub/3.png") - read(scene / "gt/sub/3.png")).mean(-1)
     expected = spearmanr(read(scene / "variance/sub/3.tif").ravel(), alone.ravel()).statistic
     assert float(row["variance/spearman_absolute"]) == pytest.approx(expected, abs=1e-6)
-    assert "SAR gradient/aurg_squared" in row
+    assert "SAR gradient/aurg_squared" in row and "SAR gradient/ence_squared" not in row
+    sigma, rms = read(scene / "ensemble/sub/3.tif").ravel(), np.sqrt(per_pixel(scene, "sub/3", 2).ravel())
+    assert float(row["ensemble spread/ence_squared"]) == pytest.approx(ence(*reliability(sigma, rms, 2, 20)), rel=1e-4)
     entry = report["means"]["variance"]["ause_squared"]
     assert entry["mean"] == pytest.approx(np.mean([float(r["variance/ause_squared"]) for r in table_of(scene / "report")]))
     assert f"{entry['mean']:.4f} [{entry['low']:.4f}, {entry['high']:.4f}]" in (scene / "report" / "report.md").read_text()
+
+
+def test_maps_are_tiffs_whatever_pictures_lie_beside_them(scene, capsys):
+    """test.py --error-dir writes a map and a picture of it; a confidence map is a picture, and no variance."""
+    before = run(scene, *everything(scene))["uncertainty"]
+    for path in (scene / "error").rglob("*.tif"):
+        write(path.with_suffix(".png"), np.zeros((SIDE, SIDE)))
+    assert run(scene, *everything(scene), output="with_pictures")["uncertainty"] == before
+    argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--variance-dir", str(scene / "sar")]
+    assert errors.run(evaluate.main, [*argv, "--no-networks", "--output", str(scene / "refused")]) == 2
+    assert "sar: holds no .tif or .tiff, expected a map for each image" in capsys.readouterr().err
+
+
+def per_pixel(scene: Path, stem: str, power: int) -> np.ndarray:
+    """Mean over RGB of |pred - gt| ** power."""
+    return (np.abs(read(scene / f"pred/{stem}.png") - read(scene / f"gt/{stem}.png")) ** power).mean(-1)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "squared"])
+def test_the_variance_is_calibrated_up_to_a_scale(kind):
+    """20 bins of one pixel: σ = 1 ... 20 against 1 ... 20 times 3, but for the last, whose error is none."""
+    sigma = np.arange(1.0, 21)
+    error = np.append(3 * sigma[:-1], 0)
+    errors_by_name = {"absolute": error, "squared": error**2}
+    power = judgement.POWERS[kind]
+    scale = (np.mean(error**power) / np.mean(sigma**power)) ** (1 / power)
+    expected = (19 * abs(3 / scale - 1) + 1) / 20
+    columns = judgement.image_columns({"variance": sigma**2, "SAR brightness": sigma}, errors_by_name)
+    assert columns[f"variance/ence_{kind}"] == pytest.approx(expected)
+    samples = {"absolute": error, "squared": error**2, "variance": sigma**2}
+    part = judgement.pooled([samples], 20)["maps"]["variance"]["calibration"][kind]
+    assert part["ence"] == pytest.approx(expected) and np.allclose(part["predicted"], scale * sigma)
+
+
+def test_what_is_undefined_does_not_cost_the_rest():
+    """An error that is the same everywhere ranks nothing, and a mask without a pixel finds nothing: one line each."""
+    score = np.arange(100.0)
+    sample = {"absolute": np.ones(100), "squared": np.ones(100), "variance": score + 1}
+    masks = {"sar_only": score > 89, "eo_only": np.zeros(100, bool)}
+    part = judgement.pooled([sample | masks], 100)
+    assert part["maps"]["variance"]["sar_only"]["auroc"] == 1 and set(part["maps"]["variance"]) == {"sar_only", "calibration"}
+    assert set(part["absent"]) == {"ranking", "eo_only"}
+    flat_variance = judgement.pooled([sample | masks | {"variance": np.zeros(100)}], 100)
+    assert "the variance is 0 everywhere" in flat_variance["absent"]["variance, calibration"]
 
 
 def test_rivals_by_hand():
@@ -344,6 +394,8 @@ def test_bootstrap_intervals_cover_the_normal_theory_and_ignore_what_is_missing(
         )
     assert evaluation.interval(evaluation.resampled_means(np.full((3, 1), np.nan))[:, 0]) == {"low": None, "high": None}
     assert (evaluation.resampled_means(values)[:, 0] == means[:, 0]).all()
+    single = evaluation.resampled_means(np.array([[1.0, np.nan], [2.0, 5.0]]))  # one value does not tell how much it varies
+    assert evaluation.interval(single[:, 1]) == {"low": None, "high": None} and set(single[:, 0]) == {1.0, 1.5, 2.0}
 
 
 def test_the_paired_bootstrap_sees_a_small_steady_gain(scene):
@@ -398,6 +450,8 @@ def test_the_html_is_well_formed_and_self_contained(scene):
     checker = Checker()
     checker.feed(text)
     assert checker.open == [] and checker.count["svg"] == 5 and checker.count["img"] == 9 and "b" not in checker.count
+    legend = re.findall(r'<text x="480.0"[^>]*>([^<]+)<', text)  # 160 px remain of the chart, and a letter takes about 5.8
+    assert "variance (scaled), absolute" in legend and max(map(len, legend)) <= 27
     for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text):
         Image.open(io.BytesIO(base64.b64decode(data))).verify()
     assert sorted(path.name for path in (scene / "report").iterdir()) == [
