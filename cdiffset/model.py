@@ -89,6 +89,10 @@ def load_scheduler(base: str, prediction_type: str) -> DDIMScheduler:
     return load_component(DDIMScheduler, base, "scheduler", prediction_type=prediction_type, **ddim)
 
 
+NOISE_SCHEDULE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "prediction_type", "steps_offset",
+)  # fmt: skip
 MULTISTEP = {  # second order, on predictions of the clean latent; the last step ends without noise
     "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}),
     "unipc": (UniPCMultistepScheduler, {"predict_x0": True, "solver_type": "bh2"}),
@@ -104,8 +108,9 @@ def make_sampler(ddim: DDIMScheduler, scheduler: str = "ddim", timestep_spacing:
     if scheduler == "ddim":
         return DDIMScheduler.from_config(ddim.config, timestep_spacing=timestep_spacing)
     solver, settings = MULTISTEP[scheduler]
-    settings = {**settings, "solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero"}
-    return solver.from_config(ddim.config, timestep_spacing=timestep_spacing, **settings)
+    kept = {name: ddim.config[name] for name in NOISE_SCHEDULE}  # not what a base's own scheduler may say of sampling
+    ours = {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero", "timestep_spacing": timestep_spacing}
+    return solver(**kept, **settings, **ours)
 
 
 def embed_prompt(base: str, prompt: str) -> torch.Tensor:

@@ -258,6 +258,26 @@ def test_every_sampler_is_the_plain_diffusers_loop_time_and_again(tiny_base, nam
     assert len(ours.timesteps) == steps
 
 
+@pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
+def test_a_bases_own_sampler_lends_its_noise_schedule_and_nothing_else(tmp_path, name, spacing):
+    schedule = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear"}
+    other = {"use_karras_sigmas": True, "solver_order": 3, "algorithm_type": "sde-dpmsolver++", "euler_at_final": True}
+    DPMSolverMultistepScheduler(**schedule, **other).save_pretrained(tmp_path / "scheduler")
+    solver, settings = SOLVERS[name]
+    plain = solver(**schedule, **settings, steps_offset=1, timestep_spacing=spacing, prediction_type="sample")
+    ours, (x, prediction) = sampler(str(tmp_path), name, spacing, "sample"), latents(2)
+    for scheduler in (plain, ours):
+        scheduler.set_timesteps(4)
+    assert ours.timesteps.tolist() == plain.timesteps.tolist()
+    ends = []
+    for scheduler in (plain, ours):
+        z = x
+        for t in scheduler.timesteps:
+            z = scheduler.step(prediction * (1 + t / 1000), t, z).prev_sample
+        ends.append(z)
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_trailing_timesteps_begin_at_pure_noise_and_are_spread_evenly(tiny_base, name, steps):
