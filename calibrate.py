@@ -102,7 +102,7 @@ def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int
     from cdiffset.translator import translate_files
 
     pixels, unreadable = {}, []
-    for index, translation in translate_files(translator, [pair.sar for pair in pairs], args.batch_size, unreadable):
+    for index, translation in translate_files(translator, [pair.sar for pair in pairs], unreadable):
         try:
             eo = read_eo(pairs[index].eo)
         except UserError as error:
