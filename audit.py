@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     feeder, arguments, root = find_pairs(args, config)
     auditor = Auditor(args)
     try:
-        failures = write_maps(auditor, feeder.pairs, args.output, args.batch_size, args.skip_existing)
+        failures = write_maps(auditor, feeder.pairs, args.output, args.skip_existing)
         pairs = [pair for pair in feeder.pairs if pair not in failures]
         if not pairs:
             raise UserError(f"none of the {len(failures)} pairs can be read, one is {min(failures).eo}")

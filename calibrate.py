@@ -104,7 +104,7 @@ def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int
     from cdiffset.translator import translate_files
 
     pixels, unreadable = {}, []  # a pair of two sizes counts as unreadable too
-    for index, translation in translate_files(translator, [pair.sar for pair in pairs], args.batch_size, unreadable):
+    for index, translation in translate_files(translator, [pair.sar for pair in pairs], unreadable):
         try:
             eo = read_eo(pairs[index].eo, args.max_pixels)
             if eo.shape != translation.eo.shape:

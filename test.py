@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdiffset import calibration
+from cdiffset import calibration, processes
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.geotiff import is_larger_than
 from cdiffset.images import list_images, require_inside, write_png, write_tiff
@@ -88,11 +88,16 @@ def main(argv: list[str] | None = None) -> int:
         args, [Path(args.sar_dir.name)] if args.sar_dir.is_file() else list_images(args.sar_dir, args.follow_links)
     )
     check_scenes(args, jobs)
-    todo = [job for job in jobs if not (args.skip_existing and job.is_done())]
-    if len(todo) < len(jobs):
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already")
-    if not todo:
-        return 0
+    mine = my_share(args, jobs)
+    todo = [job for job in mine if not (args.skip_existing and job.is_done())]
+    if len(todo) < len(mine):
+        print(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
+    failures = translate(args, todo, known) if todo else []
+    return 1 if processes.total(len(failures)) else 0
+
+
+def translate(args: argparse.Namespace, todo: list[Job], known: calibration.Calibration | None) -> list[Path]:
+    """Load the networks and do the jobs => those images that could not be read."""
     from cdiffset.translator import Translator
 
     needing_variance = [option for option in ("--conf-dir", "--variance-dir") if folder_of(args, option)]
@@ -107,11 +112,23 @@ def main(argv: list[str] | None = None) -> int:
         failures += translate_scenes(translator, [job for job in todo if job.is_scene], args, known)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
-    seconds, done = time.monotonic() - started, len(todo) - len(failures)
-    print(f"{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
+    seconds, done, (rank, count) = time.monotonic() - started, len(todo) - len(failures), processes.place()
+    whose = f"process {rank + 1} of {count}: " if count > 1 else ""
+    print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
     if failures:
         print(f"{len(failures)} skipped as unreadable: {', '.join(str(path) for path in failures[:3])}", file=sys.stderr)
-    return 1 if failures else 0
+    return failures
+
+
+def my_share(args: argparse.Namespace, jobs: list[Job]) -> list[Job]:
+    """The images that fall to this process of a launcher, and in the first one the scenes.
+
+    Taken of all jobs, whether done or not, so that every process deals them out alike whenever it starts.
+    """
+    folder = source_folder(args)
+    images, scenes = ([job for job in jobs if job.is_scene is kind] for kind in (False, True))
+    dealt = [images[index] for index in processes.share([job.sar.relative_to(folder).as_posix() for job in images])]
+    return dealt + (scenes if processes.place()[0] == 0 else [])
 
 
 def folder_of(args: argparse.Namespace, option: str) -> Path | None:
@@ -203,11 +220,13 @@ def translate_all(translator, jobs: list[Job], args: argparse.Namespace, known: 
     """Read, translate and write every job => the images that could not be read."""
     if not jobs:
         return []
+    from cdiffset.pipeline import WriteBehind, file_threads
     from cdiffset.translator import translate_files
 
     unreadable = []
-    for index, translation in translate_files(translator, [job.sar for job in jobs], args.batch_size, unreadable):
-        write(jobs[index], translation, known, args.overlay_threshold)
+    with WriteBehind(file_threads(translator.device)) as later:
+        for index, translation in translate_files(translator, [job.sar for job in jobs], unreadable):
+            later(write, jobs[index], translation, known, args.overlay_threshold)
     return unreadable
 
 
@@ -219,6 +238,7 @@ def translate_scenes(
         return []
     from cdiffset.scene import translate_scene
 
+    args.batch_size = translator.images_together(args.tile, args.tile)
     unreadable = []
     for job in jobs:
         try:

@@ -9,7 +9,8 @@ from cdiffset.audit import residual_map, upsampled
 from cdiffset.audit_report import map_path
 from cdiffset.errors import UserError
 from cdiffset.images import read_eo, read_sar, write_tiff
-from cdiffset.translator import Model, batches_of_one_size
+from cdiffset.pipeline import batches_of_one_size
+from cdiffset.translator import Model
 from feeders.feeder import Pair
 
 
@@ -28,7 +29,7 @@ class Auditor(Model):
         return [padded[: image.shape[0], : image.shape[1]] for padded, image in zip(maps, sar, strict=True)]
 
 
-def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, batch_size: int, skip_existing: bool) -> list[Pair]:
+def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, skip_existing: bool) -> list[Pair]:
     """Write the map of every pair => the pairs that could not be read."""
     todo = [pair for pair in pairs if not (skip_existing and map_path(output, pair).is_file())]
     if len(todo) < len(pairs):
@@ -38,7 +39,7 @@ def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, batch_size: in
         return read_pair(pair, auditor.args.max_pixels)
 
     unreadable: list[Pair] = []
-    for indices, (sar, eo) in batches_of_one_size(todo, read, auditor.factor, batch_size, unreadable, "auditing"):
+    for indices, (sar, eo) in batches_of_one_size(todo, read, auditor.factor, auditor.images_together, unreadable, "auditing"):
         for index, discrepancy in zip(indices, auditor(sar, eo), strict=True):
             write_tiff(map_path(output, todo[index]), discrepancy)
     return unreadable

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
 
@@ -45,7 +46,9 @@ def find_weights(path: Path, option: str) -> Path:
 
 
 def read_weights(file: Path, option: str) -> dict[str, torch.Tensor]:
-    """Safetensors file or index => float32 state dict, without the `module.` and `unet.` that wrappers put before names."""
+    """Safetensors file or index => state dict as stored, mapped into memory, without the `module.` and `unet.` that wrappers
+    put before names.
+    """
     tensors = {}
     for part in parts_of(file, option):
         try:
@@ -55,7 +58,7 @@ def read_weights(file: Path, option: str) -> dict[str, torch.Tensor]:
     for prefix in ("module.", "unet.", "module."):
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    return tensors
 
 
 def parts_of(file: Path, option: str) -> list[Path]:
@@ -93,14 +96,29 @@ class UNet2DConfig:
         return UNet2DConditionModel.load_config(base, subfolder=subfolder)
 
 
-def load_unet(path: str, base: str, latent_channels: int, option: str) -> tuple[UNet2DConditionModel, Path]:
-    """Load a stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net in float32, whole or not at all.
+def load_unet(
+    path: str,
+    base: str,  # gives the architecture to weights that come without a config.json
+    latent_channels: int,
+    option: str,  # what errors name
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[UNet2DConditionModel, Path]:
+    """Load a stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net, whole or not at all.
 
-    Returns the U-Net, in evaluation mode, and its weights file.
-    `base` gives the architecture to weights that come without a config.json; `option` is what errors name.
+    Returns the U-Net, in evaluation mode, and its weights file, whose tensors go to the device and type one by one.
     """
     weights = find_weights(Path(path).expanduser(), option)
-    check_listed(weights, option)
+    with ThreadPoolExecutor(1) as pool:
+        listed = pool.submit(check_listed, weights, option)  # it reads the whole file, so at the same time as the loading
+        try:
+            unet = build_unet(weights, base, latent_channels, option, device, dtype)
+        finally:
+            listed.result()  # of a damaged file this says more than what the damage leads to
+    return unet.requires_grad_(True).eval(), weights
+
+
+def build_unet(weights: Path, base: str, latent_channels: int, option: str, device, dtype) -> UNet2DConditionModel:
     tensors = read_weights(weights, option)
     check_channels(tensors, latent_channels, f"{option}: {weights}")
     outputs = tensors["conv_out.weight"].shape[0]
@@ -112,8 +130,8 @@ def load_unet(path: str, base: str, latent_channels: int, option: str) -> tuple[
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{option}: config.json of {weights} describes no U-Net ({reason})") from error
     check_tensors(tensors, unet.state_dict(), f"{option}: {weights}")
-    unet.load_state_dict(tensors, assign=True)
-    return unet.requires_grad_(True).eval(), weights
+    unet.load_state_dict({name: tensor.to(device).to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return unet
 
 
 def check_channels(tensors: dict[str, torch.Tensor], latent_channels: int, where: str) -> None:
@@ -140,7 +158,8 @@ def check_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
             raise UserError(
                 f"{where}: expected {name} of shape {list(tensor.shape)}, found {list(found[name].shape)}; wrong base model?"
             )
-        if not torch.isfinite(found[name]).all():
+        extremes = torch.stack(found[name].float().aminmax())  # NaN where there is one; far quicker than to ask every value
+        if not extremes.isfinite().all():
             raise UserError(f"{where}: {name} holds NaN or Inf, expected finite weights")
 
 

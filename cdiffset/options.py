@@ -66,10 +66,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--seed", type=int, default=0, help="fixes the noise [0]")
-    group.add_argument("--batch-size", type=int, default=1, help="images of one size computed together [1]")
+    group.add_argument(
+        "--batch-size", type=batch_size, default=1, metavar="N", help="images of one size computed together, or auto: by their "
+        "size and, on GPUs, the free memory [1]"
+    )  # fmt: skip
     group.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the networks [fp32]")
+    group.add_argument("--compile", action="store_true", help="compile the U-Net: minutes for each image size, then faster")
     group.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help=f"skip images that claim more [{MAX_PIXELS}]")
-    group.add_argument("--device", help="e.g. cuda, cuda:1, mps, cpu [cuda if there is one]")
+    group.add_argument("--device", help="e.g. cuda, cuda:1, mps, cpu [cuda if there is one, of several processes each its own]")
+
+
+def batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def add_scene_options(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +129,8 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 
 def check_model_options(args: argparse.Namespace) -> None:
-    check_limits(args, {"batch_size": (1, None), "seed": (0, MAX_SEED), "max_pixels": (1, None)})
+    batch_size = {} if args.batch_size == "auto" else {"batch_size": (1, None)}
+    check_limits(args, {**batch_size, "seed": (0, MAX_SEED), "max_pixels": (1, None)})
     from cdiffset.checkpoint import find_weights
 
     find_weights(Path(args.checkpoint).expanduser(), "--checkpoint")  # before the base model, which may be far away

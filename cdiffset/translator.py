@@ -2,22 +2,31 @@
 
 import argparse
 import hashlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
+from diffusers import AutoencoderKL
 from tqdm import tqdm
 
+from cdiffset import processes
+from cdiffset.attention import share_prompt
 from cdiffset.checkpoint import load_unet, read_meta
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT
-from cdiffset.diffusion import ensemble, reduce_samples
+from cdiffset.diffusion import ensemble, predict, reduce_samples
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar, to_signed, to_uint8
-from cdiffset.model import check_base, check_prompt_width, embed_prompt, load_scheduler, load_vae, make_sampler, vae_factor
+from cdiffset.model import check_base, check_prompt_width, decode, encode, load_scheduler, load_vae, make_sampler, vae_factor
+from cdiffset.pipeline import batches_of_one_size, file_threads
+from cdiffset.prompt_cache import cached_prompt
 from cdiffset.uncertainty import confidence_map, variance_map
+
+PIXELS_TOGETHER = 4 * 256**2  # of a batch on a CPU: from there on, the U-Net of SD takes no less time per image
+MOST_TOGETHER = 64  # images of a batch on a GPU
+MEMORY_SHARE = 0.8  # of what is free
 
 
 class Translation(NamedTuple):
@@ -49,14 +58,16 @@ class Model:
         check_base(base)
         self.device = pick_device(args.device)
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
-        self.vae = load_vae(base)
-        self.unet, weights = load_unet(args.checkpoint, base, self.vae.config.latent_channels, "--checkpoint")
-        if needing_variance and self.unet.config.out_channels == self.vae.config.latent_channels:
+        place, load_dtype = ("cpu", torch.float32) if with_fingerprint else (self.device, dtype)
+        self.vae = load_vae(base, load_dtype)
+        latent_channels = self.vae.config.latent_channels
+        self.unet, weights = load_unet(args.checkpoint, base, latent_channels, "--checkpoint", place, load_dtype)
+        if needing_variance and self.unet.config.out_channels == latent_channels:
             raise UserError(
                 f"{', '.join(needing_variance)}: {weights} is a stage 1 checkpoint ({self.unet.config.out_channels} output "
                 f"channels), a confidence takes one of stage 2 ({self.unet.config.out_channels + 1})"
             )
-        self.prompt_embedding = embed_prompt(base, prompt)
+        self.prompt_embedding = cached_prompt(args.checkpoint, base, prompt, may_write=processes.place()[0] == 0)
         check_prompt_width(self.unet, self.prompt_embedding, base, "--checkpoint")
         prediction_type = args.prediction_type or trained.get("prediction_type") or "epsilon"
         self.scheduler = load_scheduler(base, prediction_type)
@@ -64,14 +75,60 @@ class Model:
         if with_fingerprint:
             tensors = {"prompt": self.prompt_embedding, **self.vae.state_dict(prefix="vae."), **self.unet.state_dict()}
             self.fingerprint = fingerprint(tensors, prediction_type)
-        self.unet, self.vae = self.unet.to(self.device, dtype), self.vae.to(self.device, dtype)
-        self.prompt_embedding = self.prompt_embedding.to(self.device)
+        # Half precisions are computed with channels last, in which their kernels are at home; float32 stays as it is.
+        memory_format = torch.preserve_format if dtype == torch.float32 else torch.channels_last
+        self.unet, self.vae = (net.to(self.device, dtype, memory_format=memory_format) for net in (self.unet, self.vae))
+        self.prompt_embedding = self.prompt_embedding.to(self.device, dtype)
+        share_prompt(self.unet, keep=True)
+        if args.compile:
+            self.unet.compile()
+        self.most, self.known_sizes = None, {}  # images that have turned out to fit; images together by padded size
         print(f"{weights} on {self.device}, {args.precision}, base {base}, prompt {prompt!r}")
 
     def stack(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """Images [H, W, 3] in 0-255 => [B, 3, H', W'] in [-1, 1] on the device, padded to multiples of the VAE's factor."""
         padded = np.stack([pad_to_multiple(pixels, self.factor) for pixels in images])  # [B,H',W',3]
         return to_signed(torch.from_numpy(padded).permute(0, 3, 1, 2)).to(self.device)
+
+    def images_together(self, height: int, width: int) -> int:
+        """How many images of a padded size are computed together: --batch-size, or what `auto` comes to.
+
+        UserError where not even one fits into the memory.
+        """
+        if (height, width) not in self.known_sizes:
+            self.known_sizes[height, width] = self.choose_batch_size(height, width)
+        known = self.known_sizes[height, width]
+        return known if self.most is None else min(known, self.most)
+
+    def choose_batch_size(self, height: int, width: int) -> int:
+        free, least = free_memory(self.device), decoder_bytes(self.vae, height, width)
+        if least > free:
+            raise UserError(
+                f"images of {width} x {height} px take more than {least / 2**30:.1f} GiB to decode, {free / 2**30:.1f} GiB are "
+                f"free: as GeoTIFF they would be translated in tiles (--tile)"
+            )
+        together = self.args.batch_size
+        if together == "auto":
+            if self.device.type == "cuda":
+                each = self.measured_bytes(height, width)
+                together = max(1, min(MOST_TOGETHER, int(MEMORY_SHARE * free / each)))
+            else:
+                together = max(1, min(MOST_TOGETHER, PIXELS_TOGETHER // (height * width)))
+            tqdm.write(f"--batch-size auto: {together} together of {width} x {height} px")
+        # One by one through the VAE, which is exact, where its activations would crowd the memory. Never switched off again.
+        if together * least > free / 4:
+            self.vae.enable_slicing()
+        return together
+
+    @torch.no_grad()
+    def measured_bytes(self, height: int, width: int) -> int:
+        """Memory that one image takes on a CUDA device beyond the weights: the most of encoder, U-Net and decoder."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        latents = encode(self.vae, torch.zeros(1, 3, height, width, device=self.device)).to(self.unet.dtype)
+        predict(self.unet, latents, latents, torch.tensor(0, device=self.device), self.prompt_embedding)
+        decode(self.vae, latents.float())
+        return torch.cuda.max_memory_allocated(self.device) - before
 
 
 class Translator(Model):
@@ -83,11 +140,26 @@ class Translator(Model):
         print(f"{args.scheduler}, {args.timestep_spacing} timesteps, {args.num_inference_steps} steps")
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Translation]:
-        """SAR images, float32 [H, W, 3] in 0-255, that have one size when padded => their translations."""
+        """SAR images, float32 [H, W, 3] in 0-255, that have one size when padded => their translations.
+
+        Where the device's memory does not hold as many as are to be computed together, half as many are, from then on.
+        """
         sar = self.stack(images)
+        while True:
+            together = self.images_together(*sar.shape[-2:])
+            try:
+                return self.translations(images, sar, together)
+            except torch.OutOfMemoryError as error:
+                if together == 1:
+                    size = f"{sar.shape[-1]} x {sar.shape[-2]} px"
+                    raise UserError(f"not even one image of {size} fits into the memory of {self.device}") from error
+            self.most = together // 2
+            tqdm.write(f"{together} images together do not fit into the memory of {self.device}: from now on {self.most}")
+
+    def translations(self, images: Sequence[np.ndarray], sar: torch.Tensor, together: int) -> list[Translation]:
         samples, sigma2, spread = ensemble(
             self.unet, self.vae, self.scheduler, sar, self.prompt_embedding, self.args.num_inference_steps,
-            range(self.args.seed, self.args.seed + self.args.ensemble), self.args.readout, self.args.batch_size,
+            range(self.args.seed, self.args.seed + self.args.ensemble), self.args.readout, together,
         )  # [N,B,3,H',W'], [B,1,h,w], [B,1,H',W']  # fmt: skip
         if not samples.isfinite().all():
             raise UserError("the translation is not finite: this precision does not suit the checkpoint, try --precision fp32")
@@ -114,6 +186,8 @@ def pad_to_multiple(pixels: np.ndarray, factor: int) -> np.ndarray:
 
 def pick_device(written: str | None) -> torch.device:
     available = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if available == "cuda" and written is None:
+        written = f"cuda:{processes.local_rank() % torch.cuda.device_count()}"
     try:
         device = torch.device(written or available)
         torch.empty(0, device=device)
@@ -121,6 +195,20 @@ def pick_device(written: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device: {written!r} is not to be had here ({reason}), available: {available}") from error
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device, those included that PyTorch holds without using them."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def decoder_bytes(vae: AutoencoderKL, height: int, width: int) -> int:
+    """A lower bound of what decoding one image takes: input and output of its widest layer at full size."""
+    widest = vae.config.block_out_channels[min(1, len(vae.config.block_out_channels) - 1)]
+    return 2 * widest * height * width * vae.dtype.itemsize
 
 
 def fingerprint(tensors: dict[str, torch.Tensor], settings: str) -> str:
@@ -133,43 +221,15 @@ def fingerprint(tensors: dict[str, torch.Tensor], settings: str) -> str:
     return digest.hexdigest()
 
 
-def translate_files(
-    translator: Translator, paths: Sequence[Path], batch_size: int, unreadable: list[Path]
-) -> Iterator[tuple[int, Translation]]:
+def translate_files(translator: Translator, paths: Sequence[Path], unreadable: list[Path]) -> Iterator[tuple[int, Translation]]:
     """Read and translate files => (index of the path, translation), in no fixed order; see `batches_of_one_size`."""
 
     def read(path: Path) -> tuple[np.ndarray]:
         return (read_sar(path, translator.args.max_pixels),)
 
-    for indices, (images,) in batches_of_one_size(paths, read, translator.factor, batch_size, unreadable, "translating"):
+    threads = file_threads(translator.device)
+    batches = batches_of_one_size(
+        paths, read, translator.factor, translator.images_together, unreadable, "translating", threads
+    )
+    for indices, (images,) in batches:
         yield from zip(indices, translator(images), strict=True)
-
-
-def batches_of_one_size(
-    items: Sequence, read: Callable, factor: int, batch_size: int, unreadable: list, what: str
-) -> Iterator[tuple[tuple[int, ...], tuple[tuple[np.ndarray, ...], ...]]]:
-    """Read items into images, and batch those of one padded size => (indices of the items, images of each kind).
-
-    `read` returns the images of an item, all of one size. Items that it refuses are told on stderr and go to `unreadable`.
-    """
-    waiting: dict[tuple[int, int], list[tuple[int, tuple[np.ndarray, ...]]]] = {}
-    with tqdm(total=len(items), desc=what, unit="image", mininterval=1) as bar:
-
-        def batch_of(entries: list) -> Iterator:
-            yield tuple(index for index, _ in entries), tuple(zip(*(images for _, images in entries), strict=True))
-            bar.update(len(entries))
-
-        for index, item in enumerate(items):
-            try:
-                images = read(item)
-            except UserError as error:
-                unreadable.append(item)
-                bar.write(f"skipped: {error}", file=sys.stderr)
-                bar.update()
-                continue
-            key = tuple(-(-side // factor) for side in images[0].shape[:2])
-            waiting.setdefault(key, []).append((index, images))
-            if len(waiting[key]) == batch_size:
-                yield from batch_of(waiting.pop(key))
-        for entries in waiting.values():
-            yield from batch_of(entries)

@@ -106,6 +106,13 @@ def test_half_precision_files_become_float32(tiny_base, tmp_path, dtype):
     assert_same(loaded, {name: tensor.float() for name, tensor in halves.items()})
 
 
+def test_a_net_loads_straight_into_another_type(tiny_base, tmp_path):
+    path, expected = prefixed("")(trained(), tmp_path), trained().to(torch.bfloat16).state_dict()
+    found = load_unet(str(path), tiny_base, 4, "checkpoint", dtype=torch.bfloat16)[0].state_dict()
+    assert found.keys() == expected.keys()
+    assert all(found[name].dtype == torch.bfloat16 and torch.equal(found[name], expected[name]) for name in found)
+
+
 def test_the_average_is_preferred_where_there_is_one(tiny_base, tmp_path):
     write_checkpoint(tmp_path, ["latest"], trained(seed=1), trained(seed=2), {}, {"iteration": 1})
     for path, seed in (("latest", 2), ("latest/unet", 1), ("latest/unet_ema", 2)):

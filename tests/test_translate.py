@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from cdiffset import errors
+from cdiffset import diffusion, errors
 from cdiffset.config import Config
 from cdiffset.errors import UserError
 from cdiffset.translator import pad_to_multiple
@@ -418,6 +418,56 @@ def test_bf16_is_close_to_fp32(translate, sar_dir):
     differences = [np.abs(read(full / "eo" / name) - read(half / "eo" / name)) for name in SIZES]
     assert files(full) == files(half) and 0 < max(d.max() for d in differences) < 40
     assert np.mean(np.concatenate([d.ravel() for d in differences])) < 4
+
+
+def test_auto_batches_equal_batches_of_1(translate, tmp_path, capsys):
+    for index in range(3):
+        save(tmp_path / "sar" / f"{index}.png", grey(16, 16, seed=index))
+    single, auto = translate(tmp_path / "sar", "single"), translate(tmp_path / "sar", "auto", batch_size="auto")
+    assert "--batch-size auto: 64 together of 16 x 16 px" in capsys.readouterr().out
+    assert files(single) == files(auto)
+    for name in files(single / "eo"):
+        assert np.abs(read(single / "eo" / name) - read(auto / "eo" / name)).max() <= 1
+
+
+def test_a_device_out_of_memory_gets_half_as_many(translate, tmp_path, monkeypatch, capsys):
+    for index in range(5):
+        save(tmp_path / "sar" / f"{index}.png", grey(12, 12, seed=index))
+    expected, tried = translate(tmp_path / "sar", "expected", ensemble=2), []
+
+    def limited(unet, vae, scheduler, sar, *rest, **named):
+        tried.append(len(sar))
+        if len(sar) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(unet, vae, scheduler, sar, *rest, **named)
+
+    original, limit = diffusion.translate, 1
+    monkeypatch.setattr(diffusion, "translate", limited)
+    found = translate(tmp_path / "sar", "found", batch_size=4, ensemble=2)
+    assert tried[:3] == [4, 2, 1] and set(tried[3:]) == {1} and len(tried) == 2 + 5 * 2
+    assert "4 images together do not fit into the memory of cpu: from now on 2" in capsys.readouterr().out
+    for name in files(expected):
+        if name.endswith(".png"):
+            assert np.abs(read(expected / name) - read(found / name)).max() <= 1
+    limit = 0
+    with pytest.raises(UserError, match="not even one image of 12 x 12 px fits into the memory of cpu"):
+        translate(tmp_path / "sar", "none", batch_size=4)
+
+
+def test_a_compiled_unet_translates_alike(translate, tmp_path, monkeypatch):
+    """Traced as a whole, without the compiler of the machine behind it, which takes minutes."""
+    save(tmp_path / "sar" / "x.png", grey(16, 16))
+    traced, compile_module = [], torch.nn.Module.compile
+
+    def backend(graph, _):
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile_module(net, backend=backend))
+    plain, compiled = translate(tmp_path / "sar", "plain"), translate(tmp_path / "sar", "compiled", compile=True)
+    assert len(traced) == 1
+    for kind, suffix in KINDS[:2]:
+        assert np.abs(read(plain / kind / f"x.{suffix}") - read(compiled / kind / f"x.{suffix}")).max() <= 1
 
 
 # --------------------------------------------------------------------------------------------------------- command line

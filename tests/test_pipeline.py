@@ -1,0 +1,320 @@
+"""Reading ahead, batches, writing behind, shares of processes, the prompt's cache, and what fits into memory."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_unet, tiny_vae
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_translate import KINDS, REPO, arguments, command, files, grey, save, save_checkpoint
+
+from cdiffset import pipeline, processes, prompt_cache
+from cdiffset.errors import UserError
+from cdiffset.model import embed_prompt
+from cdiffset.pipeline import WriteBehind, batches_of_one_size, read_ahead
+from cdiffset.prompt_cache import cached_prompt
+from cdiffset.translator import Model, decoder_bytes
+
+
+# ------------------------------------------------------------------------------------------------------- reading, writing
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_ahead_keeps_the_order_and_its_bounds(threads):
+    started = []
+
+    def read(item):
+        started.append(item)
+        time.sleep(0.001 * (item % 3))  # the later ones are ready first
+        return item * item
+
+    futures = read_ahead(range(20), read, threads)
+    for taken, future in enumerate(futures):
+        assert future.result() == taken**2 and len(started) <= taken + 2 * threads + 1
+    assert sorted(started) == list(range(20))
+
+
+def test_reading_ahead_ends_with_its_reader():
+    started = []
+    futures = read_ahead(range(1000), started.append, 2)
+    next(futures)
+    futures.close()
+    assert len(started) <= 5 and not [thread for thread in threading.enumerate() if thread.name.startswith("reading")]
+
+
+def test_writing_behind_keeps_its_bounds_and_does_everything():
+    gate, written = threading.Event(), []
+
+    def write(item):
+        gate.wait(10)
+        written.append(item)
+
+    with WriteBehind(1) as later, ThreadPoolExecutor(1) as pool:
+        handed_over = pool.submit(lambda: [later(write, item) for item in range(5)])
+        time.sleep(0.05)
+        assert not handed_over.done() and len(later.pending) <= 3  # it waits for the disk
+        gate.set()
+        handed_over.result(10)
+    assert written == list(range(5))
+
+
+def test_the_first_error_of_writing_reaches_the_caller_and_the_rest_is_written():
+    written = []
+
+    def write(item):
+        if item == 1:
+            raise OSError(28, "No space left on device")
+        written.append(item)
+
+    with pytest.raises(OSError, match="No space left"), WriteBehind(1) as later:
+        for item in range(3):
+            later(write, item)
+    assert written in ([0], [0, 2])  # according to when the error was noticed
+    with pytest.raises(KeyboardInterrupt), WriteBehind(2) as later:
+        later(written.append, "handed over")
+        raise KeyboardInterrupt
+    assert written[-1] == "handed over"
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 3), max_size=20), st.integers(1, 4), st.integers(1, 2))
+def test_every_image_comes_once_in_a_batch_of_its_padded_size(sides, together, threads):
+    """Sides 1 to 3 times the factor, less a pixel for every other image: items of side 2 are refused by the batch size."""
+
+    def read(item):
+        index, side = item
+        if index % 7 == 6:
+            raise UserError("damaged")
+        return (np.full((4 * side - index % 2, 4, 3), index, np.float32),)
+
+    def batch_size(height, width):
+        assert height % 4 == 0 and width == 4
+        if height == 8:
+            raise UserError("too large")
+        return together
+
+    items, unreadable, seen = list(enumerate(sides)), [], []
+    for indices, (images,) in batches_of_one_size(items, read, 4, batch_size, unreadable, "x", threads):
+        assert 1 <= len(indices) <= together and len({sides[index] for index in indices}) == 1
+        assert [int(image[0, 0, 0]) for image in images] == list(indices)
+        seen += indices
+    refused = [index for index, side in items if index % 7 == 6 or side == 2]
+    assert [index for index, _ in unreadable] == refused and sorted(seen) == sorted(set(range(len(items))) - set(refused))
+
+
+def test_images_of_many_sizes_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(pipeline, "MOST_WAITING", 3 * 4 * 4 * 4 * 10)  # bytes: 160 px
+    items = [(4 * (1 + index % 5), 4) for index in range(40)]  # 16 to 80 px, company of 8 each
+    taken = 0
+
+    def read(item):
+        nonlocal taken
+        taken += item[0] * item[1]
+        return (np.zeros((*item, 3), np.float32),)
+
+    given_back = 0
+    for _, (images,) in batches_of_one_size(items, read, 4, lambda *_: 100, [], "x"):
+        assert taken - given_back <= 160 + 80 + 2 * 80 + 80  # waiting, the one too many, and read ahead
+        given_back += sum(image.shape[0] * image.shape[1] for image in images)
+    assert given_back == taken == sum(height * width for height, width in items)
+
+
+# ------------------------------------------------------------------------------------------------------------- processes
+@settings(deadline=None)
+@given(st.sets(st.text(min_size=1), max_size=30), st.integers(1, 7))
+def test_shares_are_even_disjoint_and_all(names, count):
+    names, shares = sorted(names), []
+    for rank in range(count):
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("RANK", str(rank))
+            environment.setenv("WORLD_SIZE", str(count))
+            shares.append(processes.share(names))
+    assert sorted(sum(shares, [])) == list(range(len(names))) and all(share == sorted(share) for share in shares)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_no_launcher_is_one_process_and_nonsense_is_refused(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.place() == (0, 1) and processes.local_rank() == 0 and processes.total(3) == 3
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UserError, match="RANK from 0 to 0, found 2"):
+        processes.place()
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(UserError, match="WORLD_SIZE, .*found 'many'"):
+        processes.place()
+
+
+# ----------------------------------------------------------------------------------------------------------- prompt cache
+@pytest.fixture
+def base(tiny_base, tmp_path) -> str:
+    return str(shutil.copytree(tiny_base, tmp_path / "base"))
+
+
+def stand_in(base: str, prompt: str) -> torch.Tensor:
+    """In place of `embed_prompt`, which takes its time: a function of the prompt and the text encoder's weights alone."""
+    digest = hashlib.sha256(prompt.encode() + (Path(base) / "text_encoder" / "model.safetensors").read_bytes()).digest()
+    return torch.tensor(list(digest), dtype=torch.float32).reshape(1, 4, 8)
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[str]:
+    """The prompts that the text encoder was loaded for."""
+    prompts = []
+
+    def count(base, prompt):
+        prompts.append(prompt)
+        return stand_in(base, prompt)
+
+    monkeypatch.setattr(prompt_cache, "embed_prompt", count)
+    return prompts
+
+
+@pytest.mark.parametrize(
+    "checkpoint, file", [("run", "run/prompt_embedding.safetensors"), ("a.b", "a.prompt_embedding.safetensors")]
+)
+def test_the_cache_is_bit_for_bit_the_embedding(base, tmp_path, counted, monkeypatch, checkpoint, file):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "a.b").write_bytes(b"weights")
+    expected = embed_prompt(base, "radar")
+    monkeypatch.setattr(prompt_cache, "embed_prompt", lambda *of: counted.append(of[1]) or expected.clone())
+    for _ in range(3):
+        assert torch.equal(cached_prompt(str(tmp_path / checkpoint), base, "radar"), expected)
+    assert counted == ["radar"] and (tmp_path / file).is_file()
+
+
+def test_another_prompt_or_base_is_never_taken_from_the_cache(base, tmp_path, counted):
+    checkpoint = tmp_path / "run"
+    checkpoint.mkdir()
+
+    def ask(base, prompt):
+        found, before = cached_prompt(str(checkpoint), base, prompt), len(counted)
+        assert torch.equal(found, stand_in(base, prompt))
+        return before
+
+    assert ask(base, "radar") == 1 and ask(base, "radar") == 1 and ask(base, "optical") == 2 and ask(base, "radar") == 3
+    other = shutil.copytree(base, tmp_path / "other")
+    assert ask(str(other), "radar") == 4
+    # Another text encoder in the place of the first, of equal size and with its time of modification.
+    weights = other / "text_encoder" / "model.safetensors"
+    stat, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-400:] = bytes(400)
+    weights.write_bytes(content)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    assert ask(str(other), "radar") == 5
+
+
+def test_a_damaged_cache_is_made_anew_and_none_is_no_fault(base, tmp_path, counted, monkeypatch):
+    checkpoint, expected = tmp_path / "run", stand_in(base, "radar")
+    checkpoint.mkdir()
+    cached_prompt(str(checkpoint), base, "radar")
+    file = checkpoint / prompt_cache.FILE_NAME
+    for content in (file.read_bytes()[:40], b"", file.read_bytes()[:-8]):
+        file.write_bytes(content)
+        assert torch.equal(cached_prompt(str(checkpoint), base, "radar"), expected)
+    assert len(counted) == 4
+    file.unlink()
+    assert torch.equal(cached_prompt(str(checkpoint), base, "radar", may_write=False), expected) and not file.exists()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    assert torch.equal(cached_prompt(str(checkpoint), base, "radar"), expected)
+    assert list(checkpoint.iterdir()) == []
+
+
+def test_a_base_from_the_hub_is_known_by_the_files_in_its_cache(base, tmp_path, counted, monkeypatch):
+    """Where none are there yet, the embedding is made, and may be kept as soon as they are."""
+    here = []
+
+    def snapshot(name, local_files_only):
+        assert name == "someone/model" and local_files_only
+        if not here:
+            raise FileNotFoundError(name)
+        return base
+
+    def embed(name, prompt):
+        counted.append(prompt)
+        here.append(name)  # fetched
+        return stand_in(base, prompt)
+
+    monkeypatch.setattr(prompt_cache, "snapshot_download", snapshot)
+    monkeypatch.setattr(prompt_cache, "embed_prompt", embed)
+    (tmp_path / "run").mkdir()
+    for _ in range(2):
+        found = cached_prompt(str(tmp_path / "run"), "someone/model", "radar")
+        assert torch.equal(found, stand_in(base, "radar"))
+    assert counted == ["radar"]
+
+
+# ------------------------------------------------------------------------------------------------------ batches in memory
+def model_of(batch_size, device="cpu", **changes):
+    """A Model that has not been loaded, as far as its choice of batches goes."""
+    model = object.__new__(Model)
+    model.args = SimpleNamespace(batch_size=batch_size)
+    model.vae, model.unet, model.device = tiny_vae(), tiny_unet(), torch.device(device)
+    model.most, model.known_sizes = None, {}
+    for name, value in changes.items():
+        setattr(model, name, value)
+    return model
+
+
+@pytest.mark.parametrize(
+    "size, together", [((256, 256), 4), ((512, 256), 2), ((512, 512), 1), ((2048, 2048), 1), ((64, 64), 64)]
+)
+def test_auto_on_a_cpu_goes_by_the_size(size, together, capsys):
+    model = model_of("auto")
+    assert model.images_together(*size) == model.images_together(*size) == together
+    assert capsys.readouterr().out == f"--batch-size auto: {together} together of {size[1]} x {size[0]} px\n"
+    assert model_of(7).images_together(*size) == 7 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("free, together", [(10.0, 8), (1.0, 1), (1000.0, 64)])
+def test_auto_on_a_gpu_goes_by_the_memory_that_one_image_takes(monkeypatch, free, together):
+    monkeypatch.setattr("cdiffset.translator.free_memory", lambda device: int(free * 2**30))
+    model = model_of("auto", "cuda", measured_bytes=lambda *_: 2**30)
+    assert model.images_together(64, 64) == together
+
+
+def test_what_cannot_fit_is_refused_and_what_crowds_the_memory_goes_through_the_vae_one_by_one(monkeypatch):
+    least = decoder_bytes(tiny_vae(), 64, 64)
+    assert least == 2 * 8 * 64 * 64 * 4  # two of 8 channels, float32
+    for free, expected in ((least - 1, None), (least, True), (8 * least + 8, False)):
+        monkeypatch.setattr("cdiffset.translator.free_memory", lambda device, free=free: free)
+        model = model_of(2)
+        if expected is None:
+            with pytest.raises(UserError, match="images of 64 x 64 px take more than .* as GeoTIFF"):
+                model.images_together(64, 64)
+        else:
+            assert model.images_together(64, 64) == 2 and model.vae.use_slicing is expected
+
+
+# ------------------------------------------------------------------------------------------------------- several processes
+def test_two_processes_share_a_folder(tiny_base, tmp_path, monkeypatch, capsys):
+    """torchrun: every file is written by one of them, a broken one fails both at the end only, and a second run finds all."""
+    checkpoint = save_checkpoint(tmp_path / "trained", tiny_base, 5)
+    for index in range(6):
+        save(tmp_path / "sar" / f"{index}.png", grey(8, 8, seed=index))
+    (tmp_path / "sar" / "broken.png").write_bytes(b"nothing")
+    words = arguments(tmp_path / "sar", tmp_path / "out", True, checkpoint)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(REPO / "test.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launcher, *words], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 1, done.stderr
+    assert files(tmp_path / "out") == {f"{kind}/{index}.{suffix}" for kind, suffix in KINDS for index in range(6)}
+    counts = [int(count) for count in re.findall(r"process [12] of 2: (\d+) images translated", done.stdout)]
+    assert len(counts) == 2 and sum(counts) == 6 and max(counts) <= 4 and done.stderr.count("skipped: ") == 1
+    (tmp_path / "sar" / "broken.png").unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert command.main([*words, "--skip-existing"]) == 0
+        assert capsys.readouterr().out == "3 of 3 images are there already\n"
