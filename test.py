@@ -213,18 +213,22 @@ def translate_all(translator, jobs: list[Job], args: argparse.Namespace, known: 
 def translate_scenes(
     translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None
 ) -> list[Path]:
-    """Translate every scene => those that could not be read."""
+    """Translate every scene => those that could not be read. Processes of a launcher share each scene; the first one tells."""
     if not jobs:
         return []
-    from cdiffset.scene import translate_scene
+    from cdiffset.scene import gather_team, translate_scene
 
-    unreadable = []
+    team, unreadable = gather_team(translator), []
+    if team.rank > 0:
+        team.help()
+        return []
     for job in jobs:
         try:
-            translate_scene(translator, job.sar, job.outputs, args, known)
+            translate_scene(translator, team, job.sar, job.outputs, args, known)
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
             unreadable.append(job.sar)
+    team.dismiss()
     return unreadable
 
 
