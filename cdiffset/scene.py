@@ -91,16 +91,18 @@ class Scratch:
         self.folder, self.state = folder, folder / "state.json"
         self.key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
         self.done = None  # or how many stages (steps, rows of tiles) are on disk
-        if self.state.is_file():
+        paths = {name: folder / f"{name}.f32" for name in shapes}
+        sizes = {path: 4 * math.prod(shapes[name]) for name, path in paths.items()}
+        if self.state.is_file() and all(path.is_file() and path.stat().st_size == size for path, size in sizes.items()):
             state = json.loads(self.state.read_text())
             self.done = state["done"] if state["key"] == self.key else None
         if self.done is None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            size = sum(4 * math.prod(shape) for shape in shapes.values())
+            size = sum(sizes.values())
             if shutil.disk_usage(folder).free < size:
                 raise UserError(f"{folder}: the latents take {size / 2**30:.1f} GiB of disk, less than that is free")
-        self.fields = {name: Field(folder / f"{name}.f32", shape) for name, shape in shapes.items()}
+        self.fields = {name: Field(paths[name], shape) for name, shape in shapes.items()}
 
     def finish(self, done: int, *names: str) -> None:
         """Up to `done` everything is on disk, the last of it in the fields named."""

@@ -232,6 +232,25 @@ def test_a_run_with_other_settings_does_not_go_on_from_the_one_killed(checkpoint
     assert np.array_equal(*(read(tmp_path / out / "eo/a.tif") for out in ("out", "fresh")))
 
 
+def test_a_field_keeps_rows_of_its_channels(tmp_path):
+    field, values = Field(tmp_path / "field", (3, 10, 7)), RNG.normal(size=(3, 10, 7)).astype(np.float32)
+    for top in (6, 0, 3):
+        field.write(top, values[:, top : top + 4])
+    assert np.array_equal(Field(tmp_path / "field", (3, 10, 7)).read(slice(2, 9), slice(1, None)), values[1:, 2:9])
+    with pytest.raises(OSError, match="shorter"):
+        field.read(slice(8, 12))
+
+
+def test_work_that_is_not_whole_is_not_gone_on_with(tmp_path):
+    shapes = {"a": (1, 2, 3), "b": (2, 2, 3)}
+    scene.Scratch(tmp_path / "scratch", {"seed": 1}, shapes).finish(4, "a")
+    assert scene.Scratch(tmp_path / "scratch", {"seed": 1}, shapes).done == 4
+    (tmp_path / "scratch" / "b.f32").unlink()
+    assert scene.Scratch(tmp_path / "scratch", {"seed": 1}, shapes).done is None
+    scene.Scratch(tmp_path / "scratch", {"seed": 1}, shapes).finish(4)
+    assert scene.Scratch(tmp_path / "scratch", {"seed": 2}, shapes).done is None
+
+
 # --------------------------------------------------------------------------------------------------- files and folders
 ROTATED = {"crs": "EPSG:32631", "transform": Affine.translation(5e5, 5e6) * Affine.rotation(17) * Affine.scale(3, -2)}
 POINTS = [GroundControlPoint(row, column, 4 + column / 1e3, 50 - row / 1e3, 2.5) for row in (0, 80.5) for column in (0, 99)]
