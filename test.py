@@ -112,7 +112,8 @@ def translate(args: argparse.Namespace, todo: list[Job], known: calibration.Cali
         failures += translate_scenes(translator, [job for job in todo if job.is_scene], args, known)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
-    seconds, done, (rank, count) = time.monotonic() - started, len(todo) - len(failures), processes.place()
+    seconds, (rank, count) = time.monotonic() - started, processes.place()
+    done = sum(rank == 0 or not job.is_scene for job in todo) - len(failures)  # the first process counts the scenes of all
     whose = f"process {rank + 1} of {count}: " if count > 1 else ""
     print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
     if failures:
@@ -121,14 +122,14 @@ def translate(args: argparse.Namespace, todo: list[Job], known: calibration.Cali
 
 
 def my_share(args: argparse.Namespace, jobs: list[Job]) -> list[Job]:
-    """The images that fall to this process of a launcher, and in the first one the scenes.
+    """The images that fall to this process of a launcher, and the scenes, each of which all processes share.
 
     Taken of all jobs, whether done or not, so that every process deals them out alike whenever it starts.
     """
     folder = source_folder(args)
     images, scenes = ([job for job in jobs if job.is_scene is kind] for kind in (False, True))
     dealt = [images[index] for index in processes.share([job.sar.relative_to(folder).as_posix() for job in images])]
-    return dealt + (scenes if processes.place()[0] == 0 else [])
+    return dealt + (scenes if processes.place()[0] == 0 or processes.can_talk() else [])
 
 
 def folder_of(args: argparse.Namespace, option: str) -> Path | None:
@@ -233,19 +234,23 @@ def translate_all(translator, jobs: list[Job], args: argparse.Namespace, known: 
 def translate_scenes(
     translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None
 ) -> list[Path]:
-    """Translate every scene => those that could not be read."""
+    """Translate every scene => those that could not be read. Processes of a launcher share each scene; the first one tells."""
     if not jobs:
         return []
-    from cdiffset.scene import translate_scene
+    from cdiffset.scene import gather_team, translate_scene
 
     args.batch_size = translator.images_together(args.tile, args.tile)
-    unreadable = []
+    team, unreadable = gather_team(translator), []
+    if team.rank > 0:
+        team.help()
+        return []
     for job in jobs:
         try:
-            translate_scene(translator, job.sar, job.outputs, args, known)
+            translate_scene(translator, team, job.sar, job.outputs, args, known)
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
             unreadable.append(job.sar)
+    team.dismiss()
     return unreadable
 
 

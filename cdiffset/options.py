@@ -11,6 +11,10 @@ from cdiffset.radiometry import CHANNELS, SCALES, parse_stretch
 from cdiffset.readouts import ENSEMBLE_OUTPUTS, READOUTS, SCHEDULERS, TIMESTEP_SPACINGS
 
 MAX_SEED = 2**63 - 1
+BLENDS = {
+    "latents": "their predictions, at every denoising step",
+    "pixels": "finished tiles, each translated by itself from the scene's noise",
+}
 MAX_FEW_STEPS = 50  # but by DDIM with leading spacing: the others' timesteps may leave their range from 61 steps on
 
 
@@ -84,6 +88,10 @@ def add_scene_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("scenes", "GeoTIFFs with a side above --tile, translated without seams into GeoTIFFs")
     group.add_argument("--tile", type=int, default=1024, help="px, a multiple of 64 [1024]")
     group.add_argument("--overlap", type=int, default=128, help="of tiles, px, a multiple of 8, at most half a tile [128]")
+    group.add_argument(
+        "--blend", choices=BLENDS, default="latents", help="what of the tiles is fused [latents]: "
+        + "; ".join(f"{name}: {meaning}" for name, meaning in BLENDS.items())
+    )  # fmt: skip
     group.add_argument("--bands", help="1 to 4 bands by number or name, e.g. VV,VH [all but alpha]")
     presets = "; ".join(f"{name}: {meaning}" for name, (_, meaning) in CHANNELS.items())
     group.add_argument("--channels", choices=CHANNELS, help=f"how bands become three channels [by their number]. {presets}")

@@ -1,4 +1,4 @@
-"""The processes of a launcher (accelerate launch, torchrun) and their shares of a list of files. Nothing is talked over."""
+"""The processes of a launcher (accelerate launch, torchrun) and their shares of a list of files, which nobody talks over."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ import torch
 
 from cdiffset.errors import UserError
 
-PATIENCE = timedelta(days=30)  # the first process to be done waits for the last one
+PATIENCE = timedelta(days=30)  # whoever is done first waits for the last one, and a helper for its first work
 
 
 def place() -> tuple[int, int]:
@@ -42,16 +42,25 @@ def share(names: Sequence[str]) -> list[int]:
     return sorted(order[rank::count])
 
 
+def can_talk() -> bool:
+    """Whether there are others, and a launcher's address to meet them at."""
+    return place()[1] > 1 and "MASTER_ADDR" in os.environ
+
+
+def join() -> None:
+    """Meet the others, once; blocks until all have come."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+
+
 def total(number: int) -> int:
-    """The sum over all processes, once every one has come here; processes that know no launcher's address return their own.
+    """The sum over all processes, once every one has come here; processes that cannot talk return their own.
 
     A launcher ends all processes where one of them ends with an error, so none may, before the others are done.
     """
-    _, count = place()
-    if count == 1 or "MASTER_ADDR" not in os.environ:
+    if not can_talk():
         return number
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    join()
     summed = torch.tensor(number)
     torch.distributed.all_reduce(summed)
     return int(summed)

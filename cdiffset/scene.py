@@ -3,16 +3,20 @@
 Every tile of a step predicts from the same latents z_t of the whole scene, and the scene takes the weighted mean of the
 predictions, after MultiDiffusion (Bar-Tal et al., ICML 2023). Encoding and decoding are fused in the same way. As DDIM is
 linear in the prediction, no tile ever has a picture of its own, and there is nothing for seams to lie between.
+
+`--blend pixels` translates every tile by itself, from the same noise field, and blends the finished tiles: the plain way.
 """
 
 import argparse
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +29,7 @@ from tqdm import tqdm
 
 from cdiffset.calibration import Calibration
 from cdiffset.checkpoint import read_meta
-from cdiffset.diffusion import predict
+from cdiffset.diffusion import predict, sample
 from cdiffset.errors import UserError
 from cdiffset.geotiff import open_scene, write_cog, write_quicklook
 from cdiffset.images import to_signed, to_uint8, written_whole
@@ -34,163 +38,261 @@ from cdiffset.model import decode, encode
 from cdiffset.options import Sampling
 from cdiffset.radiometry import Radiometry, measure, read_valid
 from cdiffset.readouts import steps_read
+from cdiffset.sharing import Team
+from cdiffset.tiles import Grid, fuse, make_grid, noise_field, strips
 from cdiffset.translator import Model
 
-NOISE_BLOCK = 64  # latent cells a side; part of what a seed means
 STRIP = 256  # rows of pixels written together
 MARGIN = 3  # latent rows that bicubic interpolation may look at beyond its own
 
 
-# ------------------------------------------------------------------------------------------------------------ the tiles
-class Grid(NamedTuple):
-    """Tiles of one size that cover [height, width], row by row; they overlap by at least what was asked for."""
-
-    height: int
-    width: int
-    tile: tuple[int, int]  # height, width
-    tops: list[int]
-    lefts: list[int]
-
-    def windows(self) -> list[tuple[slice, slice]]:
-        height, width = self.tile
-        return [np.s_[top : top + height, left : left + width] for top in self.tops for left in self.lefts]
-
-    def times(self, factor: int) -> "Grid":
-        """The same tiles on a grid `factor` times as fine."""
-        finer = ([factor * start for start in starts] for starts in (self.tops, self.lefts))
-        return Grid(factor * self.height, factor * self.width, tuple(factor * side for side in self.tile), *finer)
-
-
-def make_grid(height: int, width: int, tile: int, overlap: int) -> Grid:
-    """Tiles of side `tile`, or of the scene's side where that is less, spread evenly."""
-    sides = min(tile, height), min(tile, width)
-    tops, lefts = (_starts(length, side, overlap) for length, side in zip((height, width), sides, strict=True))
-    return Grid(height, width, sides, tops, lefts)
-
-
-def _starts(length: int, side: int, overlap: int) -> list[int]:
-    if length == side:
-        return [0]
-    steps = -(-(length - side) // (side - overlap))
-    return [(length - side) * k // steps for k in range(steps + 1)]
-
-
-def blending_weights(length: int, side: int, starts: list[int]) -> np.ndarray:
-    """Weights [tiles, side] along one axis, float64: a raised cosine over each tile, and of all tiles at a place together 1."""
-    window = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
-    total = np.zeros(length)
-    for start in starts:
-        total[start : start + side] += window
-    return np.stack([window / total[start : start + side] for start in starts])
-
-
-def fuse(grid: Grid, tiles: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """Tiles [C, th, tw] in the order of the grid => (first row, strip [C, n, W]) float32, when no further tile touches it.
-
-    Summed in float64, so that tiles that agree give what they agree on to the last bit. At most one row of tiles is held.
-    """
-    (height, width), tiles = grid.tile, iter(tiles)
-    down = blending_weights(grid.height, height, grid.tops)
-    across = blending_weights(grid.width, width, grid.lefts)
-    band = None
-    for row, top in enumerate(grid.tops):
-        for column, left in enumerate(grid.lefts):
-            tile = next(tiles)
-            if band is None:
-                band = np.zeros((len(tile), height, grid.width))
-            band[:, :, left : left + width] += tile * (down[row][:, None] * across[column])
-        done = grid.tops[row + 1] - top if row + 1 < len(grid.tops) else height
-        yield top, band[:, :done].astype(np.float32)
-        band[:, : height - done] = band[:, done:]
-        band[:, height - done :] = 0
-
-
-def run_tiles(
-    grid: Grid, read: Callable, compute: Callable[..., torch.Tensor], batch_size: int, device: torch.device, bar: tqdm
-) -> Iterator[np.ndarray]:
-    """For every tile: read(rows, columns) => arrays, batched for compute(*tensors) => [B, C, th, tw], given back one by one."""
-    every = grid.windows()
-    for first in range(0, len(every), batch_size):
-        windows = every[first : first + batch_size]
-        inputs = zip(*(read(*window) for window in windows), strict=True)
-        outputs = compute(*(torch.from_numpy(np.stack(arrays)).to(device) for arrays in inputs))
-        if not outputs.isfinite().all():
-            raise UserError("the translation is not finite: this precision does not suit the checkpoint, try --precision fp32")
-        yield from outputs.float().cpu().numpy()
-        bar.update(len(windows))
-
-
-def noise_field(seed: int, channels: int, rows: slice, width: int) -> np.ndarray:
-    """Rows of the noise of a scene => float32 [C, n, width]; `rows` begins at a multiple of NOISE_BLOCK.
-
-    Each block is drawn by the seed and its place alone (Philox, keyed by both): whatever the scene's size, a place gets the
-    same noise.
-    """
-    side = NOISE_BLOCK
-    noise = np.empty((channels, -(-(rows.stop - rows.start) // side) * side, -(-width // side) * side), np.float32)
-    for top in range(0, noise.shape[1], side):
-        for left in range(0, noise.shape[2], side):
-            place = (rows.start + top) // side << 32 | left // side
-            generator = np.random.Generator(np.random.Philox(key=np.array([seed, place], np.uint64)))
-            noise[:, top : top + side, left : left + side] = generator.standard_normal((channels, side, side), np.float32)
-    return noise[:, : rows.stop - rows.start, :width]
-
-
 # ------------------------------------------------------------------------------------------------------ latents on disk
-class Latents:
-    """z_sar, and z_t with the summed σ² below it, in files that a killed run leaves whole: steps take turns with two files."""
+class Field:
+    """float32 [C, H, W] in a file, of which whole rows are read and written: by plain calls, so that memory and disk tell how
+    full they are (pages of a memory map count as the process's, and a full disk ends it by a signal)."""
 
-    def __init__(self, folder: Path, channels: int, height: int, width: int, made_with: dict):
-        key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
-        self.state, self.key, self.done = folder / "state.json", key, None  # done: None, or the steps that are finished
-        if self.state.is_file():
+    def __init__(self, path: Path, shape: tuple[int, int, int]):
+        self.path, self.shape = path, shape
+        if not path.exists():
+            with path.open("wb") as file:
+                file.truncate(4 * math.prod(shape))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, rows: slice, channels: slice = np.s_[:]) -> np.ndarray:
+        """=> [channels, rows, W]"""
+        wanted = range(len(self))[channels]
+        values = np.empty((len(wanted), rows.stop - rows.start, self.shape[2]), np.float32)
+        with self.path.open("rb") as file:
+            for channel, plane in zip(wanted, values, strict=True):
+                file.seek(self._offset(channel, rows.start))
+                if file.readinto(plane) < plane.nbytes:
+                    raise OSError(f"{self.path} is shorter than it was written")
+        return values
+
+    def write(self, top: int, values: np.ndarray) -> None:
+        with self.path.open("r+b") as file:
+            for channel, plane in enumerate(values):
+                file.seek(self._offset(channel, top))
+                file.write(np.ascontiguousarray(plane, np.float32))
+
+    def flush(self) -> None:
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def _offset(self, channel: int, row: int) -> int:
+        return 4 * self.shape[2] * (channel * self.shape[1] + row)
+
+
+class Scratch:
+    """Fields in a folder, and how far they have come: a killed run goes on, unless it had other settings."""
+
+    def __init__(self, folder: Path, made_with: dict, shapes: dict[str, tuple[int, int, int]]):
+        self.folder, self.state = folder, folder / "state.json"
+        self.key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
+        self.done = None  # or how many stages (steps, rows of tiles) are on disk
+        paths = {name: folder / f"{name}.f32" for name in shapes}
+        sizes = {path: 4 * math.prod(shapes[name]) for name, path in paths.items()}
+        if self.state.is_file() and all(path.is_file() and path.stat().st_size == size for path, size in sizes.items()):
             state = json.loads(self.state.read_text())
-            self.done = state["done"] if state["key"] == key else None
+            self.done = state["done"] if state["key"] == self.key else None
         if self.done is None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            cells = 4 * height * width * (3 * channels + 2)
-            if shutil.disk_usage(folder).free < cells:
-                raise UserError(f"{folder}: the latents take {cells / 2**30:.1f} GiB of disk, less than that is free")
-        sizes = {"z_sar": channels, "z_even": channels + 1, "z_odd": channels + 1}
-        self.z_sar, *self.z_t = (
-            np.lib.format.open_memmap(
-                folder / f"{name}.npy", "w+" if self.done is None else "r+", np.float32, (count, height, width)
-            )
-            for name, count in sizes.items()
-        )
+            size = sum(sizes.values())
+            if shutil.disk_usage(folder).free < size:
+                raise UserError(f"{folder}: the latents take {size / 2**30:.1f} GiB of disk, less than that is free")
+        self.fields = {name: Field(paths[name], shape) for name, shape in shapes.items()}
 
-    def finish(self, steps: int) -> None:
-        """Everything up to `steps` steps is on disk."""
-        for array in (self.z_sar, self.z_t[steps % 2]):
-            array.flush()
+    def finish(self, done: int, *names: str) -> None:
+        """Up to `done` everything is on disk, the last of it in the fields named."""
+        for name in names:
+            self.fields[name].flush()
         with written_whole(self.state) as temporary:
-            temporary.write_text(json.dumps({"key": self.key, "done": steps}))
-        self.done = steps
+            temporary.write_text(json.dumps({"key": self.key, "done": done}))
+        self.done = done
 
 
-# ----------------------------------------------------------------------------------------------------- the three stages
-def encode_scene(model: Model, source: DatasetReader, radiometry: Radiometry, grid: Grid, latents: Latents, bar: tqdm) -> None:
+# ------------------------------------------------------------------------------------------------------- tiles, computed
+# What is done to a batch of tiles: (model, index of the step, float32 tensors [B, ...]) => tensor [B, ...].
+def encode_tiles(model: Model, _: int, pixels: torch.Tensor) -> torch.Tensor:
+    return encode(model.vae, pixels)
+
+
+def predict_tiles(model: Model, index: int, z_sar: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
+    """=> prediction [B, C, h, w], and from a stage 2 U-Net σ² below it."""
+    dtype = model.unet.dtype
+    timestep, prompt = model.scheduler.timesteps[index], model.prompt_embedding.to(dtype)
+    prediction, raw = predict(model.unet, z_sar.to(dtype), z_t.to(dtype), timestep, prompt)
+    return prediction.float() if raw is None else torch.cat([prediction.float(), variance(raw)], dim=1)
+
+
+def translate_tiles(model: Model, _: int, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Each tile by itself => EO latent with σ² below it, [B, C + 1, h, w]; σ² is 0 from a stage 1 U-Net."""
+    steps, readout = model.args.num_inference_steps, model.args.readout
+    z_eo, sigma2 = sample(model.unet, model.scheduler, encode(model.vae, pixels), noise, model.prompt_embedding, steps, readout)
+    return torch.cat([z_eo, torch.zeros_like(z_eo[:, :1]) if sigma2 is None else sigma2.float()], dim=1)
+
+
+def decode_tiles(model: Model, _: int, latents: torch.Tensor) -> torch.Tensor:
+    return decode(model.vae, latents)
+
+
+STAGES = (encode_tiles, predict_tiles, translate_tiles, decode_tiles)
+
+
+def gather_team(model: Model) -> Team:
+    """All processes of the launch, each with its own copy of the model."""
+    model.scheduler.set_timesteps(model.args.num_inference_steps)
+
+    @torch.no_grad()
+    def work(stage: int, index: int, *arrays: np.ndarray) -> np.ndarray:
+        tensors = (torch.from_numpy(array).to(model.device) for array in arrays)
+        return STAGES[stage](model, index, *tensors).float().cpu().numpy()
+
+    return Team(work)
+
+
+@dataclass
+class Tiles:
+    """The tiles of a scene, and who computes them. They have numbers, in the order of the grid."""
+
+    team: Team
+    batch_size: int
+    grid: Grid  # of latent cells
+    bar: tqdm
+
+    def run(self, stage: Callable, read: Callable, index: int = 0, first: int = 0, cost: int = 1) -> Iterator[np.ndarray]:
+        """read(number) => arrays; then what `stage` makes of them, tile by tile from number `first` on.
+
+        Batches are the same ones whatever the number of processes. `cost`: what a tile moves the bar by.
+        """
+        count = len(self.grid.windows())
+        batches = [range(k, min(k + self.batch_size, count)) for k in range(first, count, self.batch_size)]
+        for turn in range(0, len(batches), self.team.size):
+            together = batches[turn : turn + self.team.size]
+            inputs = [[np.stack(arrays) for arrays in zip(*map(read, batch), strict=True)] for batch in together]
+            for batch, outputs in zip(together, self.team.share(STAGES.index(stage), index, inputs), strict=True):
+                if not np.isfinite(outputs).all():
+                    raise UserError(
+                        "the translation is not finite: this precision does not suit the checkpoint, try --precision fp32"
+                    )
+                yield from outputs
+                self.bar.update(len(batch) * cost)
+
+    def window(self, number: int, factor: int = 1) -> tuple[slice, slice]:
+        """Rows and columns of a tile, on a grid `factor` times as fine."""
+        row, column = divmod(number, len(self.grid.lefts))
+        starts = self.grid.tops[row], self.grid.lefts[column]
+        return tuple(slice(factor * k, factor * (k + side)) for k, side in zip(starts, self.grid.tile, strict=True))
+
+
+class Translated(NamedTuple):
+    """A scene in latents."""
+
+    z_eo: Callable[[int], tuple[np.ndarray]]  # a tile's number => its EO latent [C, th, tw]
+    sigma2: Field  # whose last channel it is
+
+
+# ------------------------------------------------------------------------------------------------------ latents fused
+TURNS = ("z_even", "z_odd")  # steps take turns with two files of z_t and, below it, the σ² read so far
+
+
+def fuse_latents(model: Model, tiles: Tiles, read_pixels: Callable, scratch: Scratch) -> Translated:
+    """All tiles of a step predict from the latents of the whole scene; the scene takes the mean of the predictions."""
+    steps = model.args.num_inference_steps
+    if scratch.done is None:
+        encode_scene(model, tiles, read_pixels, scratch)
+    for index in range(scratch.done, steps):
+        denoise_step(model, tiles, scratch, index)
+        scratch.finish(index + 1, TURNS[(index + 1) % 2])
+    final = scratch.fields[TURNS[steps % 2]]
+    return Translated(windows_of(tiles, final, slice(0, -1)), final)
+
+
+def latent_shapes(channels: int, grid: Grid) -> dict[str, tuple[int, int, int]]:
+    size = grid.height, grid.width
+    return {"z_sar": (channels, *size)} | dict.fromkeys(TURNS, (channels + 1, *size))
+
+
+def windows_of(tiles: Tiles, *parts) -> Callable[[int], tuple[np.ndarray, ...]]:
+    """Fields, each followed by the slice of its channels => reader of a tile of each; a row of tiles is read at once."""
+    fields = list(zip(parts[::2], parts[1::2], strict=True))
+
+    @lru_cache(maxsize=1)
+    def band(start: int, stop: int) -> list[np.ndarray]:
+        return [field.read(slice(start, stop), channels) for field, channels in fields]
+
+    def read(number: int) -> tuple[np.ndarray, ...]:
+        rows, columns = tiles.window(number)
+        return tuple(values[:, :, columns] for values in band(rows.start, rows.stop))
+
+    return read
+
+
+def encode_scene(model: Model, tiles: Tiles, read_pixels: Callable, scratch: Scratch) -> None:
     """SAR pixels => z_sar; and the noise that z_t starts from."""
-
-    def read(rows: slice, columns: slice) -> tuple[np.ndarray]:
-        return (to_signed(read_padded(source, radiometry, rows, columns)),)
-
-    def compute(pixels: torch.Tensor) -> torch.Tensor:
-        return encode(model.vae, pixels)
-
-    # The encoder's tiles are the latent ones in pixels; their results are latent again.
-    pixels = run_tiles(grid.times(model.factor), read, compute, model.args.batch_size, model.device, bar)
-    for top, strip in fuse(grid, pixels):
-        latents.z_sar[:, top : top + strip.shape[1]] = strip
-    channels, sigma = len(latents.z_sar), float(model.scheduler.init_noise_sigma)
-    for top in range(0, grid.height, NOISE_BLOCK):
-        rows = slice(top, min(top + NOISE_BLOCK, grid.height))
-        latents.z_t[0][:channels, rows] = noise_field(model.args.seed, channels, rows, grid.width) * sigma
-        latents.z_t[0][channels, rows] = 0
-    latents.finish(0)
+    z_sar, z_t, width = scratch.fields["z_sar"], scratch.fields[TURNS[0]], tiles.grid.width
+    sigma = float(model.scheduler.init_noise_sigma)
+    for top, strip in strips(fuse(tiles.grid, tiles.run(encode_tiles, read_pixels)), width):
+        z_sar.write(top, strip)
+        noise = noise_field(model.args.seed, len(strip), slice(top, top + strip.shape[1]), slice(0, width)) * sigma
+        z_t.write(top, np.concatenate([noise, np.zeros_like(noise[:1])]))
+    scratch.finish(0, "z_sar", TURNS[0])
 
 
+def denoise_step(model: Model, tiles: Tiles, scratch: Scratch, index: int) -> None:
+    """One step of the scheduler, from one file into the other."""
+    z_sar, old, new = scratch.fields["z_sar"], scratch.fields[TURNS[index % 2]], scratch.fields[TURNS[(index + 1) % 2]]
+    channels, timestep = len(z_sar), model.scheduler.timesteps[index]
+    weights = steps_read(model.args.readout, model.scheduler.timesteps.tolist())
+    weight = weights.get(index, 0.0) / max(sum(weights.values()), 1.0)
+    read = windows_of(tiles, z_sar, slice(None), old, slice(0, channels))
+    for top, strip in strips(fuse(tiles.grid, tiles.run(predict_tiles, read, index)), tiles.grid.width):
+        before = old.read(slice(top, top + strip.shape[1]))
+        prediction, z_t = (torch.from_numpy(values[None, :channels]) for values in (strip, before))
+        before[:channels] = model.scheduler.step(prediction, timestep, z_t).prev_sample[0].numpy()
+        if weight and len(strip) > channels:
+            before[channels] += weight * strip[channels]
+        new.write(top, before)
+
+
+# ------------------------------------------------------------------------------------------------------ pixels blended
+def blend_pixels(model: Model, tiles: Tiles, read_pixels: Callable, scratch: Scratch) -> Translated:
+    """Every tile by itself; a row of tiles once finished is kept."""
+    own, sigma2 = scratch.fields["tiles"], scratch.fields["sigma2"]
+    steps, (height, _) = model.args.num_inference_steps, tiles.grid.tile
+    channels, across = len(own) - 1, len(tiles.grid.lefts)
+
+    def read(number: int) -> tuple[np.ndarray, np.ndarray]:
+        return (*read_pixels(number), noise_field(model.args.seed, channels, *tiles.window(number)))
+
+    first = (scratch.done or 0) * across
+    for number, tile in enumerate(tiles.run(translate_tiles, read, first=first, cost=steps + 1), start=first):
+        own.write(number * height, tile)
+        if (number + 1) % across == 0:
+            scratch.finish((number + 1) // across, "tiles")
+
+    def tile_of(number: int, channels: slice) -> np.ndarray:
+        return own.read(slice(number * height, (number + 1) * height), channels)
+
+    every = range(len(tiles.grid.windows()))
+    for top, strip in strips(fuse(tiles.grid, (tile_of(number, slice(-1, None)) for number in every)), tiles.grid.width):
+        sigma2.write(top, strip)
+    return Translated(lambda number: (tile_of(number, slice(0, -1)),), sigma2)
+
+
+def tile_shapes(channels: int, grid: Grid) -> dict[str, tuple[int, int, int]]:
+    """Tiles one below the other, their σ² as the last channel."""
+    height, width = grid.tile
+    return {"tiles": (channels + 1, len(grid.windows()) * height, width), "sigma2": (1, grid.height, grid.width)}
+
+
+BLENDS = {"latents": (fuse_latents, latent_shapes), "pixels": (blend_pixels, tile_shapes)}
+
+
+# ------------------------------------------------------------------------------------------------------- reading, writing
 def read_padded(source: DatasetReader, radiometry: Radiometry, rows: slice, columns: slice) -> np.ndarray:
     """A window that may end beyond the scene => [3, h, w] in 0-255, continued there by reflection as ordinary images are."""
     window = Window.from_slices((rows.start, min(rows.stop, source.height)), (columns.start, min(columns.stop, source.width)))
@@ -199,57 +301,23 @@ def read_padded(source: DatasetReader, radiometry: Radiometry, rows: slice, colu
     return np.pad(pixels, beyond, mode="reflect")
 
 
-def denoise_scene(model: Model, grid: Grid, latents: Latents, bar: tqdm) -> None:
-    """All steps that are still to do, each from one file into the other."""
-    steps = model.args.num_inference_steps
-    model.scheduler.set_timesteps(steps)
-    weights = steps_read(model.args.readout, model.scheduler.timesteps.tolist())
-    for index in range(latents.done, steps):
-        denoise_step(model, grid, latents, index, weights.get(index, 0.0), bar)
-        latents.finish(index + 1)
+def decoded_strips(model: Model, tiles: Tiles, z_eo: Callable) -> Iterator[tuple[int, np.ndarray]]:
+    """EO latents => (first row, uint8 [3, n, W']), the VAE's tiles fused."""
+    grid = tiles.grid.times(model.factor)
+    pieces = fuse(grid, tiles.run(decode_tiles, z_eo))
+    eight_bit = ((rows, columns, to_uint8(torch.from_numpy(piece)).transpose(2, 0, 1)) for rows, columns, piece in pieces)
+    yield from strips(eight_bit, grid.width)
 
 
-def denoise_step(model: Model, grid: Grid, latents: Latents, index: int, weight: float, bar: tqdm) -> None:
-    old, new, channels = latents.z_t[index % 2], latents.z_t[(index + 1) % 2], len(latents.z_sar)
-    timestep = model.scheduler.timesteps[index]
-    prompt, dtype = model.prompt_embedding.to(model.unet.dtype), model.unet.dtype
-
-    def read(rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
-        return latents.z_sar[:, rows, columns], old[:channels, rows, columns]
-
-    def compute(z_sar: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
-        prediction, raw = predict(model.unet, z_sar.to(dtype), z_t.to(dtype), timestep, prompt)
-        return prediction.float() if raw is None else torch.cat([prediction.float(), variance(raw)], dim=1)
-
-    for top, strip in fuse(grid, run_tiles(grid, read, compute, model.args.batch_size, model.device, bar)):
-        rows = slice(top, top + strip.shape[1])
-        prediction, z_t = torch.from_numpy(strip[None, :channels]), torch.from_numpy(np.array(old[None, :channels, rows]))
-        new[:channels, rows] = model.scheduler.step(prediction, timestep, z_t).prev_sample[0].numpy()
-        new[channels, rows] = old[channels, rows] + (weight * strip[channels] if len(strip) > channels else 0)
-
-
-def decode_scene(model: Model, grid: Grid, z_eo: np.ndarray, bar: tqdm) -> Iterator[tuple[int, np.ndarray]]:
-    """EO latents [C, h, w] => strips (first row, float32 [3, n, W'] in [-1, 1])."""
-
-    def read(rows: slice, columns: slice) -> tuple[np.ndarray]:
-        return (z_eo[:, rows, columns],)
-
-    def compute(latents: torch.Tensor) -> torch.Tensor:
-        return decode(model.vae, latents)
-
-    yield from fuse(grid.times(model.factor), run_tiles(grid, read, compute, model.args.batch_size, model.device, bar))
-
-
-# ---------------------------------------------------------------------------------------------------------- the outputs
 def eo_strips(source: DatasetReader, indexes: tuple[int, ...], decoded: Iterator) -> Iterator[tuple[int, np.ndarray]]:
     """Decoded strips => (first row, uint8 RGBA [4, n, W]) of the scene's size, black and transparent where it is not valid."""
     for first, strip in decoded:
         last = min(first + strip.shape[1], source.height)
         for top in range(first, last, STRIP):
             bottom = min(top + STRIP, last)
-            pixels = to_uint8(torch.from_numpy(strip[:, top - first : bottom - first, : source.width]))
+            pixels = strip[:, top - first : bottom - first, : source.width]
             valid = valid_rows(source, indexes, top, bottom)
-            yield top, np.concatenate([np.moveaxis(pixels, -1, 0) * valid, 255 * valid[None].astype(np.uint8)])
+            yield top, np.concatenate([pixels * valid, 255 * valid[None].astype(np.uint8)])
 
 
 def valid_rows(source: DatasetReader, indexes: tuple[int, ...], top: int, bottom: int) -> np.ndarray:
@@ -257,20 +325,27 @@ def valid_rows(source: DatasetReader, indexes: tuple[int, ...], top: int, bottom
 
 
 def map_strips(
-    source: DatasetReader, indexes: tuple[int, ...], sigma2: np.ndarray, factor: int, known: list[Calibration | None]
+    source: DatasetReader, indexes: tuple[int, ...], sigma2: Field, factor: int, known: list[Calibration | None]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """σ² [h, w] => (first row, float32 [bands, n, W]): σ² where `known` is None, else the expected error by it; NaN: nodata.
+    """σ² [.., h, w], the last channel => (first row, float32 [bands, n, W]): σ² where `known` is None, else the expected error
+    by it; NaN: nodata.
 
     Bicubic within the scene's range of σ², as `uncertainty.variance_map`.
     """
-    low, high = float(sigma2.min()), float(sigma2.max())
-    rows = STRIP // factor
-    for first in range(0, len(sigma2), rows):
-        start, stop = max(0, first - MARGIN), min(len(sigma2), first + rows + MARGIN)
-        around = torch.from_numpy(np.array(sigma2[None, None, start:stop]))
-        finer = torch.nn.functional.interpolate(around, scale_factor=factor, mode="bicubic", align_corners=False)
+    height, rows = sigma2.shape[1], STRIP // factor
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return sigma2.read(slice(max(0, start), min(height, stop)), slice(-1, None))
+
+    extremes = [(part.min(), part.max()) for part in (read(top, top + rows) for top in range(0, height, rows))]
+    low, high = float(min(extremes)[0]), float(max(high for _, high in extremes))
+    for first in range(0, height, rows):
+        finer = torch.nn.functional.interpolate(
+            torch.from_numpy(read(first - MARGIN, first + rows + MARGIN)[None]),
+            scale_factor=factor, mode="bicubic", align_corners=False,
+        )  # fmt: skip
         top, bottom = first * factor, min((first + rows) * factor, source.height)
-        offset = start * factor
+        offset = max(0, first - MARGIN) * factor
         values = finer[0, 0, top - offset : bottom - offset, : source.width].clamp(low, high).numpy()
         bands = [values if each is None else each.expected_error({"variance": values}) for each in known]
         valid = valid_rows(source, indexes, top, bottom)
@@ -284,13 +359,20 @@ def maps_of(kind: str, known: Calibration | None) -> dict[str, Calibration | Non
 
 
 # -------------------------------------------------------------------------------------------------------- one whole scene
-def translate_scene(model: Model, path: Path, outputs: dict[str, Path], options: argparse.Namespace, known=None) -> None:
+def translate_scene(
+    model: Model,
+    team: Team,
+    path: Path,
+    outputs: dict[str, Path],
+    options: argparse.Namespace,
+    known: Calibration | None = None,
+) -> None:
     """Translate a GeoTIFF into GeoTIFFs on its own grid, the EO image last; continues where an earlier run was killed.
 
     outputs: "eo", and "confidence" (σ² and, given the Calibration `known`, the expected error), "variance" or "error".
     """
     started = time.monotonic()
-    scratch = outputs["eo"].with_name(f".{outputs['eo'].stem}.scene")
+    translate, shapes_of = BLENDS[options.blend]
     with open_scene(path, options.max_pixels) as source:
         radiometry = measure(source, options)
         print(f"{path}: {describe(source, radiometry, read_meta(model.args.checkpoint).get('gsd_m'))}")
@@ -298,43 +380,69 @@ def translate_scene(model: Model, path: Path, outputs: dict[str, Path], options:
         height, width = (-(-side // model.factor) for side in (source.height, source.width))
         grid = make_grid(height, width, options.tile // model.factor, options.overlap // model.factor)
         origin = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, *grid]
-        made_with = {"origin": origin, "settings": settings}
-        latents = Latents(scratch, model.vae.config.latent_channels, height, width, made_with)
-        steps = model.args.num_inference_steps
-        with tqdm(total=len(grid.windows()) * (steps + 2), desc=path.name, unit="tile", mininterval=1) as bar, torch.no_grad():
+        shapes = shapes_of(model.vae.config.latent_channels, grid)
+        folder = outputs["eo"].with_name(f".{outputs['eo'].stem}.scene")
+        scratch = Scratch(folder, {"origin": origin, "settings": settings}, shapes)
+        megapixels = source.height * source.width / 1e6
+        with progress(scratch, options, grid, megapixels, path.name) as bar:
+            tiles = Tiles(team, options.batch_size, grid, bar)
+
+            def read_pixels(number: int) -> tuple[np.ndarray]:
+                return (to_signed(read_padded(source, radiometry, *tiles.window(number, model.factor))),)
+
             try:
-                if latents.done is None:
-                    encode_scene(model, source, radiometry, grid, latents, bar)
-                else:
-                    bar.update(len(grid.windows()) * (latents.done + 1))
-                    bar.write(f"{path}: goes on after step {latents.done} of {steps}")
-                denoise_scene(model, grid, latents, bar)
-                write_outputs(model, source, radiometry, grid, latents, outputs, known, settings, bar)
+                translated = translate(model, tiles, read_pixels, scratch)
+                write_outputs(model, source, radiometry, tiles, translated, outputs, known, settings, folder)
             except UserError:  # the same again would end the same way
-                shutil.rmtree(scratch)
+                shutil.rmtree(folder)
                 raise
-    shutil.rmtree(scratch)
-    seconds, megapixels = time.monotonic() - started, source.height * source.width / 1e6
+            megapixels *= 1 - bar.initial / bar.total
+    shutil.rmtree(folder)
+    seconds = time.monotonic() - started
     print(f"{path}: {megapixels:.1f} Mpx in {seconds:.1f} s, {megapixels / seconds:.3f} Mpx/s, into {outputs['eo']}")
 
 
-def write_outputs(model, source, radiometry, grid, latents, outputs, known, settings: dict, bar: tqdm) -> None:
-    scratch, tags = latents.state.parent, tags_of(settings)
-    z_eo, summed = latents.z_t[latents.done % 2][:-1], latents.z_t[latents.done % 2][-1]
-    total = sum(steps_read(model.args.readout, model.scheduler.timesteps.tolist()).values())
+class Progress(tqdm):
+    """A bar of tiles that says how many megapixels of the scene are finished per second, all steps counted."""
+
+    megapixels = 0.0
+
+    @property
+    def format_dict(self) -> dict:
+        numbers = super().format_dict
+        done = (self.n - self.initial) / self.total * self.megapixels
+        return numbers | {"postfix": f"{done / max(numbers['elapsed'], 1e-3):.3f} Mpx/s"}
+
+
+def progress(scratch: Scratch, options: argparse.Namespace, grid: Grid, megapixels: float, name: str) -> Progress:
+    """The bar, set to what an earlier run has done."""
+    steps, count, done = options.num_inference_steps, len(grid.windows()), scratch.done
+    if options.blend == "latents":
+        stages, unit = (0 if done is None else count * (done + 1)), f"step {done} of {steps}"
+    else:
+        stages, unit = (done or 0) * len(grid.lefts) * (steps + 1), f"row {done} of {len(grid.tops)} of tiles"
+    bar = Progress(total=count * (steps + 2), initial=stages, desc=name, unit="tile", mininterval=1)
+    bar.megapixels = megapixels
+    if done is not None:
+        bar.write(f"{name}: goes on after {unit}")
+    return bar
+
+
+def write_outputs(model, source, radiometry, tiles, translated, outputs, known, settings: dict, folder: Path) -> None:
+    tags = tags_of(settings)
     for kind, path in outputs.items():
         if kind != "eo":
             bands = maps_of(kind, known)
-            strips = map_strips(source, radiometry.indexes, summed / total, model.factor, list(bands.values()))
-            write_cog(path, scratch, source, list(bands), "float32", strips, tags)
-    strips = eo_strips(source, radiometry.indexes, decode_scene(model, grid, z_eo, bar))
-    write_cog(outputs["eo"], scratch, source, ("red", "green", "blue", "alpha"), "uint8", strips, tags)
+            maps = map_strips(source, radiometry.indexes, translated.sigma2, model.factor, list(bands.values()))
+            write_cog(path, folder, source, list(bands), "float32", maps, tags)
+    pictures = eo_strips(source, radiometry.indexes, decoded_strips(model, tiles, translated.z_eo))
+    write_cog(outputs["eo"], folder, source, ("red", "green", "blue", "alpha"), "uint8", pictures, tags)
     write_quicklook(outputs["eo"].with_suffix(".quicklook.png"), outputs["eo"])
 
 
 def settings_of(model: Model, options: argparse.Namespace, radiometry: Radiometry) -> dict:
     """All that the pixels depend on, besides the scene itself."""
-    names = ("seed", *Sampling._fields, "readout", "precision", "tile", "overlap")
+    names = ("seed", *Sampling._fields, "readout", "precision", "tile", "overlap", "blend")
     return {
         "checkpoint": model.fingerprint, **{name: getattr(options, name) for name in names},
         "prediction_type": model.scheduler.config.prediction_type, "radiometry": asdict(radiometry),

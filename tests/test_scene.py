@@ -19,7 +19,8 @@ from cdiffset import scene
 from cdiffset.diffusion import sample
 from cdiffset.images import to_signed, to_uint8
 from cdiffset.model import decode, encode
-from cdiffset.scene import blending_weights, fuse, make_grid, map_strips, noise_field, translate_scene
+from cdiffset.scene import Field, gather_team, map_strips, translate_scene
+from cdiffset.tiles import blending_weights, fuse, make_grid, noise_field, strips
 from cdiffset.translator import Translator, pad_to_multiple
 from cdiffset.uncertainty import variance_map
 
@@ -76,29 +77,33 @@ def test_tiles_cover_overlap_and_weigh_1_everywhere(size):
 def test_tiles_that_agree_come_back_to_the_last_bit(size):
     whole = RNG.normal(size=(3, *size)).astype(np.float32)
     grid = make_grid(*size, 16, 7)
-    strips = list(fuse(grid, (whole[:, rows, columns] for rows, columns in grid.windows())))
-    assert np.array_equal(np.concatenate([strip for _, strip in strips], 1), whole)
-    assert [top for top, _ in strips] == np.cumsum([0] + [strip.shape[1] for _, strip in strips])[:-1].tolist()
+    pieces = list(fuse(grid, (whole[:, rows, columns] for rows, columns in grid.windows())))
+    assert sum(piece[0].size for _, _, piece in pieces) == whole[0].size
+    assert all(np.array_equal(piece, whole[:, rows, columns]) for rows, columns, piece in pieces)
+    got = list(strips(pieces, size[1]))
+    assert np.array_equal(np.concatenate([strip for _, strip in got], 1), whole)
+    assert [top for top, _ in got] == np.cumsum([0] + [strip.shape[1] for _, strip in got])[:-1].tolist()
 
 
-def test_tiles_that_differ_are_averaged_by_their_weights():
-    grid = make_grid(41, 29, 16, 6)
+@pytest.mark.parametrize("size", [(41, 29), (20, 33)])  # (20, 33): the second tile lies in the first to three quarters
+def test_tiles_that_differ_are_averaged_by_their_weights(size):
+    grid = make_grid(*size, 16, 6)
     tiles = RNG.normal(size=(len(grid.windows()), 2, *grid.tile))
     hann = np.sin(np.pi * (np.arange(16) + 0.5) / 16) ** 2
-    total, weight = np.zeros((2, 41, 29)), np.zeros((41, 29))
+    total, weight = np.zeros((2, *size)), np.zeros(size)
     for k in RNG.permutation(len(tiles)):  # whatever the order
         total[:, *grid.windows()[k]] += tiles[k] * np.outer(hann, hann)
         weight[grid.windows()[k]] += np.outer(hann, hann)
-    fused = np.concatenate([strip for _, strip in fuse(grid, iter(tiles))], 1)
+    fused = np.concatenate([strip for _, strip in strips(fuse(grid, tiles), size[1])], 1)
     np.testing.assert_allclose(fused, total / weight, rtol=1e-5, atol=1e-6)
 
 
 def test_noise_is_standard_normal_and_a_matter_of_seed_and_place_alone():
-    noise = noise_field(3, 4, slice(0, 200), 150)
-    assert np.array_equal(noise[:, 128:190, :70], noise_field(3, 4, slice(128, 190), 70))
+    noise = noise_field(3, 4, slice(0, 200), slice(0, 150))
+    assert np.array_equal(noise[:, 121:190, 60:70], noise_field(3, 4, slice(121, 190), slice(60, 70)))
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     blocks = [noise[:, top : top + 50, left : left + 50].ravel() for top in (0, 64, 128) for left in (0, 64)]
-    blocks += [noise_field(4, 4, slice(0, 50), 50).ravel(), noise_field(2**63 - 1, 4, slice(0, 50), 50).ravel()]
+    blocks += [noise_field(seed, 4, slice(0, 50), slice(0, 50)).ravel() for seed in (4, 2**63 - 1)]
     assert np.abs(np.corrcoef(blocks) - np.eye(8)).max() < 0.05
 
 
@@ -118,19 +123,19 @@ class Identity:
     def __call__(self, latents, timestep, encoder_hidden_states):
         return SimpleNamespace(sample=latents[:, :48])
 
-    def set_timesteps(self, steps): ...
+    def set_timesteps(self, steps, device=None): ...
 
     def step(self, prediction, timestep, z_t):
         return SimpleNamespace(prev_sample=prediction)
 
 
+@pytest.mark.parametrize("blend", ["latents", "pixels"])
 @pytest.mark.parametrize("size", [(131, 203), (65, 64), (9, 301)])
-def test_an_identity_model_returns_its_input(tmp_path, size):
+def test_an_identity_model_returns_its_input(tmp_path, size, blend):
     same = Identity()
     options = argparse.Namespace(
-        seed=1, scheduler="ddim", timestep_spacing="leading", num_inference_steps=2, readout="midpoint",
-        precision="fp32", tile=64, overlap=24, batch_size=5,
-        max_pixels=2**28,
+        seed=1, scheduler="ddim", timestep_spacing="leading", num_inference_steps=2, readout="midpoint", precision="fp32",
+        tile=64, overlap=24, batch_size=5, blend=blend, max_pixels=2**28,
         bands=None, channels=None, scale="dn", stretch=None, checkpoint="none",
     )  # fmt: skip
     model = SimpleNamespace(
@@ -138,25 +143,30 @@ def test_an_identity_model_returns_its_input(tmp_path, size):
         args=options, fingerprint="0",
     )  # fmt: skip
     pixels = RNG.integers(0, 256, size, dtype=np.uint8)
-    translate_scene(model, save(tmp_path / "a.tif", pixels), {"eo": tmp_path / "eo/a.tif"}, options)
+    translate_scene(model, gather_team(model), save(tmp_path / "a.tif", pixels), {"eo": tmp_path / "eo/a.tif"}, options)
     eo = read(tmp_path / "eo/a.tif")
     assert np.array_equal(eo[:3], np.stack([pixels] * 3)) and (eo[3] == 255).all()
 
 
-@pytest.mark.parametrize(("readout", "spacing"), [("midpoint", "leading"), ("mean", "leading"), ("early", "trailing")])
-def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout, spacing):
+@pytest.mark.parametrize(
+    ("readout", "spacing", "blend"),
+    [("midpoint", "leading", "latents"), ("mean", "leading", "latents"), ("mean", "leading", "pixels"),
+     ("early", "trailing", "latents")],
+)  # fmt: skip
+def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout, spacing, blend):
     pixels = smooth(75, 98)
     given = words(
-        checkpoints[5], save(tmp_path / "a.tif", pixels), tmp_path, tile=128, readout=readout, timestep_spacing=spacing
-    )
+        checkpoints[5], save(tmp_path / "a.tif", pixels), tmp_path, tile=128, readout=readout, timestep_spacing=spacing,
+        blend=blend,
+    )  # fmt: skip
     args = command.check(command.make_parser().parse_args(given))
     model = Translator(args, with_fingerprint=True)
     outputs = {kind: tmp_path / f"{kind}.tif" for kind in ("variance", "eo")}
-    translate_scene(model, tmp_path / "a.tif", outputs, args)
+    translate_scene(model, gather_team(model), tmp_path / "a.tif", outputs, args)
     padded = pad_to_multiple(np.repeat(pixels[..., None], 3, -1).astype(np.float32), 4)
     with torch.no_grad():
         z_sar = encode(model.vae, torch.from_numpy(to_signed(padded)).permute(2, 0, 1)[None])
-        noise = torch.from_numpy(noise_field(5, 4, slice(0, 19), 25))[None]
+        noise = torch.from_numpy(noise_field(5, 4, slice(0, 19), slice(0, 25)))[None]
         z_eo, sigma2 = sample(model.unet, model.scheduler, z_sar, noise, model.prompt_embedding, 3, readout)
         eo = to_uint8(decode(model.vae, z_eo))[0, :75, :98]
     assert np.abs(read(outputs["eo"])[:3].astype(int) - eo.transpose(2, 0, 1)).max() <= 1
@@ -168,8 +178,10 @@ def test_variance_strips_have_no_seams_and_carry_nodata(tmp_path, monkeypatch):
     band = np.ones((118, 87), np.uint16)
     band[20:50, 11] = 0
     sigma2 = RNG.uniform(0.1, 2, (30, 22)).astype(np.float32)
+    field = Field(tmp_path / "field", (2, 30, 22))
+    field.write(0, np.stack([np.full_like(sigma2, np.nan), sigma2]))
     with rasterio.open(save(tmp_path / "a.tif", band, nodata=0)) as source:
-        got = np.concatenate([strip for _, strip in map_strips(source, (1,), sigma2, 4, [None])], 1)[0]
+        got = np.concatenate([strip for _, strip in map_strips(source, (1,), field, 4, [None])], 1)[0]
     expected = variance_map(torch.from_numpy(sigma2)[None, None], (120, 88))[0, 0, :118, :87].numpy()
     np.testing.assert_allclose(got, np.where(band > 0, expected, np.nan), rtol=1e-5)
 
@@ -183,11 +195,17 @@ def test_the_batch_size_changes_no_more_than_the_last_bits(checkpoints, tmp_path
     np.testing.assert_allclose(*conf, rtol=1e-3, atol=1e-5)
 
 
-# 12 tiles encoded, 3 steps of 12, 12 decoded; killed while encoding, in the first and the last step, while decoding
-@pytest.mark.parametrize(("killed_at", "left"), [(5, 60), (15, 48), (40, 24), (55, 12)])
-def test_a_killed_run_goes_on_to_the_same_bytes(checkpoints, tmp_path, monkeypatch, killed_at, left):
+# Latents: 12 tiles encoded, 3 steps of 12, 12 decoded; killed while encoding, in the first and the last step, while decoding.
+# Pixels: 12 tiles encoded (and denoised), 12 decoded; killed in the first and the second row of 4, while decoding.
+@pytest.mark.parametrize(
+    ("blend", "killed_at", "left", "said"),
+    [("latents", 5, 60, ""), ("latents", 15, 48, "step 0 of 3"), ("latents", 40, 24, "step 2 of 3")]
+    + [("latents", 55, 12, "step 3 of 3")]
+    + [("pixels", 3, 24, ""), ("pixels", 6, 20, "row 1 of 3 of tiles"), ("pixels", 20, 12, "row 3 of 3 of tiles")],
+)  # fmt: skip
+def test_a_killed_run_goes_on_to_the_same_bytes(checkpoints, tmp_path, monkeypatch, capsys, blend, killed_at, left, said):
     sar = save(tmp_path / "a.tif", smooth(120, 130), **UTM)
-    assert command.main(words(checkpoints[5], sar, tmp_path / "whole")) == 0
+    assert command.main(words(checkpoints[5], sar, tmp_path / "whole", blend=blend)) == 0
     calls = []
 
     def counted(function):
@@ -202,10 +220,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(checkpoints, tmp_path, monkeypat
     for name in ("encode", "predict", "decode"):
         monkeypatch.setattr(scene, name, counted(getattr(scene, name)))
     with pytest.raises(KeyboardInterrupt):
-        command.main(words(checkpoints[5], sar, tmp_path / "again"))
+        command.main(words(checkpoints[5], sar, tmp_path / "again", blend=blend))
     assert not (tmp_path / "again/eo/a.tif").exists()
-    assert command.main(words(checkpoints[5], sar, tmp_path / "again")) == 0
+    assert command.main(words(checkpoints[5], sar, tmp_path / "again", blend=blend)) == 0
     assert len(calls) == killed_at + left
+    assert ("goes on after " + said in capsys.readouterr().out) == bool(said)
     assert files(tmp_path / "whole") == files(tmp_path / "again")
     for name in files(tmp_path / "whole"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
@@ -219,6 +238,25 @@ def test_a_run_with_other_settings_does_not_go_on_from_the_one_killed(checkpoint
     for out in ("out", "fresh"):
         assert command.main(words(checkpoints[4], sar, tmp_path / out, maps=False, seed=2)) == 0
     assert np.array_equal(*(read(tmp_path / out / "eo/a.tif") for out in ("out", "fresh")))
+
+
+def test_a_field_keeps_rows_of_its_channels(tmp_path):
+    field, values = Field(tmp_path / "field", (3, 10, 7)), RNG.normal(size=(3, 10, 7)).astype(np.float32)
+    for top in (6, 0, 3):
+        field.write(top, values[:, top : top + 4])
+    assert np.array_equal(Field(tmp_path / "field", (3, 10, 7)).read(slice(2, 9), slice(1, None)), values[1:, 2:9])
+    with pytest.raises(OSError, match="shorter"):
+        field.read(slice(8, 12))
+
+
+def test_work_that_is_not_whole_is_not_gone_on_with(tmp_path):
+    shapes = {"a": (1, 2, 3), "b": (2, 2, 3)}
+    scene.Scratch(tmp_path / "scratch", {"seed": 1}, shapes).finish(4, "a")
+    assert scene.Scratch(tmp_path / "scratch", {"seed": 1}, shapes).done == 4
+    (tmp_path / "scratch" / "b.f32").unlink()
+    assert scene.Scratch(tmp_path / "scratch", {"seed": 1}, shapes).done is None
+    scene.Scratch(tmp_path / "scratch", {"seed": 1}, shapes).finish(4)
+    assert scene.Scratch(tmp_path / "scratch", {"seed": 2}, shapes).done is None
 
 
 # --------------------------------------------------------------------------------------------------- files and folders
