@@ -1,5 +1,6 @@
 """The latent cache: training from it equals training from images; what is stale, partial, shared, too large or read-only."""
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -292,25 +293,30 @@ def test_hashes_are_taken_again_only_where_a_file_has_another_date(full, tmp_pat
 
 
 # ----------------------------------------------------------------------------------------------- several processes, one cache
-SHARER = """
-import sys
-sys.path[:0] = {paths!r}
-import conftest, test_latent_cache as tests
-from pathlib import Path
-vae, encoded = tests.tiny_vae(), []
-pairs = tests.cache(Path(sys.argv[1]), tests.feeder(Path(sys.argv[2])), vae).open(0, tests.work(vae, encoded=encoded))
-print(sum(encoded), pairs.shards.read(0, 0).sum().item())
-"""
+def in_another_process(root: Path, folder: Path, block: int = 0, crops: int | None = None, epochs: int = 50):
+    """Open a cache there => (the process, a queue of: images encoded, a latent)."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def use() -> None:
+        torch.set_num_threads(1)  # as loader processes do: threads do not survive a fork
+        vae, encoded = tiny_vae(), []
+        pairs = cache(root, feeder(folder), vae, crops, epochs).open(block, work(vae, encoded=encoded))
+        queue.put((sum(encoded), pairs.shards.read(0, 0).tolist()))
+
+    process = context.Process(target=use)
+    process.start()
+    return process, queue
 
 
 def test_two_runs_that_start_at_once_share_the_work(tmp_path, vae):
-    folder, count = make_pairs(tmp_path / "many", SIZE, 48), 48
-    words = [sys.executable, "-c", SHARER.format(paths=[str(REPO), str(REPO / "tests")]), str(tmp_path / "cache"), str(folder)]
-    runs = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    results = [run.communicate(timeout=100)[0].split() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0]
-    # A shard of 3 pairs is 24 views, SAR and EO; nothing was encoded twice, however the work was dealt out.
-    assert sum(int(images) for images, _ in results) == count * 8 * 2 and results[0][1] == results[1][1]
+    """A shard of 3 pairs is 24 views, SAR and EO; nothing is encoded twice, however the work is dealt out."""
+    folder = make_pairs(tmp_path / "many", SIZE, 48)
+    runs = [in_another_process(tmp_path / "cache", folder) for _ in range(2)]
+    results = [queue.get(timeout=200) for _, queue in runs]
+    for process, _ in runs:
+        process.join()
+    assert sum(images for images, _ in results) == 48 * 8 * 2 and results[0][1] == results[1][1]
 
 
 def test_processes_of_one_run_share_the_cache(tmp_path, tiny_base, pair_folders, settings, by_images):
@@ -324,9 +330,9 @@ def test_processes_of_one_run_share_the_cache(tmp_path, tiny_base, pair_folders,
 
 def test_a_block_that_another_run_is_at_is_not_removed(large, tmp_path, vae):
     held = cache(tmp_path / "cache", feeder(large), vae, 1, 2)
-    words = SHARER.format(paths=[str(REPO), str(REPO / "tests")]).replace("vae).open(0", "vae, 1, 2).open(1")
     held.open(0, work(vae))
-    assert subprocess.run([sys.executable, "-c", words, str(tmp_path / "cache"), str(large)], timeout=100).returncode == 0
+    process, queue = in_another_process(tmp_path / "cache", large, 1, 1, 2)
+    queue.get(timeout=200), process.join()
     assert sorted(folder.name for folder in held.folder.glob("block-*")) == ["block-00000", "block-00001"]
     held.open(1, work(vae))
     assert [folder.name for folder in held.folder.glob("block-*")] == ["block-00001"]
