@@ -167,6 +167,8 @@ Written by `python benchmarks/steps.py` on {machine()} (torch {torch.__version__
 - **AUROC SAR-only, Spearman**: of σ², read as by `--readout midpoint`, upsampled bicubically.
 - **σ² map, σ² level**: rank correlation with the paper's σ² over all latent cells, and the ratio of the geometric means. σ² is
   read at timestep {MIDPOINT}, interpolated between the steps beside it; where all steps lie on one side, the nearest is read.
+- **s/image**: of the whole translation, measured once. "paper" and "paper, other noise" are the same work: what they differ by
+  is what the machine's other work changes.
 - Leading spacing tells the U-Net a timestep below the noisiest, yet starts from pure noise: the fewer the steps, the more that
   is off. Trailing spacing starts where the noise is pure (Lin et al., WACV 2024).""",
         "## Presets\n\n" + table("sampling", presets),
@@ -204,7 +206,7 @@ def figure(rows: dict, steps: tuple[int, ...], path: Path) -> None:
                 axis.annotate(preset, place, xytext=(0, 9), textcoords="offset points", ha="center")
         axis.set(title=title, xlabel="steps", xscale="log", yscale="log" if key == "level" else "linear")
         axis.set_xticks(steps, steps)
-        axis.margins(x=0.1)
+        axis.margins(x=0.1, y=0.1)
         axis.xaxis.set_minor_locator(NullLocator())
     axes[1].legend(fontsize=8)
     with written_whole(path) as temporary:
