@@ -17,11 +17,11 @@ from cdiffset.model import embed_prompt
 FILE_NAME, TENSOR = "prompt_embedding.safetensors", "prompt_embedding"
 
 
-def cached_prompt(checkpoint: str, base: str, prompt: str, may_write: bool = True) -> torch.Tensor:
+def cached_prompt(checkpoint: str, base: str, prompt: str, width: int, may_write: bool = True) -> torch.Tensor:
     """`embed_prompt`, bit for bit, from the cache where that fits => [1, L, D] float32.
 
     The cache lies in the checkpoint's folder, or as NAME.prompt_embedding.safetensors beside NAME.safetensors. Where it cannot
-    be written, it is not.
+    be written, it is not; nor is an embedding kept of another width than the U-Net attends to, which is a mistake.
     """
     path = Path(checkpoint).expanduser()
     path = path / FILE_NAME if path.is_dir() else path.with_name(f"{path.stem}.{FILE_NAME}")
@@ -29,7 +29,8 @@ def cached_prompt(checkpoint: str, base: str, prompt: str, may_write: bool = Tru
     if sources and (known := read_cache(path, origin(prompt, sources))) is not None:
         return known
     embedding = embed_prompt(base, prompt)
-    if (sources := sources or files_of(base)) and may_write:  # a base from the Hub has files here only now
+    sources = sources or files_of(base)  # a base from the Hub has files here only now
+    if sources and may_write and embedding.shape[-1] == width:
         try:
             with written_whole(path) as temporary:
                 temporary.write_bytes(save({TENSOR: embedding}, {"made_from": origin(prompt, sources)}))

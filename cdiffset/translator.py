@@ -67,7 +67,9 @@ class Model:
                 f"{', '.join(needing_variance)}: {weights} is a stage 1 checkpoint ({self.unet.config.out_channels} output "
                 f"channels), a confidence takes one of stage 2 ({self.unet.config.out_channels + 1})"
             )
-        self.prompt_embedding = cached_prompt(args.checkpoint, base, prompt, may_write=processes.place()[0] == 0)
+        self.prompt_embedding = cached_prompt(
+            args.checkpoint, base, prompt, self.unet.config.cross_attention_dim, processes.place()[0] == 0
+        )
         check_prompt_width(self.unet, self.prompt_embedding, base, "--checkpoint")
         prediction_type = args.prediction_type or trained.get("prediction_type") or "epsilon"
         self.scheduler = load_scheduler(base, prediction_type)

@@ -161,6 +161,9 @@ def base(tiny_base, tmp_path) -> str:
     return str(shutil.copytree(tiny_base, tmp_path / "base"))
 
 
+WIDTH = 8  # of the stand-in
+
+
 def stand_in(base: str, prompt: str) -> torch.Tensor:
     """In place of `embed_prompt`, which takes its time: a function of the prompt and the text encoder's weights alone."""
     digest = hashlib.sha256(prompt.encode() + (Path(base) / "text_encoder" / "model.safetensors").read_bytes()).digest()
@@ -189,7 +192,7 @@ def test_the_cache_is_bit_for_bit_the_embedding(base, tmp_path, counted, monkeyp
     expected = embed_prompt(base, "radar")
     monkeypatch.setattr(prompt_cache, "embed_prompt", lambda *of: counted.append(of[1]) or expected.clone())
     for _ in range(3):
-        assert torch.equal(cached_prompt(str(tmp_path / checkpoint), base, "radar"), expected)
+        assert torch.equal(cached_prompt(str(tmp_path / checkpoint), base, "radar", expected.shape[-1]), expected)
     assert counted == ["radar"] and (tmp_path / file).is_file()
 
 
@@ -198,7 +201,7 @@ def test_another_prompt_or_base_is_never_taken_from_the_cache(base, tmp_path, co
     checkpoint.mkdir()
 
     def ask(base, prompt):
-        found, before = cached_prompt(str(checkpoint), base, prompt), len(counted)
+        found, before = cached_prompt(str(checkpoint), base, prompt, WIDTH), len(counted)
         assert torch.equal(found, stand_in(base, prompt))
         return before
 
@@ -218,16 +221,18 @@ def test_another_prompt_or_base_is_never_taken_from_the_cache(base, tmp_path, co
 def test_a_damaged_cache_is_made_anew_and_none_is_no_fault(base, tmp_path, counted, monkeypatch):
     checkpoint, expected = tmp_path / "run", stand_in(base, "radar")
     checkpoint.mkdir()
-    cached_prompt(str(checkpoint), base, "radar")
+    cached_prompt(str(checkpoint), base, "radar", WIDTH)
     file = checkpoint / prompt_cache.FILE_NAME
     for content in (file.read_bytes()[:40], b"", file.read_bytes()[:-8]):
         file.write_bytes(content)
-        assert torch.equal(cached_prompt(str(checkpoint), base, "radar"), expected)
+        assert torch.equal(cached_prompt(str(checkpoint), base, "radar", WIDTH), expected)
     assert len(counted) == 4
     file.unlink()
-    assert torch.equal(cached_prompt(str(checkpoint), base, "radar", may_write=False), expected) and not file.exists()
+    assert torch.equal(cached_prompt(str(checkpoint), base, "radar", WIDTH, may_write=False), expected) and not file.exists()
+    cached_prompt(str(checkpoint), base, "radar", WIDTH + 1)  # not the text encoder of this checkpoint
+    assert not file.exists()
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
-    assert torch.equal(cached_prompt(str(checkpoint), base, "radar"), expected)
+    assert torch.equal(cached_prompt(str(checkpoint), base, "radar", WIDTH), expected)
     assert list(checkpoint.iterdir()) == []
 
 
@@ -250,7 +255,7 @@ def test_a_base_from_the_hub_is_known_by_the_files_in_its_cache(base, tmp_path, 
     monkeypatch.setattr(prompt_cache, "embed_prompt", embed)
     (tmp_path / "run").mkdir()
     for _ in range(2):
-        found = cached_prompt(str(tmp_path / "run"), "someone/model", "radar")
+        found = cached_prompt(str(tmp_path / "run"), "someone/model", "radar", WIDTH)
         assert torch.equal(found, stand_in(base, "radar"))
     assert counted == ["radar"]
 
