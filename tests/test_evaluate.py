@@ -252,6 +252,15 @@ def test_mistakes_are_one_line(scene, capsys, options, message):
     assert line.startswith(f"error: {message}") and not (scene / "report").exists()
 
 
+def test_a_report_that_cannot_be_written_is_one_line(scene, capsys):
+    (scene / "file").write_text("kept")
+    argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--no-networks", "--num-workers", "0"]
+    for output, message in (("file", "--output: .*file is a file, expected"), ("file/report", "cannot write the report to .*")):
+        assert errors.run(evaluate.main, [*argv, "--output", str(scene / output)]) == 2
+        assert re.match(f"error: {message}", capsys.readouterr().err.splitlines()[-1])
+    assert (scene / "file").read_text() == "kept"
+
+
 def test_folders_without_a_common_name_and_twins_are_refused(scene):
     shutil.copy(scene / "pred" / "0.png", scene / "pred" / "0.jpg")
     with pytest.raises(UserError, match="0.jpg and 0.png differ in the suffix alone"):
