@@ -110,6 +110,7 @@ def test_numbers_are_those_of_the_files_in_counting_order(scene):
     assert collapse["value"] == pytest.approx(ratio, rel=1e-5) and collapse["low"] < ratio < collapse["high"]
     ranked = sorted(rows, key=lambda row: -float(row["standard/psnr"]))
     assert report["examples"]["best"] == [row["name"] for row in ranked[:3]]
+    assert report["examples"]["median"] == [row["name"] for row in ranked[2:5]]  # as many better as worse, or one fewer
     assert report["examples"]["worst"] == [row["name"] for row in ranked[-3:]]
     assert set(report["absent"]) == {"lpips", "dists", "fid", "kid", "inception_score", "uncertainty"}
 
