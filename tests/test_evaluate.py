@@ -307,6 +307,9 @@ def test_the_maps_are_judged_by_the_pooled_pixels_and_per_image(scene):
         and abs(part["maps"]["random"]["ranking"]["absolute"]["aurg"]) < 0.05
     )
     row = next(row for row in table_of(scene / "report") if row["name"] == "sub/3")
+    ranking = part["maps"]["SAR gradient"]["ranking"]
+    cells = [f"{ranking[kind][measure]:.3f}" for kind in ("absolute", "squared") for measure in ("spearman", "ause", "aurg")]
+    assert f"| SAR gradient | {' | '.join(cells)} |" in (scene / "report" / "report.md").read_text()
     alone = np.abs(read(scene / "pred/sub/3.png") - read(scene / "gt/sub/3.png")).mean(-1)
     expected = spearmanr(read(scene / "variance/sub/3.tif").ravel(), alone.ravel()).statistic
     assert float(row["variance/spearman_absolute"]) == pytest.approx(expected, abs=1e-6)
