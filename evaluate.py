@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = getattr(args, name)
         if folder is not None and not folder.is_dir():
             raise UserError(f"--{name.replace('_', '-')}: there is no folder {folder}")
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output: {args.output} is a file, expected a folder")
     import torch  # heavy imports, only once the arguments hold
 
     from cdiffset.evaluation import evaluate_folders, named

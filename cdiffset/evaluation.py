@@ -240,7 +240,7 @@ def compare(rows: list[dict], set_values: dict, report: dict, other_rows: list[d
 
 
 def write_report(output: Path, report: dict, rows: list[dict], folders: PairFolders) -> None:
-    """Each file whole or not at all; metrics.csv has a line per image."""
+    """Each file whole or not at all; metrics.csv has a line per image. UserError where they cannot be written."""
     table = io.StringIO()
     writer = csv.DictWriter(table, ["name", *utils.columns_of(rows)], restval="", lineterminator="\n")
     writer.writeheader()
@@ -251,9 +251,12 @@ def write_report(output: Path, report: dict, rows: list[dict], folders: PairFold
         "report.md": render_markdown(report),
         "report.html": render_html(report, pictures(report["examples"], folders)),
     }
-    for name, text in texts.items():
-        with written_whole(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    try:
+        for name, text in texts.items():
+            with written_whole(output / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the report to {output}: {error.strerror}") from error
 
 
 def pictures(chosen: dict[str, list[str]], folders: PairFolders) -> dict[str, dict[str, np.ndarray]]:

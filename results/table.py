@@ -94,7 +94,11 @@ def render(reports: dict[str, dict]) -> str:
         note = "Functions of the 8-bit pictures, alike in every convention. FIDs and KIDs of different n do not compare."
         parts += ["## Whole sets", note, markdown_table(set_table(reports))]
     if len(maps := map_table(reports)) > 1:
-        parts += ["## Uncertainty maps and their rivals", "Of the absolute error, pooled over pixels.", markdown_table(maps)]
+        parts += [
+            "## Uncertainty maps and their rivals",
+            "Pooled over pixels; Spearman, AUSE and AURG of the absolute error.",
+            markdown_table(maps),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -84,6 +84,12 @@ def test_of_two_maps_the_one_that_knows_counts(informative):
     assert np.abs(fitted.expected_error(maps) / true_relation(values) - 1).mean() < 0.03
 
 
+def test_the_share_is_the_second_maps():
+    errors_by_map = [np.array([1.0, 16.0]), np.array([16.0, 81.0])]
+    np.testing.assert_allclose(calibration.combine(errors_by_map, 0.25, None), [2.0, 24.0])
+    np.testing.assert_allclose(calibration.combine(errors_by_map, 0.25, Curve([0, 100], [0, 200])), [4.0, 48.0])
+
+
 def test_two_maps_that_both_know_beat_each():
     rng = np.random.default_rng(3)
     one, two = rng.gamma(2, 0.5, (2, 100_000))

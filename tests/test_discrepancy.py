@@ -69,6 +69,7 @@ def test_appearance_is_linear_between_absent_and_present(scenes):
     for share in (0.0, 0.4, 0.6, 1.0):
         blended = torch.lerp(scenes.eo_none, scenes.eo_all, share)
         np.testing.assert_allclose(appearance(blended, scenes, numbers), share, atol=1e-4)
+        assert set(share_drawn(blended, scenes).values()) == {float(share > 0.5)}  # drawn: more than half of the way
     dark = torch.full_like(scenes.eo, -1)  # a dark picture shows no light ship
     assert np.median(appearance(dark, scenes, numbers)) < 0
 

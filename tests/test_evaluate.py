@@ -110,6 +110,7 @@ def test_numbers_are_those_of_the_files_in_counting_order(scene):
     assert collapse["value"] == pytest.approx(ratio, rel=1e-5) and collapse["low"] < ratio < collapse["high"]
     ranked = sorted(rows, key=lambda row: -float(row["standard/psnr"]))
     assert report["examples"]["best"] == [row["name"] for row in ranked[:3]]
+    assert report["examples"]["median"] == [row["name"] for row in ranked[2:5]]  # as many better as worse, or one fewer
     assert report["examples"]["worst"] == [row["name"] for row in ranked[-3:]]
     assert set(report["absent"]) == {"lpips", "dists", "fid", "kid", "inception_score", "uncertainty"}
 
@@ -252,6 +253,15 @@ def test_mistakes_are_one_line(scene, capsys, options, message):
     assert line.startswith(f"error: {message}") and not (scene / "report").exists()
 
 
+def test_a_report_that_cannot_be_written_is_one_line(scene, capsys):
+    (scene / "file").write_text("kept")
+    argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--no-networks", "--num-workers", "0"]
+    for output, message in (("file", "--output: .*file is a file, expected"), ("file/report", "cannot write the report to .*")):
+        assert errors.run(evaluate.main, [*argv, "--output", str(scene / output)]) == 2
+        assert re.match(f"error: {message}", capsys.readouterr().err.splitlines()[-1])
+    assert (scene / "file").read_text() == "kept"
+
+
 def test_folders_without_a_common_name_and_twins_are_refused(scene):
     shutil.copy(scene / "pred" / "0.png", scene / "pred" / "0.jpg")
     with pytest.raises(UserError, match="0.jpg and 0.png differ in the suffix alone"):
@@ -297,6 +307,9 @@ def test_the_maps_are_judged_by_the_pooled_pixels_and_per_image(scene):
         and abs(part["maps"]["random"]["ranking"]["absolute"]["aurg"]) < 0.05
     )
     row = next(row for row in table_of(scene / "report") if row["name"] == "sub/3")
+    ranking = part["maps"]["SAR gradient"]["ranking"]
+    cells = [f"{ranking[kind][measure]:.3f}" for kind in ("absolute", "squared") for measure in ("spearman", "ause", "aurg")]
+    assert f"| SAR gradient | {' | '.join(cells)} |" in (scene / "report" / "report.md").read_text()
     alone = np.abs(read(scene / "pred/sub/3.png") - read(scene / "gt/sub/3.png")).mean(-1)
     expected = spearmanr(read(scene / "variance/sub/3.tif").ravel(), alone.ravel()).statistic
     assert float(row["variance/spearman_absolute"]) == pytest.approx(expected, abs=1e-6)
