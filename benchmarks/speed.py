@@ -388,11 +388,15 @@ def report(record: dict, text: str, args: argparse.Namespace) -> None:
     ]  # fmt: skip
     print("\n" + "\n".join(lines))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_json(args.json, record)
     if args.keep:
         with open(RESULTS, "a") as file:
             file.write("\n" + "\n".join(lines))
+
+
+def write_json(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
