@@ -157,6 +157,7 @@ def check_scenes(args: argparse.Namespace, jobs: list[Job]) -> None:
         return
     refused = [option for option in ("--overlay-dir", "--spread-dir") if folder_of(args, option)]
     refused += ["--ensemble"] if args.ensemble > 1 else []
+    refused += [f"--scheduler {args.scheduler}"] if args.scheduler != "ddim" else []  # the others remember earlier steps
     refused += [f"--readout {args.readout}"] if args.readout not in SCENE_READOUTS else []
     if refused:
         raise UserError(

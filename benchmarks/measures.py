@@ -9,7 +9,7 @@ from scipy.ndimage import sum_labels
 from torch.nn.functional import interpolate
 
 from cdiffset.audit import residual_map
-from cdiffset.diffusion import ensemble, translate
+from cdiffset.diffusion import ensemble, translate, weighted_mean
 from cdiffset.images import to_signed
 from cdiffset.losses import variance
 from cdiffset.readouts import RENOISE_DRAWS, RENOISE_TIMESTEPS, steps_read
@@ -222,7 +222,8 @@ class Judge:
         if sigma2 is None:
             return maps
         for name in ("midpoint", "early", "mean", "late"):
-            maps[f"σ² {name}"] = Map(sigma2[0, list(steps_read(name, steps))].mean(0), steps, 0.5)
+            weights = steps_read(name, self.scheduler.timesteps.tolist())
+            maps[f"σ² {name}"] = Map(weighted_mean(sigma2[0], weights), steps, 0.5)
         maps["σ² first step"] = Map(sigma2[0, 0], 1, 0.5)
         if members > 1:
             maps[f"σ² first step, {members} noises"] = Map(sigma2[:, 0].mean(0), members, 0.5)

@@ -142,6 +142,9 @@ def load(path: Path, settings: dict) -> Calibration:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise UserError(f"{path} is no calibration, expected what calibrate.py writes: {reason}") from error
+    if calibration.settings.get("num_inference_steps") == 50:  # of before there was a choice of the scheduler
+        calibration.settings.setdefault("scheduler", "ddim")
+        calibration.settings.setdefault("timestep_spacing", "leading")
     if calibration.settings != settings:
         made, wanted = (", ".join(f"{key} {value}" for key, value in each.items()) for each in (calibration.settings, settings))
         raise UserError(f"{path} was made with {made}; this translation has {wanted}: give it the same, or calibrate anew")

@@ -1,13 +1,13 @@
 """The diffusion step and the one sampler, shared by training, validation and translation. Shapes as in `model.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from cdiffset.losses import VARIANCE_MIN, cdiff_loss, mse_loss, variance
 from cdiffset.model import decode, encode
-from cdiffset.readouts import DECODED_DRAWS, READOUT_SEED, RENOISE_DRAWS, RENOISE_TIMESTEPS, steps_read
+from cdiffset.readouts import DECODED_DRAWS, MIDPOINT, READOUT_SEED, RENOISE_DRAWS, RENOISE_TIMESTEPS, steps_read
 from cdiffset.readouts import READOUTS as READOUTS  # for those who call the sampler
 
 
@@ -71,33 +71,39 @@ def starting_noise(seed: int, shape: tuple[int, int, int]) -> torch.Tensor:
 @torch.no_grad()
 def sample(
     unet: UNet2DConditionModel,
-    scheduler: DDIMScheduler,
+    scheduler,  # of model.make_sampler or load_scheduler
     z_sar: torch.Tensor,  # [B,C,h,w]
     noise: torch.Tensor,  # [B,C,h,w]
     prompt_embedding: torch.Tensor,  # [1,L,D]
     num_inference_steps: int,
     readout: str = "midpoint",  # one of READOUTS: where σ² is read
 ):
-    """DDIM (η = 0) from noise to the EO latent => (z_eo [B, C, h, w], σ² [B, 1, h, w] or None from a stage 1 U-Net).
+    """From noise to the EO latent => (z_eo [B, C, h, w], σ² [B, 1, h, w] or None from a stage 1 U-Net).
 
-    The paper reads σ² for its confidence map at the midpoint of the loop, at step index n // 2 of n. "decoded" is read there
-    as well: `translate` carries it to pixels.
+    The paper samples by DDIM (η = 0) in n = 50 steps and reads σ² for its confidence map at the midpoint of the loop, at step
+    index n // 2. Here it is read at the timestep of that step, however many steps there are. "decoded" is read there as well:
+    `translate` carries it to pixels.
     """
-    steps, read = steps_read(readout, num_inference_steps), []
-    scheduler.set_timesteps(num_inference_steps, device=z_sar.device)
+    scheduler.set_timesteps(num_inference_steps, device=z_sar.device)  # forgets earlier samplings, too
+    weights, read = steps_read(readout, scheduler.timesteps.tolist()), {}
     z_sar, prompt_embedding = z_sar.to(unet.dtype), prompt_embedding.to(unet.dtype)
     z_t = noise.float() * scheduler.init_noise_sigma  # float32 between the steps whatever the U-Net computes in
     for index, timestep in enumerate(scheduler.timesteps):
         prediction, raw = predict(unet, z_sar, z_t.to(unet.dtype), timestep, prompt_embedding)
-        if raw is not None and index in steps:
-            read.append(variance(raw))
+        if raw is not None and index in weights:
+            read[index] = variance(raw)
         z_t = scheduler.step(prediction.float(), timestep, z_t).prev_sample
     if readout == "renoise":
         return z_t, renoised_variance(unet, scheduler, z_sar, z_t, prompt_embedding)
-    return z_t, torch.stack(read).mean(0) if read else None
+    return z_t, weighted_mean(read, weights) if read else None
 
 
-def renoised_variance(unet, scheduler: DDIMScheduler, z_sar: torch.Tensor, z_eo: torch.Tensor, prompt_embedding: torch.Tensor):
+def weighted_mean(sigma2: Mapping[int, torch.Tensor] | Sequence[torch.Tensor], weights: dict[int, float]) -> torch.Tensor:
+    """σ² of steps by their index, and the weights of `steps_read` => the readout, of one step's shape."""
+    return torch.stack([weight * sigma2[index] for index, weight in weights.items()]).sum(0) / sum(weights.values())
+
+
+def renoised_variance(unet, scheduler, z_sar: torch.Tensor, z_eo: torch.Tensor, prompt_embedding: torch.Tensor):
     """σ² of a finished latent [B, C, h, w], noised anew at RENOISE_TIMESTEPS, RENOISE_DRAWS times each => mean [B, 1, h, w].
 
     None from a stage 1 U-Net. The noise depends on the size of the latent alone.
@@ -106,7 +112,8 @@ def renoised_variance(unet, scheduler: DDIMScheduler, z_sar: torch.Tensor, z_eo:
     for index, timestep in enumerate(RENOISE_TIMESTEPS * RENOISE_DRAWS):
         noise = starting_noise(READOUT_SEED + index, tuple(z_eo.shape[1:])).to(z_eo.device).expand_as(z_eo)
         timesteps = torch.full((len(z_eo),), timestep, device=z_eo.device)
-        z_t = scheduler.add_noise(z_eo, noise, timesteps).to(unet.dtype)
+        a = scheduler.alphas_cumprod[timestep]  # by hand: the multistep schedulers add noise at their own steps alone
+        z_t = (a.sqrt() * z_eo + (1 - a).sqrt() * noise).to(unet.dtype)
         _, raw = predict(unet, z_sar, z_t, timesteps, prompt_embedding)
         if raw is None:
             return None
@@ -114,12 +121,12 @@ def renoised_variance(unet, scheduler: DDIMScheduler, z_sar: torch.Tensor, z_eo:
     return torch.stack(read).mean(0)
 
 
-def variance_of_latent(scheduler: DDIMScheduler, sigma2: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+def variance_of_latent(scheduler, sigma2: torch.Tensor, timestep: int) -> torch.Tensor:
     """σ² of the prediction at a timestep => variance of the EO latent that this prediction implies, same shape.
 
     z_eo = (z_t - sqrt(1 - ᾱ) ε) / sqrt(ᾱ), or the prediction itself, or sqrt(ᾱ) z_t - sqrt(1 - ᾱ) v.
     """
-    a = scheduler.alphas_cumprod.to(sigma2.device)[timestep]
+    a = scheduler.alphas_cumprod[timestep].to(sigma2.device)
     return sigma2 * {"epsilon": (1 - a) / a, "sample": 1.0, "v_prediction": 1 - a}[scheduler.config.prediction_type]
 
 
@@ -139,7 +146,7 @@ def decoded_variance(vae: AutoencoderKL, z_eo: torch.Tensor, eo: torch.Tensor, v
 def translate(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
-    scheduler: DDIMScheduler,
+    scheduler,  # as for `sample`
     sar: torch.Tensor,  # [B,3,H,W] in [-1,1], H and W multiples of f
     prompt_embedding: torch.Tensor,  # [1,L,D]
     num_inference_steps: int,
@@ -157,8 +164,7 @@ def translate(
     z_eo, sigma2 = sample(unet, scheduler, z_sar, noise, prompt_embedding, num_inference_steps, readout)
     eo = decode(vae, z_eo)
     if readout == "decoded" and sigma2 is not None:
-        midpoint = scheduler.timesteps[num_inference_steps // 2]
-        sigma2 = decoded_variance(vae, z_eo, eo, variance_of_latent(scheduler, sigma2, midpoint))
+        sigma2 = decoded_variance(vae, z_eo, eo, variance_of_latent(scheduler, sigma2, MIDPOINT))
     return eo, sigma2
 
 
@@ -166,7 +172,7 @@ def translate(
 def ensemble(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
-    scheduler: DDIMScheduler,
+    scheduler,  # as for `sample`
     sar: torch.Tensor,  # [B,3,H,W] in [-1,1], H and W multiples of f
     prompt_embedding: torch.Tensor,  # [1,L,D]
     num_inference_steps: int,

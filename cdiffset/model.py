@@ -8,7 +8,13 @@ import gc
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
@@ -81,6 +87,25 @@ def load_scheduler(base: str, prediction_type: str) -> DDIMScheduler:
     """
     ddim = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
     return load_component(DDIMScheduler, base, "scheduler", prediction_type=prediction_type, **ddim)
+
+
+MULTISTEP = {  # second order, on predictions of the clean latent; the last step ends without noise
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}),
+    "unipc": (UniPCMultistepScheduler, {"predict_x0": True, "solver_type": "bh2"}),
+}
+
+
+def make_sampler(ddim: DDIMScheduler, scheduler: str = "ddim", timestep_spacing: str = "leading"):
+    """One of readouts.SCHEDULERS, a new object, on the noise schedule and prediction type of `ddim`.
+
+    Sources: DDIM, Song et al. (ICLR 2021); DPM-Solver++(2M), Lu et al. (2022); UniPC, Zhao et al. (NeurIPS 2023); the two
+    spacings are those of Table 2 of Lin et al. (WACV 2024).
+    """
+    if scheduler == "ddim":
+        return DDIMScheduler.from_config(ddim.config, timestep_spacing=timestep_spacing)
+    solver, settings = MULTISTEP[scheduler]
+    settings = {**settings, "solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero"}
+    return solver.from_config(ddim.config, timestep_spacing=timestep_spacing, **settings)
 
 
 def embed_prompt(base: str, prompt: str) -> torch.Tensor:

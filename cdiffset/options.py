@@ -2,20 +2,44 @@
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES
 from cdiffset.errors import UserError
 from cdiffset.images import MAX_PIXELS
 from cdiffset.radiometry import CHANNELS, SCALES, parse_stretch
-from cdiffset.readouts import ENSEMBLE_OUTPUTS, READOUTS
+from cdiffset.readouts import ENSEMBLE_OUTPUTS, READOUTS, SCHEDULERS, TIMESTEP_SPACINGS
 
 MAX_SEED = 2**63 - 1
+MAX_FEW_STEPS = 50  # but by DDIM with leading spacing: the others' timesteps may leave their range from 61 steps on
+
+
+class Sampling(NamedTuple):
+    """What the result of sampling depends on, besides the noise."""
+
+    scheduler: str
+    timestep_spacing: str
+    num_inference_steps: int
+
+
+PAPER = Sampling("ddim", "leading", 50)
+PRESETS = {  # chosen by benchmarks/STEPS.md
+    "paper": (PAPER, "as published"),
+    "balanced": (Sampling("ddim", "trailing", 20), "2.5 times as fast, 2 % less fine detail"),
+    "fast": (Sampling("ddim", "trailing", 8), "6 times as fast, 6 % less fine detail"),
+}
 
 
 def add_translation_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--num-inference-steps", type=int, default=50, help="DDIM steps, 1 to 999 [50]")
+    settings = "; ".join(f"{name}: {' '.join(map(str, each))}, {cost}" for name, (each, cost) in PRESETS.items())
+    group.add_argument(
+        "--preset", choices=PRESETS, default="paper", help=f"of the next three options [paper]. {settings}".replace("%", "%%")
+    )
+    group.add_argument("--scheduler", choices=SCHEDULERS, help="what steps from noise to image; of scenes ddim [the preset's]")
+    group.add_argument("--timestep-spacing", choices=TIMESTEP_SPACINGS, help="trailing starts from pure noise [the preset's]")
+    group.add_argument("--num-inference-steps", type=int, help=f"1 to {MAX_FEW_STEPS}, ddim leading up to 999 [the preset's]")
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in READOUTS.items())
     group.add_argument(
         "--readout", choices=READOUTS, default="midpoint", help=f"where the variance is read [midpoint]. {meanings}"
@@ -74,8 +98,26 @@ def check_scene_options(args: argparse.Namespace) -> None:
 
 
 def check_translation_options(args: argparse.Namespace) -> None:
+    resolve_sampling(args)
     check_limits(args, {"num_inference_steps": (1, 999), "ensemble": (1, None)})
+    sampling = sampling_of(args)
+    if sampling[:2] != PAPER[:2] and sampling.num_inference_steps > MAX_FEW_STEPS:
+        raise UserError(
+            f"--num-inference-steps: expected at most {MAX_FEW_STEPS} with {sampling.scheduler} {sampling.timestep_spacing}, "
+            f"found {sampling.num_inference_steps}; more are for {PAPER.scheduler} {PAPER.timestep_spacing}"
+        )
     check_model_options(args)
+
+
+def resolve_sampling(args: argparse.Namespace) -> None:
+    """Fill in from the preset what the command line leaves open."""
+    for name, value in PRESETS[args.preset][0]._asdict().items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    return Sampling(*(getattr(args, name) for name in Sampling._fields))
 
 
 def check_model_options(args: argparse.Namespace) -> None:
@@ -98,7 +140,7 @@ def calibrated_settings(args: argparse.Namespace) -> dict:
     """The settings that a calibration holds for: with others, the same σ² means another error."""
     return {
         "readout": args.readout,
-        "num_inference_steps": args.num_inference_steps,
+        **sampling_of(args)._asdict(),
         "ensemble": args.ensemble,
         "ensemble_output": args.ensemble_output if args.ensemble > 1 else "first",
     }

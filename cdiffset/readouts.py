@@ -1,15 +1,26 @@
-"""Where and when σ² is read, and what becomes of several samples: the names and constants, for command lines and sampler.
+"""How sampling steps, when σ² is read, and what becomes of several samples: names and constants, for command lines and sampler.
 
 Kept apart from `diffusion.py` so that `--help` need not import the networks.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
+
+SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
+TIMESTEP_SPACINGS = ("leading", "trailing")
+
+# What the confidence means is fixed by the timesteps of the paper's sampling: DDIM, 50 steps of 1000, leading, offset 1.
+PAPER_TIMESTEPS = tuple(1000 // 50 * step + 1 for step in reversed(range(50)))  # 981, 961 ... 1
+MIDPOINT = PAPER_TIMESTEPS[50 // 2]
+
 READOUTS = {
-    "midpoint": "at the middle step of sampling, as in the paper",
-    "mean": "mean over all steps",
-    "early": "mean over the first quarter of the steps, where the SAR alone speaks",
-    "late": "mean over the last quarter of the steps, where little noise is left",
+    "midpoint": f"at timestep {MIDPOINT}, the middle of the paper's 50 steps",
+    "mean": "mean over all of the paper's steps",
+    "early": "mean over the first quarter of them, where the SAR alone speaks",
+    "late": "mean over the last quarter of them, where little noise is left",
     "renoise": "after sampling, on the result noised anew; costs more U-Net passes",
-    "decoded": "at the middle step, carried to pixels by decoding perturbed latents; costs more VAE passes",
+    "decoded": "at the midpoint, carried to pixels by decoding perturbed latents; costs more VAE passes",
 }
 ENSEMBLE_OUTPUTS = ("first", "mean", "median")
 
@@ -19,19 +30,29 @@ DECODED_DRAWS = 4  # VAE decoder passes
 READOUT_SEED = 2**40  # far from the seeds that people give, whose noise the results contain
 
 
-def steps_read(readout: str, num_inference_steps: int) -> range:
-    """Indices of the sampling steps whose σ² is averaged; none where σ² is read after sampling."""
-    n = num_inference_steps
+def timesteps_read(readout: str) -> tuple[int, ...]:
+    """The paper's timesteps whose σ² is averaged; none where σ² is read after sampling."""
     match readout:
         case "midpoint" | "decoded":
-            return range(n // 2, n // 2 + 1)
+            return (MIDPOINT,)
         case "mean":
-            return range(n)
+            return PAPER_TIMESTEPS
         case "early":
-            return range((n + 3) // 4)
+            return PAPER_TIMESTEPS[:13]
         case "late":
-            return range(n - (n + 3) // 4, n)
+            return PAPER_TIMESTEPS[-13:]
         case "renoise":
-            return range(0)
+            return ()
         case other:
             raise ValueError(f"unknown readout {other!r}, expected one of {', '.join(READOUTS)}")
+
+
+def steps_read(readout: str, timesteps: Sequence[int]) -> dict[int, float]:
+    """Falling timesteps of a sampling => {index of a step: weight of its σ²}, in the order of the steps; weights above 0.
+
+    σ² at a timestep that the sampling leaves out is interpolated linearly between the two steps beside it, or taken from the
+    nearest where there is but one. Linear, so that it can be summed up while sampling.
+    """
+    rising = timesteps[::-1]
+    weights = [float(np.interp(timesteps_read(readout), rising, step[::-1]).sum()) for step in np.eye(len(timesteps))]
+    return {index: weight for index, weight in enumerate(weights) if weight > 0}

@@ -31,6 +31,7 @@ from cdiffset.geotiff import open_scene, write_cog, write_quicklook
 from cdiffset.images import to_signed, to_uint8, written_whole
 from cdiffset.losses import variance
 from cdiffset.model import decode, encode
+from cdiffset.options import Sampling
 from cdiffset.radiometry import Radiometry, measure, read_valid
 from cdiffset.readouts import steps_read
 from cdiffset.translator import Model
@@ -199,16 +200,16 @@ def read_padded(source: DatasetReader, radiometry: Radiometry, rows: slice, colu
 
 
 def denoise_scene(model: Model, grid: Grid, latents: Latents, bar: tqdm) -> None:
-    """All DDIM steps that are still to do, each from one file into the other."""
+    """All steps that are still to do, each from one file into the other."""
     steps = model.args.num_inference_steps
     model.scheduler.set_timesteps(steps)
-    read_at = steps_read(model.args.readout, steps)
+    weights = steps_read(model.args.readout, model.scheduler.timesteps.tolist())
     for index in range(latents.done, steps):
-        denoise_step(model, grid, latents, index, index in read_at, bar)
+        denoise_step(model, grid, latents, index, weights.get(index, 0.0), bar)
         latents.finish(index + 1)
 
 
-def denoise_step(model: Model, grid: Grid, latents: Latents, index: int, reads_variance: bool, bar: tqdm) -> None:
+def denoise_step(model: Model, grid: Grid, latents: Latents, index: int, weight: float, bar: tqdm) -> None:
     old, new, channels = latents.z_t[index % 2], latents.z_t[(index + 1) % 2], len(latents.z_sar)
     timestep = model.scheduler.timesteps[index]
     prompt, dtype = model.prompt_embedding.to(model.unet.dtype), model.unet.dtype
@@ -224,7 +225,7 @@ def denoise_step(model: Model, grid: Grid, latents: Latents, index: int, reads_v
         rows = slice(top, top + strip.shape[1])
         prediction, z_t = torch.from_numpy(strip[None, :channels]), torch.from_numpy(np.array(old[None, :channels, rows]))
         new[:channels, rows] = model.scheduler.step(prediction, timestep, z_t).prev_sample[0].numpy()
-        new[channels, rows] = old[channels, rows] + (strip[channels] if reads_variance and len(strip) > channels else 0)
+        new[channels, rows] = old[channels, rows] + (weight * strip[channels] if len(strip) > channels else 0)
 
 
 def decode_scene(model: Model, grid: Grid, z_eo: np.ndarray, bar: tqdm) -> Iterator[tuple[int, np.ndarray]]:
@@ -320,11 +321,11 @@ def translate_scene(model: Model, path: Path, outputs: dict[str, Path], options:
 def write_outputs(model, source, radiometry, grid, latents, outputs, known, settings: dict, bar: tqdm) -> None:
     scratch, tags = latents.state.parent, tags_of(settings)
     z_eo, summed = latents.z_t[latents.done % 2][:-1], latents.z_t[latents.done % 2][-1]
-    reads = len(steps_read(model.args.readout, model.args.num_inference_steps))
+    total = sum(steps_read(model.args.readout, model.scheduler.timesteps.tolist()).values())
     for kind, path in outputs.items():
         if kind != "eo":
             bands = maps_of(kind, known)
-            strips = map_strips(source, radiometry.indexes, summed / reads, model.factor, list(bands.values()))
+            strips = map_strips(source, radiometry.indexes, summed / total, model.factor, list(bands.values()))
             write_cog(path, scratch, source, list(bands), "float32", strips, tags)
     strips = eo_strips(source, radiometry.indexes, decode_scene(model, grid, z_eo, bar))
     write_cog(outputs["eo"], scratch, source, ("red", "green", "blue", "alpha"), "uint8", strips, tags)
@@ -333,7 +334,7 @@ def write_outputs(model, source, radiometry, grid, latents, outputs, known, sett
 
 def settings_of(model: Model, options: argparse.Namespace, radiometry: Radiometry) -> dict:
     """All that the pixels depend on, besides the scene itself."""
-    names = ("seed", "num_inference_steps", "readout", "precision", "tile", "overlap")
+    names = ("seed", *Sampling._fields, "readout", "precision", "tile", "overlap")
     return {
         "checkpoint": model.fingerprint, **{name: getattr(options, name) for name in names},
         "prediction_type": model.scheduler.config.prediction_type, "radiometry": asdict(radiometry),

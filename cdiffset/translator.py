@@ -16,7 +16,7 @@ from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT
 from cdiffset.diffusion import ensemble, reduce_samples
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar, to_signed, to_uint8
-from cdiffset.model import check_base, check_prompt_width, embed_prompt, load_scheduler, load_vae, vae_factor
+from cdiffset.model import check_base, check_prompt_width, embed_prompt, load_scheduler, load_vae, make_sampler, vae_factor
 from cdiffset.uncertainty import confidence_map, variance_map
 
 
@@ -76,6 +76,11 @@ class Model:
 
 class Translator(Model):
     """Called with a batch of SAR images it returns their EO images and maps."""
+
+    def __init__(self, args: argparse.Namespace, *options, **more):
+        super().__init__(args, *options, **more)
+        self.scheduler = make_sampler(self.scheduler, args.scheduler, args.timestep_spacing)
+        print(f"{args.scheduler}, {args.timestep_spacing} timesteps, {args.num_inference_steps} steps")
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Translation]:
         """SAR images, float32 [H, W, 3] in 0-255, that have one size when padded => their translations."""

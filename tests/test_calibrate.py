@@ -22,7 +22,10 @@ from cdiffset.errors import UserError
 from cdiffset.overlay import ANCHORS, ERROR_VIEW_MAX, HATCH_COLOUR, colours, enlarged, error_view, overlay
 
 REPO = Path(__file__).parents[1]
-SETTINGS = {"readout": "midpoint", "num_inference_steps": 2, "ensemble": 1, "ensemble_output": "first"}
+SETTINGS = {
+    "readout": "midpoint", "scheduler": "ddim", "timestep_spacing": "leading", "num_inference_steps": 2, "ensemble": 1,
+    "ensemble_output": "first",
+}  # fmt: skip
 
 _spec = importlib.util.spec_from_file_location("translation_command", REPO / "test.py")  # `test` is Python's own package
 translation = importlib.util.module_from_spec(_spec)
@@ -162,6 +165,18 @@ def test_what_is_saved_is_loaded(tmp_path):
         assert (tmp_path / "a" / "c.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(("steps", "valid"), [(50, True), (25, False)])
+def test_files_of_before_the_choice_of_a_scheduler_are_the_papers(tmp_path, steps, valid):
+    now = {**SETTINGS, "num_inference_steps": steps}
+    before = {name: value for name, value in now.items() if name not in ("scheduler", "timestep_spacing")}
+    calibration.save(tmp_path / "c.json", Calibration(before, "abc", GOOD.curves, 0.5, GOOD.joint))
+    if valid:
+        assert calibration.load(tmp_path / "c.json", now).settings == now
+    for other in ({**now, "scheduler": "unipc"}, {**now, "timestep_spacing": "trailing"}, *([] if valid else [now])):
+        with pytest.raises(UserError, match="was made with readout midpoint"):
+            calibration.load(tmp_path / "c.json", other)
+
+
 def test_the_file_lies_beside_the_checkpoint(tmp_path):
     assert calibration.path_beside(tmp_path) == tmp_path / "calibration.json"
     assert calibration.path_beside(tmp_path / "a.b.safetensors") == tmp_path / "a.b.calibration.json"
@@ -289,7 +304,7 @@ def test_from_calibration_to_expected_errors_and_overlays(
     path = run_calibrate(ensemble=2, ensemble_output="mean")
     printed = capsys.readouterr().out
     assert "ENCE" in printed and "| 90% |" in printed and f"Calibration: {path}" in printed
-    settings = {"readout": "midpoint", "num_inference_steps": 2, "ensemble": 2, "ensemble_output": "mean"}
+    settings = {**SETTINGS, "ensemble": 2, "ensemble_output": "mean"}
     fitted = calibration.load(path, settings)
     assert fitted.report["images"] == {"fit": 6, "intervals": 3, "judge": 3}
     assert fitted.report["pixels"]["judge"] == 3 * 40 * 40
@@ -361,6 +376,8 @@ def test_a_stage_1_checkpoint_is_calibrated_by_its_spread(run_calibrate, checkpo
         ({"error_dir": "e", "calibration": "c.json", "readout": "late"}, "--calibration: .*made with readout midpoint.*late"),
         ({"error_dir": "e", "calibration": "c.json", "ensemble": 3}, "--calibration: .*ensemble 1.*ensemble 3"),
         ({"error_dir": "e", "calibration": "c.json", "num_inference_steps": 3}, "--calibration: .*num_inference_steps 2"),
+        ({"error_dir": "e", "calibration": "c.json", "scheduler": "unipc"}, "--calibration: .*scheduler ddim.*unipc"),
+        ({"error_dir": "e", "calibration": "c.json", "timestep_spacing": "trailing"}, "--calibration: .*leading.*trailing"),
         ({"error_dir": "e", "calibration": "c.json", "checkpoint": "other"}, "--calibration: .*made for another checkpoint"),
         ({"error_dir": "e", "calibration": "c.json", "prompt": "fog"}, "--calibration: .*made for another .*prompt"),
         ({"overlay_dir": "o"}, "--overlay-dir and --overlay-threshold, .* need each other"),

@@ -1,12 +1,13 @@
 """The diffusion step against closed forms, the sampler against a plain diffusers loop and an oracle."""
 
+import argparse
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_unet, tiny_vae
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from cdiffset.diffusion import (
     READOUTS,
@@ -19,10 +20,23 @@ from cdiffset.diffusion import (
     training_loss,
     translate,
     variance_of_latent,
+    weighted_mean,
 )
+from cdiffset.errors import UserError
 from cdiffset.losses import cdiff_loss, variance
-from cdiffset.model import load_scheduler, patch_conv_in, patch_conv_out
-from cdiffset.readouts import DECODED_DRAWS, RENOISE_DRAWS, RENOISE_TIMESTEPS, steps_read
+from cdiffset.model import load_scheduler, make_sampler, patch_conv_in, patch_conv_out
+from cdiffset.options import PRESETS, add_translation_options, calibrated_settings, check_translation_options
+from cdiffset.readouts import (
+    DECODED_DRAWS,
+    MIDPOINT,
+    PAPER_TIMESTEPS,
+    RENOISE_DRAWS,
+    RENOISE_TIMESTEPS,
+    SCHEDULERS,
+    TIMESTEP_SPACINGS,
+    steps_read,
+    timesteps_read,
+)
 
 SIZE = (4, 16, 16)
 PROMPT = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(9))
@@ -182,17 +196,15 @@ def test_the_sampler_is_the_plain_ddim_loop(tiny_base, nets, stage, steps):
     ddim, x = plain_ddim(), noise
     ddim.set_timesteps(steps)
     with torch.no_grad():
-        for index, t in enumerate(ddim.timesteps):
+        for t in ddim.timesteps:
             output = nets[stage](torch.cat([z_sar, x], 1), t, PROMPT.repeat(2, 1, 1)).sample
-            if index == steps // 2:
+            if t == 481:
                 middle = output[:, 4:]
             x = ddim.step(output[:, :4], t, x).prev_sample
-    assert index == steps - 1
-    torch.testing.assert_close(z_eo, x, atol=1e-5, rtol=1e-5)
-    if stage == 1:
-        assert sigma2 is None
-    else:
-        torch.testing.assert_close(sigma2, torch.nn.functional.softplus(middle + 0.5413230) + 1e-6, atol=1e-5, rtol=1e-5)
+    assert torch.equal(z_eo, x)
+    assert (sigma2 is None) == (stage == 1)
+    if steps == 50 and stage == 2:  # the paper's: to the last bit
+        assert torch.equal(sigma2, variance(middle))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -216,12 +228,81 @@ def test_an_oracle_leads_the_sampler_to_the_eo_latent(tiny_base, prediction_type
     assert len(probe.calls) == steps
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 50])
-def test_the_variance_is_read_at_the_midpoint(tiny_base, steps):
+# ------------------------------------------------------------------------------------------------ schedulers and spacings
+SOLVERS = {
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
+}  # every number written out, the rest diffusers' own defaults
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SAMPLINGS = [(scheduler, spacing) for scheduler in SCHEDULERS for spacing in TIMESTEP_SPACINGS]
+
+
+def sampler(base: str, scheduler: str, spacing: str, prediction_type: str = "epsilon"):
+    return make_sampler(load_scheduler(base, prediction_type), scheduler, spacing)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 50])
+@pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
+def test_every_sampler_is_the_plain_diffusers_loop_time_and_again(tiny_base, name, spacing, steps):
+    z_sar, noise = latents(2, batch=2)
+    net = Probe(lambda x, _: (x[:, :4] + x[:, 4:]).sin() - net.calls[-1][1] / 1000)
+    solver, settings = SOLVERS[name]
+    plain, x = solver(**SCHEDULE, **settings, timestep_spacing=spacing), noise
+    plain.set_timesteps(steps)
+    for t in plain.timesteps:
+        x = plain.step(net(torch.cat([z_sar, x], 1), t, None).sample, t, x).prev_sample
+    ours = sampler(tiny_base, name, spacing)
+    for _ in range(2):  # what a sampling remembers of its steps does not reach the next one
+        assert torch.equal(sample(net, ours, z_sar, noise, PROMPT, steps)[0], x)
+    assert len(ours.timesteps) == steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_trailing_timesteps_begin_at_pure_noise_and_are_spread_evenly(tiny_base, name, steps):
+    scheduler = sampler(tiny_base, name, "trailing")
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == [round(1000 * (steps - k) / steps) - 1 for k in range(steps)]
+
+
+@pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
+def test_all_numbers_of_steps_that_are_allowed_keep_within_the_noise_schedule(tiny_base, name, spacing):
+    scheduler = sampler(tiny_base, name, spacing)
+    for steps in range(1, 1000 if (name, spacing) == ("ddim", "leading") else 51):
+        scheduler.set_timesteps(steps)
+        timesteps = scheduler.timesteps.tolist()
+        assert len(timesteps) == len(set(timesteps)) == steps and timesteps == sorted(timesteps, reverse=True)
+        assert 0 <= timesteps[-1] and timesteps[0] < 1000
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 50])
+@pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
+def test_an_oracle_leads_every_sampler_to_the_eo_latent(tiny_base, name, spacing, steps, prediction_type):
+    """Multistep solvers end without noise, at z_eo itself; DDIM ends at ᾱ_0, where sqrt(1 - ᾱ_0) of the first noise stays."""
+    z_sar, z_eo, noise = latents(3)
+    scheduler, alphas, noises = sampler(tiny_base, name, spacing, prediction_type), alpha_bar().float(), []
+
+    def oracle(x, index):
+        a, z_t = alphas[scheduler.timesteps[index]], x[:, 4:]
+        eps = (z_t - a.sqrt() * z_eo) / (1 - a).sqrt()
+        noises.append(eps)
+        return {"epsilon": eps, "sample": z_eo, "v_prediction": a.sqrt() * eps - (1 - a).sqrt() * z_eo}[prediction_type]
+
+    got, _ = sample(Probe(oracle), scheduler, z_sar, noise, PROMPT, steps)
+    a = alphas[0] if name == "ddim" else torch.tensor(1.0)
+    torch.testing.assert_close(got, a.sqrt() * z_eo + (1 - a).sqrt() * noises[-1], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
+def test_no_sampler_mixes_the_images_of_a_batch(tiny_base, nets, name, spacing):
     z_sar, noise = latents(2)
-    probe = Probe(lambda x, index: torch.cat([x[:, 4:], torch.full((3, 1, 16, 16), index / 10)], 1))
-    _, sigma2 = sample(probe, load_scheduler(tiny_base, "epsilon"), z_sar, noise, PROMPT, steps)
-    torch.testing.assert_close(sigma2, variance(torch.full((3, 1, 16, 16), (steps // 2) / 10)), atol=0, rtol=0)
+    scheduler = sampler(tiny_base, name, spacing)
+    together, sigma2 = sample(nets[2], scheduler, z_sar, noise, PROMPT, 4)
+    alone = [sample(nets[2], scheduler, *pair, PROMPT, 4) for pair in zip(z_sar.split(1), noise.split(1), strict=True)]
+    torch.testing.assert_close(together, torch.cat([z_eo for z_eo, _ in alone]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sigma2, torch.cat([each for _, each in alone]), atol=1e-4, rtol=1e-4)
 
 
 def test_most_steps_that_a_configuration_allows_can_be_sampled(tiny_base):
@@ -282,35 +363,75 @@ def test_a_bfloat16_net_translates_nearly_as_the_float32_one(tiny_base):
 def test_every_readout_is_known_and_no_other():
     assert set(READOUTS) == {"midpoint", "mean", "early", "late", "renoise", "decoded"}
     with pytest.raises(ValueError, match="unknown readout 'first'"):
-        steps_read("first", 10)
+        steps_read("first", [1])
+
+
+def test_the_timesteps_read_are_those_of_the_papers_sampling(tiny_base):
+    scheduler = load_scheduler(tiny_base, "epsilon")
+    scheduler.set_timesteps(50)
+    paper = scheduler.timesteps.tolist()
+    assert list(PAPER_TIMESTEPS) == paper and MIDPOINT == paper[50 // 2]
+    slices = {
+        "midpoint": paper[25:26], "decoded": paper[25:26], "mean": paper, "early": paper[:13], "late": paper[37:],
+        "renoise": [],
+    }  # fmt: skip
+    for readout, expected in slices.items():
+        assert list(timesteps_read(readout)) == expected
+        assert steps_read(readout, paper) == {paper.index(timestep): 1.0 for timestep in expected}
 
 
 @pytest.mark.parametrize(
-    "readout, steps, expected",
+    ("timesteps", "expected"),
     [
-        ("midpoint", 1, [0]), ("midpoint", 2, [1]), ("midpoint", 50, [25]), ("decoded", 50, [25]),
-        ("mean", 3, [0, 1, 2]), ("early", 1, [0]), ("early", 4, [0]), ("early", 5, [0, 1]), ("early", 50, list(range(13))),
-        ("late", 1, [0]), ("late", 4, [3]), ("late", 5, [3, 4]), ("late", 50, list(range(37, 50))),
-        ("renoise", 50, []),
+        ([999, 499], {1: 1.0}),  # no step below: the nearest
+        ([999], {0: 1.0}),
+        ([1], {0: 1.0}),
+        ([999, 749, 499, 249], {2: 232 / 250, 3: 18 / 250}),  # 481 between 499 and 249
+        ([801, 601, 401, 201, 1], {1: 0.4, 2: 0.6}),
+        ([961, 481, 1], {1: 1.0}),
     ],
-)  # fmt: skip
-def test_the_variance_is_the_mean_over_the_steps_that_are_read(tiny_base, readout, steps, expected):
-    assert list(steps_read(readout, steps)) == expected
+)
+def test_the_midpoint_is_interpolated_between_the_steps_beside_it(timesteps, expected):
+    assert steps_read("midpoint", timesteps) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("readout", ["midpoint", "mean", "early", "late"])
+@pytest.mark.parametrize("steps", [3, 8, 50, 100])
+def test_a_variance_that_is_linear_in_the_timestep_reads_the_same_at_any_step_count(tiny_base, readout, steps):
+    scheduler = load_scheduler(tiny_base, "epsilon")
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps.tolist()
+    read = [min(max(timestep, timesteps[-1]), timesteps[0]) for timestep in timesteps_read(readout)]  # constant beyond the ends
+    got = weighted_mean([torch.tensor(float(timestep)) for timestep in timesteps], steps_read(readout, timesteps))
+    assert got.item() == pytest.approx(sum(read) / len(read), rel=1e-6)
+
+
+@pytest.mark.parametrize("readout", ["midpoint", "mean", "early", "late", "renoise"])
+@pytest.mark.parametrize(
+    ("name", "spacing", "steps"), [("ddim", "leading", 50), ("ddim", "trailing", 5), ("unipc", "trailing", 8)]
+)
+def test_the_variance_is_the_mean_over_the_timesteps_that_are_read(tiny_base, readout, name, spacing, steps):
     z_sar, noise = latents(2)
-    raw = torch.randn(50 + len(RENOISE_TIMESTEPS) * RENOISE_DRAWS, 3, 1, 16, 16, generator=torch.Generator().manual_seed(8))
+    scheduler, passes = sampler(tiny_base, name, spacing), len(RENOISE_TIMESTEPS) * RENOISE_DRAWS
+    raw = torch.randn(steps + passes, 3, 1, 16, 16, generator=torch.Generator().manual_seed(8))
     probe = Probe(lambda x, index: torch.cat([x[:, 4:], raw[index]], 1))
-    z_eo, sigma2 = sample(probe, load_scheduler(tiny_base, "epsilon"), z_sar, noise, PROMPT, steps, readout)
-    calls = expected or list(range(steps, steps + len(RENOISE_TIMESTEPS) * RENOISE_DRAWS))
-    total = sum(variance(raw[index]) for index in calls)
-    torch.testing.assert_close(sigma2, total / len(calls), atol=1e-6, rtol=1e-6)
-    plain, _ = sample(Probe(lambda x, _: x[:, 4:]), load_scheduler(tiny_base, "epsilon"), z_sar, noise, PROMPT, steps)
+    z_eo, sigma2 = sample(probe, scheduler, z_sar, noise, PROMPT, steps, readout)
+    if readout == "renoise":
+        expected = variance(raw[steps:]).mean(0)
+    else:  # numpy's interpolation, cell by cell
+        rising, values = scheduler.timesteps.tolist()[::-1], variance(raw[:steps]).flatten(1).numpy()[::-1]
+        at_each = [[np.interp(timestep, rising, cell) for cell in values.T] for timestep in timesteps_read(readout)]
+        expected = torch.tensor(np.mean(at_each, 0), dtype=torch.float32).reshape(sigma2.shape)
+    torch.testing.assert_close(sigma2, expected, atol=1e-5, rtol=1e-5)
+    plain, _ = sample(Probe(lambda x, _: x[:, 4:]), sampler(tiny_base, name, spacing), z_sar, noise, PROMPT, steps)
     assert torch.equal(z_eo, plain)  # where σ² is read does not touch the result
 
 
-def test_renoising_feeds_the_result_with_known_noise(tiny_base):
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_renoising_feeds_the_result_with_known_noise(tiny_base, name):
     z_sar, noise = latents(2)
     probe = Probe(lambda x, _: torch.cat([0.1 * x[:, 4:], x[:, :1]], 1))
-    z_eo, _ = sample(probe, load_scheduler(tiny_base, "epsilon"), z_sar, noise, PROMPT, 2, "renoise")
+    z_eo, _ = sample(probe, sampler(tiny_base, name, "trailing"), z_sar, noise, PROMPT, 2, "renoise")
     assert len(probe.calls) == 2 + len(RENOISE_TIMESTEPS) * RENOISE_DRAWS
     found = []
     for x, timesteps, _ in probe.calls[2:]:
@@ -347,7 +468,7 @@ def test_the_decoded_readout_is_the_variance_of_decoded_perturbations(tiny_base,
         z_sar = vae.encode(sar).latent_dist.mean * 0.7
         noise = torch.randn(1, 4, 8, 10, generator=torch.Generator().manual_seed(6)).expand(2, -1, -1, -1)
         z_eo, _ = sample(nets[2], scheduler, z_sar, noise, PROMPT, 4)
-        a = alpha_bar()[251].float()  # steps 751, 501, 251 and 1: the midpoint is index 2
+        a = alpha_bar()[481].float()
         sigma = (midpoint * (1 - a) / a).sqrt()
         squares = []
         for draw in range(DECODED_DRAWS):
@@ -396,3 +517,47 @@ def test_samples_become_one_image(count):
     assert torch.equal(reduce_samples(samples, "first"), samples[0])
     assert np.allclose(reduce_samples(samples, "mean"), samples.numpy().mean(0), atol=1e-6)
     assert np.allclose(reduce_samples(samples, "median"), np.median(samples.numpy(), axis=0), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+@pytest.fixture
+def parsed(tmp_path):
+    (tmp_path / "unet.safetensors").touch()
+
+    def parse(*words: str) -> argparse.Namespace:
+        parser = argparse.ArgumentParser()
+        add_translation_options(parser)
+        args = parser.parse_args(["--checkpoint", str(tmp_path / "unet.safetensors"), *words])
+        check_translation_options(args)
+        return args
+
+    return parse
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_overridden_by_what_is_said(parsed, preset):
+    def sampling(*words: str) -> tuple:
+        args = parsed("--preset", preset, *words)
+        return args.scheduler, args.timestep_spacing, args.num_inference_steps
+
+    whole = PRESETS[preset][0]
+    assert sampling() == whole and whole.scheduler == "ddim"  # scenes have no other
+    assert sampling("--num-inference-steps", "7") == (*whole[:2], 7)
+    assert sampling("--scheduler", "unipc", "--timestep-spacing", "trailing") == ("unipc", "trailing", whole[2])
+
+
+def test_the_papers_sampling_is_the_default(parsed):
+    args = parsed()
+    assert (args.scheduler, args.timestep_spacing, args.num_inference_steps) == ("ddim", "leading", 50)
+    assert calibrated_settings(args) == calibrated_settings(parsed("--preset", "paper"))
+    assert calibrated_settings(args) != calibrated_settings(parsed("--preset", "fast"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--preset", "fast", "--num-inference-steps", "51"), ("--scheduler", "unipc", "--num-inference-steps", "999")],
+)
+def test_many_steps_are_the_papers_alone(parsed, words):
+    assert parsed("--num-inference-steps", "999").num_inference_steps == 999
+    with pytest.raises(UserError, match="--num-inference-steps: expected at most 50 with .* more are for ddim leading"):
+        parsed(*words)

@@ -20,7 +20,7 @@ from cdiffset.diffusion import sample
 from cdiffset.images import to_signed, to_uint8
 from cdiffset.model import decode, encode
 from cdiffset.scene import blending_weights, fuse, make_grid, map_strips, noise_field, translate_scene
-from cdiffset.translator import Model, pad_to_multiple
+from cdiffset.translator import Translator, pad_to_multiple
 from cdiffset.uncertainty import variance_map
 
 RNG = np.random.default_rng(0)
@@ -128,7 +128,8 @@ class Identity:
 def test_an_identity_model_returns_its_input(tmp_path, size):
     same = Identity()
     options = argparse.Namespace(
-        seed=1, num_inference_steps=2, readout="midpoint", precision="fp32", tile=64, overlap=24, batch_size=5,
+        seed=1, scheduler="ddim", timestep_spacing="leading", num_inference_steps=2, readout="midpoint",
+        precision="fp32", tile=64, overlap=24, batch_size=5,
         max_pixels=2**28,
         bands=None, channels=None, scale="dn", stretch=None, checkpoint="none",
     )  # fmt: skip
@@ -142,12 +143,14 @@ def test_an_identity_model_returns_its_input(tmp_path, size):
     assert np.array_equal(eo[:3], np.stack([pixels] * 3)) and (eo[3] == 255).all()
 
 
-@pytest.mark.parametrize("readout", ["midpoint", "mean"])
-def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout):
+@pytest.mark.parametrize(("readout", "spacing"), [("midpoint", "leading"), ("mean", "leading"), ("early", "trailing")])
+def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout, spacing):
     pixels = smooth(75, 98)
-    given = words(checkpoints[5], save(tmp_path / "a.tif", pixels), tmp_path, tile=128, readout=readout)
+    given = words(
+        checkpoints[5], save(tmp_path / "a.tif", pixels), tmp_path, tile=128, readout=readout, timestep_spacing=spacing
+    )
     args = command.check(command.make_parser().parse_args(given))
-    model = Model(args, with_fingerprint=True)
+    model = Translator(args, with_fingerprint=True)
     outputs = {kind: tmp_path / f"{kind}.tif" for kind in ("variance", "eo")}
     translate_scene(model, tmp_path / "a.tif", outputs, args)
     padded = pad_to_multiple(np.repeat(pixels[..., None], 3, -1).astype(np.float32), 4)
@@ -298,6 +301,7 @@ def test_a_folder_of_scenes_and_ordinary_images(checkpoints, tmp_path, capsys):
         ({"stretch": "dataset"}, "--stretch: expected"),
         ({"ensemble": 2}, "--ensemble: not to be had of scenes"),
         ({"readout": "decoded"}, "--readout decoded: not to be had of scenes"),
+        ({"scheduler": "unipc"}, "--scheduler unipc: not to be had of scenes"),
     ],
 )
 def test_options_that_scenes_do_not_have_are_refused(checkpoints, tmp_path, changes, message):

@@ -138,11 +138,14 @@ def by_hand(pixels: np.ndarray, base: str, unet_folder: Path, seed=0, prediction
     sar = vae.encode(torch.from_numpy(padded).expand(1, 3, -1, -1)).latent_dist.mean * vae.config.scaling_factor
     z = torch.randn(1, 4, *sar.shape[2:], generator=torch.Generator().manual_seed(seed))
     scheduler.set_timesteps(steps)
-    for index, t in enumerate(scheduler.timesteps):
+    at = {}  # timestep => σ²
+    for t in scheduler.timesteps:
         output = unet(torch.cat([sar, z], 1), t, text).sample
-        if index == steps // 2:
-            sigma2 = (F.softplus(output[:, 4:].double() + np.log(np.exp(1 - 1e-6) - 1)) + 1e-6).clamp(1e-6, 10)
+        at[t.item()] = (F.softplus(output[:, 4:].double() + np.log(np.exp(1 - 1e-6) - 1)) + 1e-6).clamp(1e-6, 10)
         z = scheduler.step(output[:, :4], t, z).prev_sample
+    below, above = max((t for t in at if t <= 481), default=min(at)), min((t for t in at if t >= 481), default=max(at))
+    share = (481 - below) / (above - below) if below < above else 1.0
+    sigma2 = share * at[above] + (1 - share) * at[below]
     eo = vae.decode(z / vae.config.scaling_factor).sample[0].clamp(-1, 1).permute(1, 2, 0).numpy()
     certain = 1 / sigma2
     certain = (
