@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks import speed
 from benchmarks.speed import REPO, between, now, table
+from cdiffset.options import PRESETS
 
 SIDES = {"full": (128, 256, 512), "tiny": (32, 64, 128)}  # px
 BATCHES = (1, 2, 4, 8)  # at the smallest side
@@ -45,7 +46,6 @@ STATE_BYTES = PARAMETERS * 3 * 4  # float32 weights and the two moments of AdamW
 PAIRS, BATCH, ITERATIONS, SIZE = 16_001, 64, 50_000, 256  # QXS-SAROPT by the paper's recipe
 VALIDATIONS, VAL_IMAGES, CHECKPOINTS = 56, 100, 10  # 16 in the first four fifths of 200 epochs, 40 in the last; each 5,000
 AREA_PX, TILE, OVERLAP = 10**12, 512, 128  # 1 million km² at 1 m
-SAMPLERS = {"50 steps": 50, "20 steps": 20, "5 steps": 5}
 
 
 # ----------------------------------------------------------------------------------------------------------------- measuring
@@ -225,13 +225,13 @@ def training_table(flop: dict, read_s_per_px: float) -> list[str]:
 def area_table(flop: dict, write_s_per_px: float) -> list[str]:
     rows = []
     for name, gpu in GPUS.items():
-        for sampler, steps in SAMPLERS.items():
+        for preset, (sampling, _) in PRESETS.items():
             for count in COUNTS:
-                cost = area_cost(gpu, count, flop, steps, write_s_per_px)
+                cost = area_cost(gpu, count, flop, sampling.num_inference_steps, write_s_per_px)
                 hours = {resource: seconds / 3600 for resource, seconds in cost.items()}
-                cells = [name, sampler, str(count), f"{max(hours.values()):.3g}"]
+                cells = [name, preset, str(count), f"{max(hours.values()):.3g}"]
                 rows.append([*cells, *(f"{value:.3g}" for value in hours.values()), max(hours, key=hours.get)])
-    columns = ["GPU", "sampler", "GPUs", "hours", "networks [h]", "file encoding [h]", "storage [h]", "bottleneck"]
+    columns = ["GPU", "preset", "GPUs", "hours", "networks [h]", "file encoding [h]", "storage [h]", "bottleneck"]
     tiles = AREA_PX / (TILE - OVERLAP) ** 2
     work = tiles * translation_flop(flop)
     how = (

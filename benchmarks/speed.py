@@ -223,13 +223,16 @@ class Parts:
 
         torch.Tensor.backward = timed
 
-    def watch_function(self, function: Callable, name: str, done: Callable = lambda: None) -> None:
-        """Count every call of a function, under whatever name a module of this process has imported it; `done` is told."""
+    def watch_function(self, function: Callable, name: str, device: str = "cpu", done: Callable = lambda *_: None) -> None:
+        """Count every call of a function, under whatever name a module of this process has imported it.
+
+        `device` is that whose time counts; `done` is told the arguments after each call.
+        """
 
         def timed(*args, **options):
-            with self.part(name, "cpu"):
+            with self.part(name, device):
                 result = function(*args, **options)
-            done()
+            done(*args)
             return result
 
         for module in list(sys.modules.values()):

@@ -80,7 +80,9 @@ def run_project(job: dict, parts: Parts, iteration_is_done, losses: list[float])
     """Trainer.fit, without the validation and the checkpoint at its end."""
     import train
     from cdiffset.config import Config
+    from cdiffset.diffusion import predict
 
+    parts.watch_function(predict, "U-Net forward", job["device"])  # not by a hook, which a compiled network would not have
     folder = Path(job["images"])
     feeder = {"sar_dir": str(folder / "sar"), "eo_dir": str(folder / "eo"), "crop_size": job["size"]}
     settings = {
@@ -94,7 +96,6 @@ def run_project(job: dict, parts: Parts, iteration_is_done, losses: list[float])
     trainer = train.Trainer(Config(**settings))
     trainer.validate_and_save = lambda: None
     parts.watch(trainer.vae.encoder, "VAE encode")
-    parts.watch(trainer.unet, "U-Net forward")
     step = trainer.step
 
     def timed(batches) -> None:

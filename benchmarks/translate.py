@@ -24,9 +24,11 @@ ROWS = {  # test.py's options
     REFERENCE: [],
     "paper, fp32": ["--precision", "fp32"],
     "paper, bf16": ["--precision", "bf16"],
+    "balanced, bf16": ["--preset", "balanced", "--precision", "bf16"],
+    "fast, bf16": ["--preset", "fast", "--precision", "bf16"],
 }
-AT_OTHER_STEPS = ()  # whose files are not to be compared with the reference's
-HEADLINE = (REFERENCE, "paper, bf16")
+AT_OTHER_STEPS = ("balanced, bf16", "fast, bf16")  # whose files are not to be compared with the reference's
+HEADLINE = (REFERENCE, "paper, bf16", "fast, bf16")
 
 
 # ----------------------------------------------------------------------------------------------------------- one contestant
@@ -34,14 +36,13 @@ def measure(job: dict) -> dict:
     """Translate a folder => images/s, parts per image, U-Net passes per image, peak memory, seconds to the first image."""
     parts, passes, loaded, written = Parts(job["device"]), [], [], []
 
-    def model_is_loaded(unet, vae) -> None:
-        unet.register_forward_hook(lambda _, inputs, __: passes.append(len(inputs[0])))
-        for module, name in ((unet, "U-Net forward"), (vae.encoder, "VAE encode"), (vae.decoder, "VAE decode")):
-            parts.watch(module, name)
+    def model_is_loaded(vae) -> None:
+        parts.watch(vae.encoder, "VAE encode")
+        parts.watch(vae.decoder, "VAE decode")
         loaded.append(time.perf_counter())
 
     run = run_reference if job["name"] == REFERENCE else run_project
-    run(job, parts, model_is_loaded, lambda: written.append(time.perf_counter()))
+    run(job, parts, model_is_loaded, lambda *_: written.append(time.perf_counter()), passes.append)
     images, batch = len(written), 1 if job["name"] == REFERENCE else job["batch_size"]
     if images != job["images"]:
         raise RuntimeError(f"{images} images were written, expected {job['images']}")
@@ -60,28 +61,33 @@ def images_per_second(loaded: float, written: list[float], batch: int) -> float:
     return len(written) / (written[-1] - loaded)
 
 
-def run_reference(job: dict, parts: Parts, model_is_loaded, image_is_written) -> None:
+def run_reference(job: dict, parts: Parts, model_is_loaded, image_is_written, unet_has_run) -> None:
     from benchmarks import reference
 
     models = reference.load_models(job["base"], job["device"], job["checkpoint"])
     parts.watch_function(reference.read_image, "load")
-    parts.watch_function(reference.write_image, "write", image_is_written)
-    model_is_loaded(models.unet, models.vae)
+    parts.watch_function(reference.write_image, "write", done=image_is_written)
+    parts.watch(models.unet, "U-Net forward")
+    models.unet.register_forward_hook(lambda _, inputs, __: unet_has_run(len(inputs[0])))
+    model_is_loaded(models.vae)
     reference.translate_folder(models, Path(job["sar_dir"]), Path(job["output_dir"]), 50)
 
 
-def run_project(job: dict, parts: Parts, model_is_loaded, image_is_written) -> None:
+def run_project(job: dict, parts: Parts, model_is_loaded, image_is_written, unet_has_run) -> None:
     import test
+    from cdiffset.diffusion import predict
     from cdiffset.images import read_sar, write_png
     from cdiffset.translator import Translator
 
     parts.watch_function(read_sar, "load")
-    parts.watch_function(write_png, "write", image_is_written)
+    parts.watch_function(write_png, "write", done=image_is_written)
+    # Not by a hook, which a compiled network would not have.
+    parts.watch_function(predict, "U-Net forward", job["device"], lambda unet, z_sar, *_: unet_has_run(len(z_sar)))
     load = Translator.__init__
 
     def timed(translator, *args, **options) -> None:
         load(translator, *args, **options)
-        model_is_loaded(translator.unet, translator.vae)
+        model_is_loaded(translator.vae)
 
     Translator.__init__ = timed
     code = test.main(

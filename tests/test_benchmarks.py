@@ -54,9 +54,9 @@ def test_reference_loss_and_gradient_are_the_projects(models, tiny_base):
 
 def test_reference_translation_is_the_projects(models, tiny_base):
     sar = torch.rand(1, 3, 40, 32) * 2 - 1
-    theirs, theirs_sigma2 = reference.translate(models, sar, 7)
+    theirs, theirs_sigma2 = reference.translate(models, sar, 50)
     scheduler = load_scheduler(tiny_base, "epsilon")
-    ours, sigma2 = diffusion.translate(models.unet, load_vae(tiny_base), scheduler, sar, models.prompt, 7, 0)
+    ours, sigma2 = diffusion.translate(models.unet, load_vae(tiny_base), scheduler, sar, models.prompt, 50, 0)
     torch.testing.assert_close(ours, theirs.clamp(-1, 1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sigma2, theirs_sigma2, rtol=1e-4, atol=1e-5)
 
