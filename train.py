@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import utils
 from cdiffset import checkpoint
+from cdiffset.attention import share_prompt
 from cdiffset.config import Config, flatten
 from cdiffset.diffusion import training_loss, translate
 from cdiffset.errors import Stopped, UserError, message_of
@@ -43,6 +44,7 @@ from cdiffset.model import (
     patch_conv_out,
     vae_factor,
 )
+from cdiffset.optimisation import Guard, gradient_norm, load_moments, step_copies
 from cdiffset.pairs import Inputs
 from cdiffset.uncertainty import confidence_map, variance_map
 
@@ -56,7 +58,7 @@ ORDER, NOISE = 1, 2  # purposes of random draws, so that no two share a stream
 FREE_TO_CHANGE = {
     "phase", "work_dir", "num_worker", "gpu", "num_inference_steps", "val_len", "test_batch_size", "test_feeder_args",
     "lpips", "eval_epoch", "eval_each_epoch_from", "log_iter", "save_iter", "save_epoch", "checkpoints_total_limit", "resume",
-    "report_to", "gradient_checkpointing", "gradient_accumulation_steps", "skip_nonfinite",
+    "report_to", "gradient_checkpointing", "gradient_accumulation_steps", "skip_nonfinite", "ema_on_cpu",
 }  # fmt: skip
 
 
@@ -123,12 +125,15 @@ class Trainer:
         # Batches go to this process by BatchOrder, so Accelerate prepares the U-Net and the optimizer and nothing else.
         try:
             # `cpu` also tells a launcher's processes to talk by gloo where there is nothing to accelerate on.
-            self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
+            self.accelerator = Accelerator(
+                mixed_precision=config.mixed_precision.removesuffix("_copy"), cpu=not torch.accelerator.is_available()
+            )
         except ValueError as error:
             raise UserError(f"mixed_precision: {config.mixed_precision} cannot be had on this machine ({error})") from error
         if self.accelerator.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
             print(LONELY, file=sys.stderr)
         self.device = self.accelerator.device
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if config.tf32 else "ieee"
         self.is_main = self.accelerator.is_main_process
         self.work_dir, self.lock = Path(config.work_dir), None
         self.board = None  # TensorBoard, while training
@@ -161,7 +166,7 @@ class Trainer:
         """The frozen VAE and prompt embedding, and the U-Net from the base, from accelerator_path or from a resumed run."""
         config, base = self.config, self.config.pretrained_model_name_or_path
         frozen_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.accelerator.mixed_precision]
-        self.vae = load_vae(base, frozen_dtype).to(self.device)
+        self.vae = load_vae(base, frozen_dtype).to(self.device, memory_format=torch.channels_last)
         self.scheduler = load_scheduler(base, config.prediction_type)
         self.prompt_embedding = embed_prompt(base, config.prompt).to(self.device)
         latent_channels = self.vae.config.latent_channels
@@ -189,7 +194,8 @@ class Trainer:
         self.train_log.info("%s: %s, U-Net from %s", config.phase, stage, origin)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        self.unet = unet.to(self.device)
+        share_prompt(unet)
+        self.unet = unet.to(self.device, memory_format=torch.channels_last)
 
     def check_crops(self) -> None:
         """Read a pair of each feeder: crops must be multiples of the VAE's factor."""
@@ -201,21 +207,34 @@ class Trainer:
 
     def prepare_training(self, resume_from: Path | None) -> None:
         config = self.config
+        # What is trained, averaged and saved is float32; what computes is the same network, or its bfloat16 copy.
+        self.trained = self.unet.train()
+        self.parameters = list(self.trained.parameters())
         optimizer_class = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.optimizer]
-        self.parameters = list(self.unet.train().parameters())
-        optimizer = optimizer_class(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = optimizer_class(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         # Not prepared by Accelerate, which would step it once per process.
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler, optimizer, num_warmup_steps=config.num_warmup, num_training_steps=config.num_iter
         )
         self.ema_unet = copy.deepcopy(self.unet).requires_grad_(False).eval() if config.ema_decay else None
+        self.ema_device = torch.device("cpu") if config.ema_on_cpu else self.device
         self.iteration, self.best_psnr, self.skipped = 0, -math.inf, 0
         self.unfinished = False  # whether validation and saving of the present iteration are still to be done
         self.window, self.signals = LogWindow(self.device), StopSignals(self.accelerator.num_processes)
         if resume_from:
             self.restore(resume_from, optimizer)
         self.saved = self.iteration  # the latest iteration that is on the disk
+        if self.ema_unet:
+            self.ema_unet.to(self.ema_device)
+        if config.mixed_precision == "bf16_copy":
+            self.unet = copy.deepcopy(self.trained).to(torch.bfloat16)
+        self.copies = None if self.unet is self.trained else list(self.unet.parameters())
+        if config.torch_compile:
+            check_compiler(self.device)
+            self.unet.compile()
         self.unet, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
+        self.reads_at_once = self.device.type == "cpu"  # where it costs nothing to know at once that a step was left out
+        self.guard = Guard(self.accelerator, config.skip_nonfinite - self.skipped)
         self.order = BatchOrder(
             len(self.train_feeder), config, self.iteration, self.accelerator.process_index, self.accelerator.num_processes
         )
@@ -272,7 +291,8 @@ class Trainer:
         raise UserError(f"accelerator_path: null, and {self.work_dir} has neither best/ nor latest/: which checkpoint to test?")
 
     def changed_settings(self, folder: Path) -> list[str]:
-        before, now = (dict(flatten(settings)) for settings in (checkpoint.read_meta(folder)["config"], asdict(self.config)))
+        written, now = checkpoint.read_meta(folder)["config"], dict(flatten(asdict(self.config)))
+        before = dict(flatten(asdict(Config()) | written))  # what an earlier version did not know was as by default
         names = [name for name in {**before, **now} if name.split(".")[0] not in FREE_TO_CHANGE]
         return [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
 
@@ -284,7 +304,7 @@ class Trainer:
                 if state["optimizer"]["state"][index]["exp_avg"].shape != parameter.shape:
                     raise ValueError("it is of another stage; accelerator_path starts a stage from the weights of another")
             # The moments and the place in the schedule are the checkpoint's, all settings are this configuration's.
-            optimizer.load_state_dict({**state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+            load_moments(optimizer, state["optimizer"])
             self.lr_scheduler.load_state_dict({**state["lr_scheduler"], "base_lrs": self.lr_scheduler.base_lrs})
             share = self.lr_scheduler.lr_lambdas[0](self.lr_scheduler.last_epoch)
             optimizer.param_groups[0]["lr"] = self.lr_scheduler.base_lrs[0] * share
@@ -313,9 +333,9 @@ class Trainer:
 
     def save(self, names: list[str], unfinished: bool = False) -> None:
         """Write the present state under each name (one set of files)."""
+        self.check_finite()
         windows = gather_object([self.window.state()])
         if self.is_main:
-            unet = self.accelerator.unwrap_model(self.unet)
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -332,7 +352,7 @@ class Trainer:
                 "gsd_m": getattr(self.train_feeder, "gsd_m", None),
                 "config": asdict(self.config),
             }
-            checkpoint.write_checkpoint(self.work_dir, names, unet, self.ema_unet, state, meta)
+            checkpoint.write_checkpoint(self.work_dir, names, self.trained, self.ema_unet, state, meta)
             checkpoint.prune(self.work_dir, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
         self.saved = self.iteration
@@ -447,56 +467,76 @@ class Trainer:
                         self.unet, self.scheduler, z_sar, z_eo, noise[mine], timesteps[mine], self.prompt_embedding,
                         self.config.beta,
                     )  # fmt: skip
-                self.accelerator.backward(loss / self.order.micro_steps)
+                self.accelerator.backward(loss / self.order.micro_steps * self.guard.factor())
             parts.append((loss.detach(), timesteps[mine], sigma2))
-        grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        if self.is_finite(grad_norm, parts, timesteps, names):
-            self.optimizer.step()
-            self.window.add(parts, grad_norm, learning_rate, self.scheduler.config.num_train_timesteps)
-            self.update_ema()
-        elif self.accelerator.scaler is not None:
-            self.optimizer.step()  # the scaler leaves the step out by itself, and has to know of it
+        self.accelerator.unscale_gradients()
+        grad_norm = gradient_norm(self.copies or self.parameters)
+        loss = sum(loss for loss, *_ in parts) / len(parts)
+        blocked = self.guard.watch(self.iteration + 1, loss, grad_norm, timesteps, names)
+        self.window.add(
+            parts, grad_norm, self.optimizer.param_groups[0]["lr"], blocked, self.scheduler.config.num_train_timesteps
+        )
+        self.update_weights(grad_norm, blocked)
+        self.update_ema(blocked)
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
+        if self.reads_at_once:
+            self.check_finite()
+
+    def update_weights(self, grad_norm: torch.Tensor, blocked: torch.Tensor) -> None:
+        """Clip, and step the optimizer unless `blocked`."""
+        if self.accelerator.scaler is None:  # which tells the optimizer by itself
+            self.optimizer.optimizer.found_inf = blocked.float()  # fused optimizers look at it on the device
+        limit = self.config.max_grad_norm
+        if self.copies:
+            factor = None if limit is None else (limit / (grad_norm + 1e-6)).clamp(max=1)
+            step_copies(self.optimizer, self.parameters, self.copies, factor)
+        else:
+            if limit is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, grad_norm)
+            self.optimizer.step()
 
     def draw_noise(self, latent_shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise [batch, C, h, w] and timesteps [batch] of a whole batch, a function of (seed, iteration)."""
         generator = seeded(self.config.seed, NOISE, self.iteration)
         timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (self.order.batch_size,), generator=generator)
         noise = torch.randn(self.order.batch_size, *latent_shape, generator=generator)
-        return noise.to(self.device), timesteps.to(self.device)
+        return self.to_device(noise), self.to_device(timesteps)
 
-    def is_finite(self, grad_norm: torch.Tensor, parts: list, timesteps: torch.Tensor, names: list[str]) -> bool:
-        """Whether the step may be taken. All processes share the gradient, so all of them skip the step or end the run."""
-        if torch.isfinite(grad_norm):
-            return True
-        loss = self.accelerator.reduce(sum(loss for loss, *_ in parts) / len(parts), "mean").item()
-        if self.accelerator.scaler is not None and math.isfinite(loss):
-            return True  # fp16 overflows now and then; the scaler skips the step and lowers its scale
-        diagnosis = (
-            f"iteration {self.iteration + 1}: the gradient norm is {grad_norm.item()} and the loss {loss:.4g}, at timesteps "
-            f"{timesteps.tolist()}, for {', '.join(gather_object(names))}"
-        )
-        self.skipped += 1
-        if self.skipped <= self.config.skip_nonfinite:
+    def to_device(self, values: torch.Tensor) -> torch.Tensor:
+        """From pinned memory, else the copy to a GPU would wait for all that the GPU still has to do."""
+        if self.device.type == "cuda" and not values.is_pinned():
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
+
+    def check_finite(self) -> None:
+        """Tell of the steps that were left out since the last time, or end the run; all processes come here together."""
+        for iteration, loss, grad_norm, timesteps, names in self.guard.read():
+            diagnosis = (
+                f"iteration {iteration}: the gradient norm is {grad_norm} and the loss {loss:.4g}, at timesteps {timesteps}, "
+                f"for {', '.join(gather_object(names))}"
+            )
+            self.skipped += 1
+            if self.skipped > self.config.skip_nonfinite:
+                raise UserError(f"{diagnosis}; the weights are as before this step and were not saved; {self.last_good()}")
             self.train_log.info("step left out (%d of %d): %s", self.skipped, self.config.skip_nonfinite, diagnosis)
-            return False
-        raise UserError(f"{diagnosis}; the weights are as before this step and were not saved; {self.last_good()}")
+            self.window.leave_out_a_step(self.order.micro_steps)
 
     def last_good(self) -> str:
         kept = checkpoint.list_checkpoints(self.work_dir)
         return f"last good checkpoint: {kept[-1] if kept else 'none yet'}"
 
-    def update_ema(self) -> None:
+    def update_ema(self, blocked: torch.Tensor) -> None:
         """Exponential average of the weights, with a short memory at first: decay min(ema_decay, (1 + n) / (10 + n))."""
         if self.ema_unet is None:
             return
         decay = min(self.config.ema_decay, (1 + self.iteration) / (10 + self.iteration))
-        averages = list(self.ema_unet.parameters())
-        torch._foreach_lerp_(averages, [parameter.detach() for parameter in self.parameters], 1 - decay)
+        weight = (1 - decay) * ~blocked.to(self.ema_device)
+        for average, parameter in zip(self.ema_unet.parameters(), self.parameters, strict=True):
+            average.lerp_(parameter.detach().to(self.ema_device), weight)
 
     def log(self, bar: tqdm) -> None:
+        self.check_finite()
         if not self.window.steps:  # every step was left out
             return
         values = self.window.read(self.accelerator)
@@ -537,6 +577,7 @@ class Trainer:
 
     def validate(self) -> bool:
         """Translate the first val_len test pairs => whether their mean PSNR is the best so far."""
+        self.check_finite()
         folder = self.work_dir / "results" / f"iteration-{self.iteration:06d}"
         rows = self.evaluate(range(min(self.config.val_len, len(self.test_feeder))), folder)
         means = utils.flat_means(rows)
@@ -583,7 +624,7 @@ class Trainer:
 
     def translations(self, indices: range, what: str):
         """This process's share of test pairs, a batch at a time: (batch, generated [B, 3, H, W], σ² [B, 1, h, w] or None)."""
-        translator = self.translator().eval()
+        translator = self.translator().to(self.device).eval()
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
         loader = DataLoader(
             Subset(self.test_feeder, mine),
@@ -608,7 +649,9 @@ class Trainer:
                 where = f"iteration {self.iteration}: " if self.config.phase == "train" else ""
                 raise UserError(f"{where}the generated images are not finite; {self.last_good()}")
             yield batch, generated, sigma2
-        self.unet.train(self.config.phase == "train")
+        if self.config.phase == "train":
+            translator.to(self.ema_device if translator is self.ema_unet else self.device)
+            self.unet.train()
 
     def translator(self):
         """The U-Net to judge: the average where one is kept, without the distributed wrapper."""
@@ -636,18 +679,28 @@ class LogWindow:
         self.grad_norm = torch.zeros((), device=self.device)
         self.sigma2 = torch.zeros(2, 4, device=self.device)  # (sum, count) by quarter of the timesteps
 
-    def add(self, parts: list[tuple], grad_norm: torch.Tensor, learning_rate: float, num_train_timesteps: int) -> None:
-        """One step: (loss, timesteps [B], mean σ² [B] or None) of each micro-batch, and what they led to."""
+    def add(
+        self, parts: list[tuple], grad_norm: torch.Tensor, learning_rate: float, blocked: torch.Tensor, num_train_timesteps: int
+    ) -> None:
+        """One step: (loss, timesteps [B], mean σ² [B] or None) of each micro-batch, and what they led to.
+
+        The sums leave out a step that is `blocked`, a flag on the device; `leave_out_a_step` is to follow for the counts.
+        """
         self.steps += 1
         self.steps_here += 1
         self.parts += len(parts)
         self.learning_rate = learning_rate
-        self.grad_norm += grad_norm.detach()
+        self.grad_norm += torch.where(blocked, 0, grad_norm)
         for loss, timesteps, sigma2 in parts:
-            self.loss += loss
+            self.loss += torch.where(blocked, 0, loss)
             if sigma2 is not None:
                 quarter = timesteps * 4 // num_train_timesteps  # [B]
-                self.sigma2.index_add_(1, quarter, torch.stack([sigma2, torch.ones_like(sigma2)]))
+                self.sigma2.index_add_(1, quarter, torch.where(blocked, 0, torch.stack([sigma2, torch.ones_like(sigma2)])))
+
+    def leave_out_a_step(self, micro_steps: int) -> None:
+        self.steps -= 1
+        self.steps_here -= 1
+        self.parts -= micro_steps
 
     def seconds(self) -> float:
         return max(time.monotonic() - self.started, 1e-9)
@@ -667,6 +720,12 @@ class LogWindow:
     def restore(self, state: dict) -> None:
         for name, value in state.items():
             setattr(self, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)
+
+
+def check_compiler(device: torch.device) -> None:
+    """torch.compile writes C++ for CPUs."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise UserError("torch_compile: found no C++ compiler, expected g++ or clang++ on the PATH, or torch_compile: false")
 
 
 class LoaderFault(UserError):

@@ -172,7 +172,13 @@ class Config:
     )
     ema_decay: float | None = knob(None, optional(number(0, 1)), "keep an exponential average of the weights; null: none")
 
-    mixed_precision: str = knob("no", choice("no", "fp16", "bf16"), "autocast type; trained weights stay float32")
+    mixed_precision: str = knob(
+        "no", choice("no", "fp16", "bf16", "bf16_copy"),
+        "autocast type; trained weights stay float32. bf16_copy: the network is a bfloat16 copy of them, fastest",
+    )  # fmt: skip
+    tf32: bool = knob(False, boolean, "TF32 for what is float32 on Nvidia GPUs: faster, 10 bits of mantissa")
+    torch_compile: bool = knob(False, boolean, "compile the U-Net: minutes at first, then faster; other rounding")
+    ema_on_cpu: bool = knob(False, boolean, "keep the average in CPU memory: less GPU memory, more time")
     gradient_checkpointing: bool = knob(False, boolean, "recompute activations: less memory, more time")
     gpu: list | None = knob(None, optional(gpu_ids), "GPUs a single process may see; null: all")
 

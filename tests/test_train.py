@@ -1,6 +1,7 @@
 """Training through main.py: both stages, resume, accumulation, several processes, validation, and what is refused."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -20,8 +21,20 @@ import torch.nn.functional as F
 import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.functional.image import peak_signal_noise_ratio
-from training import BATCH, WEIGHTS, forget_accelerator, meta_of, same, scalars, train_lines, val_lines, weights_of
+from training import (
+    BATCH,
+    WEIGHTS,
+    assert_same_run,
+    forget_accelerator,
+    meta_of,
+    same,
+    scalars,
+    train_lines,
+    val_lines,
+    weights_of,
+)
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import evaluate
@@ -284,15 +297,102 @@ def whole_batches(run, tmp_path_factory) -> Path:
     return run(tmp_path_factory.mktemp("whole"), confidence=True)
 
 
-def test_bf16_keeps_float32_weights(run, whole_batches, tmp_path):
-    other = run(tmp_path, confidence=True, mixed_precision="bf16")
+@pytest.mark.parametrize("precision", ["bf16", "bf16_copy"])
+def test_bf16_keeps_float32_weights(run, whole_batches, tmp_path, precision):
+    other = run(tmp_path, confidence=True, mixed_precision=precision)
     weights = weights_of(other / "latest" / "unet")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
     for row, expected in zip(train_lines(other), train_lines(whole_batches), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=0.02)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1)
     assert 0 < largest_difference(weights, weights_of(whole_batches / "latest" / "unet"))  # computed in another precision
     assert val_lines(other)[0]["standard/psnr"] == pytest.approx(val_lines(whole_batches)[0]["standard/psnr"], abs=0.3)
+
+
+def test_a_bfloat16_copy_is_what_computes_and_float32_is_what_is_trained(build):
+    trainer = build(mixed_precision="bf16_copy", num_iter=2)
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    trainer.run()
+    copies = list(trainer.accelerator.unwrap_model(trainer.unet).parameters())
+    for parameter, copy in zip(trainer.parameters, copies, strict=True):
+        assert (parameter.dtype, copy.dtype) == (torch.float32, torch.bfloat16) and parameter.grad is None and copy.grad is None
+        assert torch.equal(copy, parameter.bfloat16())
+    assert sum(not torch.equal(*pair) for pair in zip(trainer.parameters, before, strict=True)) > 100
+
+
+def test_a_compiled_unet_learns_the_same(run, whole_batches, tiny_base, tmp_path, monkeypatch):
+    """Traced, but not translated into C++, which would take minutes."""
+    compile_module, compiled = torch.nn.Module.compile, []
+
+    def traced(self):
+        compiled.append(type(self).__name__)
+        compile_module(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    other = run(tmp_path, confidence=True, torch_compile=True)
+    mine, theirs = (weights_of(work_dir / "latest" / "unet") for work_dir in (other, whole_batches))
+    assert compiled == ["UNet2DConditionModel"] and deviation(mine, theirs, tiny_base) < 1e-3
+
+
+def test_compiling_without_a_compiler_is_refused(argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="torch_compile: found no C"):
+        main.main(argv(tmp_path, torch_compile=True))
+
+
+@pytest.mark.parametrize("tf32, expected", [(False, "ieee"), (True, "tf32")])
+def test_tf32_is_as_the_configuration_says(build, tf32, expected):
+    build(tf32=tf32)
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == expected
+
+
+# --------------------------------------------------------------------------------------- what a GPU is not made to wait for
+class Reads(TorchDispatchMode):
+    """Counts the values that are fetched from the device by operators; `tolist` is none."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16_copy"])
+def test_a_step_fetches_nothing_from_the_device(build, monkeypatch, precision):
+    trainer = build(confidence=True, ema_decay=0.9, max_grad_norm=0.5, mixed_precision=precision)
+    trainer.reads_at_once = False  # as on a GPU
+    batches, tolist, lists = iter(trainer.train_loader()), torch.Tensor.tolist, []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self) or tolist(self))
+    with Reads() as reads:
+        trainer.step(batches)
+        assert reads.count == len(lists) == 0
+        trainer.check_finite()
+        assert len(lists) == 1 and trainer.window.loss.item() > 0 and reads.count == 1  # so that the counts can be trusted
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16_copy"])
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_step_that_turns_out_not_to_be_finite_has_changed_nothing(build, monkeypatch, tmp_path, precision, allowed):
+    """Read late, as on a GPU: neither it nor those after it count, but those left out by permission."""
+    settings = {"num_iter": 6, "log_iter": 6, "ema_decay": 0.9, "mixed_precision": precision, "skip_nonfinite": allowed}
+    trainer, step, encode = build(**settings), Trainer.step, train.encode
+    trainer.reads_at_once, states = False, []
+
+    def watched(self, batches):
+        states.append([copy.detach().clone() for copy in (*self.parameters, *self.ema_unet.parameters())])
+        spoilt = self.iteration in (2, 4)
+        monkeypatch.setattr(train, "encode", lambda vae, pixels: encode(vae, pixels) * (math.inf if spoilt else 1))
+        step(self, batches)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    with pytest.raises(UserError, match=rf"iteration {(3, 5)[allowed]}: the gradient norm is nan and .*weights are as before"):
+        trainer.run()
+    final = [*trainer.parameters, *trainer.ema_unet.parameters()]
+    assert same(final, states[(2, 4)[allowed]]) and same(states[3], states[2]) and not same(states[2], states[1])
+    assert same(states[4], states[3]) == (allowed == 0)
+    log = (trainer.work_dir / "train_log.txt").read_text()
+    assert ("step left out (1 of 1): iteration 3: " in log) == (allowed == 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- resume
@@ -351,6 +451,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(argv, uninterrupted, tmp_path
     )
 
 
+@pytest.mark.parametrize("changes", [{"mixed_precision": "bf16_copy"}, {"mixed_precision": "bf16", "ema_on_cpu": True}])
+def test_other_ways_of_computing_resume_bit_for_bit(argv, run, tmp_path, monkeypatch, changes):
+    settings = {"num_iter": 4, "save_iter": 2, "ema_decay": 0.9, "confidence": True, **changes}
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert errors.run(main.main, argv(tmp_path / "stopped", **settings)) == 130
+    assert_same_run(run(tmp_path / "stopped", **settings), run(tmp_path / "whole", **settings))
+    assert "at iteration 2" in (tmp_path / "stopped" / "train_log.txt").read_text()
+
+
 @pytest.fixture
 def begun(run, tmp_path) -> Path:
     """A finished run of two iterations, with checkpoint-1 and checkpoint-2."""
@@ -384,6 +494,14 @@ def test_what_does_not_change_learning_may_change(run, begun):
     free = {"num_worker": 1, "log_iter": 2, "save_iter": 0, "val_len": 2, "test_batch_size": 1, "gradient_checkpointing": True}
     run(begun, num_iter=2, confidence=True, **free)
     assert meta_of(begun / "latest")["iteration"] == 2
+
+
+def test_a_setting_that_an_earlier_version_did_not_know_is_unchanged(build, tmp_path):
+    trainer = build()
+    settings = dataclasses.asdict(trainer.config) | {"learning_rate": 0.5}
+    del settings["tf32"], settings["batch_size"]
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"config": settings}))
+    assert set(trainer.changed_settings(tmp_path)) == {"learning_rate: 0.5 -> 0.001", f"batch_size: 64 -> {BATCH}"}
 
 
 def test_resume_latest_continues_with_changed_settings(run, begun, tmp_path):
@@ -518,7 +636,7 @@ def poison(monkeypatch, iteration: int) -> None:
 
     def poisoned(self, *args):
         if self.iteration == iteration:
-            self.parameters[0].data.flatten()[0] = math.nan
+            self.parameters[0].data[0, 0, 0, 0] = math.nan
         return step(self, *args)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
