@@ -10,9 +10,11 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from cdiffset.diffusion import training_loss, translate
 from cdiffset.errors import Stopped, UserError, message_of
 from cdiffset.evaluation import evaluate_folders
 from cdiffset.images import to_uint8, write_png, write_tiff
+from cdiffset.latent_cache import LatentCache, Work
 from cdiffset.model import (
     check_base,
     check_latent_channels,
@@ -58,7 +61,7 @@ ORDER, NOISE = 1, 2  # purposes of random draws, so that no two share a stream
 FREE_TO_CHANGE = {
     "phase", "work_dir", "num_worker", "gpu", "num_inference_steps", "val_len", "test_batch_size", "test_feeder_args",
     "lpips", "eval_epoch", "eval_each_epoch_from", "log_iter", "save_iter", "save_epoch", "checkpoints_total_limit", "resume",
-    "report_to", "gradient_checkpointing", "gradient_accumulation_steps", "skip_nonfinite", "ema_on_cpu",
+    "report_to", "gradient_checkpointing", "gradient_accumulation_steps", "skip_nonfinite", "ema_on_cpu", "latent_cache",
 }  # fmt: skip
 
 
@@ -96,6 +99,18 @@ class BatchOrder(Sampler):
                 order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.length)
             for micro in range(self.micro_steps):
                 yield [(epoch, int(order[step * self.batch_size + place])) for place in range(*self.share(micro))]
+
+    def in_blocks(self, block_of: Callable[[int], int]) -> Iterator[tuple[int, "BatchOrder"]]:
+        """The same in successive parts, of the epochs of one block each: (block, its part)."""
+        block_of_iteration = [
+            block_of(iteration // self.iterations_per_epoch) for iteration in range(self.start, self.num_iter)
+        ]
+        start = self.start
+        for block, iterations in groupby(block_of_iteration):
+            part = copy.copy(self)
+            part.start, part.num_iter = start, start + len(list(iterations))
+            yield block, part
+            start = part.num_iter
 
     def share(self, micro: int) -> tuple[int, int]:
         """Where this process's micro-batch lies in the batch: (first, end)."""
@@ -238,6 +253,11 @@ class Trainer:
         self.order = BatchOrder(
             len(self.train_feeder), config, self.iteration, self.accelerator.process_index, self.accelerator.num_processes
         )
+        self.latents = None
+        if config.latent_cache:
+            crops, epochs = config.latent_cache_crops, config.latent_cache_epochs
+            folder, report = Path(config.latent_cache), self.train_log.info
+            self.latents = LatentCache(folder, self.train_feeder, self.vae, crops, epochs, report)
 
     # ------------------------------------------------------------------------------------------------------------ resume
     def agree_on_resume(self) -> Path | None:
@@ -404,7 +424,7 @@ class Trainer:
         with bar:  # closed also by an error, whose message then has a line of its own
             if self.unfinished:
                 self.validate_and_save()
-            batches = self.batches(self.train_loader())
+            batches = self.train_batches()
             while self.iteration < config.num_iter:
                 self.signals.stop_if_asked()
                 self.step(batches)
@@ -423,11 +443,50 @@ class Trainer:
         if names := self.checkpoint_names(improved, last=self.iteration == self.config.num_iter):
             self.save(names)
 
-    def train_loader(self) -> DataLoader:
+    def train_batches(self) -> Iterator[dict]:
+        """The batches of the rest of the run: images, or cached latents, which are written first where they are missing."""
+        if self.latents is None:
+            yield from self.batches(self.train_loader(self.train_feeder, self.order))
+            return
+        with closing(self.latents):
+            for block, order in self.order.in_blocks(self.latents.views.block):
+                yield from self.batches(self.train_loader(self.cached_pairs(block), order))
+
+    def cached_pairs(self, block: int):
+        """The dataset of latents of a block of epochs."""
+        size = self.order.batch_size // self.order.parts
+        work = Work(self.encode, self.view_loader, size, lambda: bool(self.signals.received), self.is_main)
+        paused = time.monotonic()
+        try:
+            pairs = self.latents.open(block, work)
+        except UserError as error:
+            raise LoaderFault(message_of(error)) from error
+        self.window.started += time.monotonic() - paused
+        self.signals.stop_if_asked()
+        return pairs
+
+    def view_loader(self, views, batch_size: int) -> Iterator[dict]:
+        """Batches of images for the cache, in order."""
+        pin = self.device.type == "cuda"
+        return self.batches(
+            DataLoader(
+                views, batch_size, num_workers=self.config.num_worker, pin_memory=pin, worker_init_fn=in_a_group_of_its_own
+            )
+        )
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, 3, H, W] => latents [B, C, h, w] on the device.
+
+        Contiguous whatever layout the VAE leaves, as the cache gives them: the U-Net rounds otherwise in another layout.
+        """
+        with torch.no_grad():
+            return encode(self.vae, pixels.to(self.device, non_blocking=True)).contiguous()
+
+    def train_loader(self, pairs, order: BatchOrder) -> DataLoader:
         workers = self.config.num_worker
         return DataLoader(
-            self.train_feeder,
-            batch_sampler=self.order,
+            pairs,
+            batch_sampler=order,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
@@ -456,8 +515,10 @@ class Trainer:
         for micro in range(self.order.micro_steps):
             batch = next(batches)
             names += batch["name"]
-            with torch.no_grad():
-                z_sar, z_eo = (encode(self.vae, batch[kind].to(self.device, non_blocking=True)) for kind in ("sar", "eo"))
+            if self.latents:
+                z_sar, z_eo = (batch[kind].to(self.device, non_blocking=True) for kind in ("z_sar", "z_eo"))
+            else:
+                z_sar, z_eo = (self.encode(batch[kind]) for kind in ("sar", "eo"))
             if micro == 0:
                 noise, timesteps = self.draw_noise(z_eo.shape[1:])
             mine = slice(*self.order.share(micro))

@@ -300,6 +300,11 @@ def alternate(names: list[str], rounds: int, measure: Callable[[str, int], dict]
     return results
 
 
+def file_name(name: str) -> str:
+    """A contestant's name for its folder."""
+    return name.replace(", ", "-").replace(" ", "-")
+
+
 def summary(result: dict) -> str:
     return ", ".join(f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, int | float))
 

@@ -50,7 +50,7 @@ def compare_startup(args: argparse.Namespace) -> int:
     images = speed.make_images(args.work_dir / "images", args.size, 1)
 
     def one(name: str, round_: int) -> dict:
-        folder = args.models / "startup" / name.replace(", ", "-")
+        folder = args.models / "startup" / speed.file_name(name)
         script, *options = ROWS[name]
         base = "--base" if name == REFERENCE else "--pretrained-model-name-or-path"
         command = [

@@ -2,7 +2,7 @@
 
     python benchmarks/train.py                      # the full SD 2.1 architecture, random weights: the headline rows
     python benchmarks/train.py --rows all           # every option alone as well
-    python benchmarks/train.py --curves             # what each option does to the loss over 200 iterations
+    python benchmarks/train.py --curves             # what these rows do to the loss over 200 iterations
     python benchmarks/train.py --quick              # a tiny model, seconds
 
 An iteration is a whole optimizer step of stage 2 with the loss value on record. Time per part is that of the same iterations.
@@ -18,15 +18,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import speed
 from benchmarks.speed import REFERENCE, REPO, Parts, between, now, shown
 
-BF16 = {"mixed_precision": "bf16"}
+CACHE = "CACHE"
+CACHED, COPY, CHECKPOINTED = {"latent_cache": CACHE}, {"mixed_precision": "bf16_copy"}, {"gradient_checkpointing": True}
+COMPILED = {"torch_compile": True}
 ROWS = {  # what each contestant changes in the configuration; CACHE stands for the latent cache's folder
     REFERENCE: {},
     "defaults": {},
-    "bf16": BF16,
-    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "cached": CACHED,
+    "bf16": {"mixed_precision": "bf16"},
+    "bf16_copy": COPY,
+    "gradient_checkpointing": CHECKPOINTED,
+    "tf32": {"tf32": True},
+    "torch_compile": COMPILED,
+    "bf16_copy, cached": COPY | CACHED,
+    "bf16_copy, cached, torch_compile": COPY | CACHED | COMPILED,
+    "bf16_copy, gradient_checkpointing": COPY | CHECKPOINTED,
 }
-HEADLINE = (REFERENCE, "defaults", "bf16")
-CACHE = "CACHE"
+HEADLINE = (REFERENCE, "bf16_copy", "bf16_copy, cached", "bf16_copy, gradient_checkpointing")
 CURVE_SEEDS = (2024, 2025, 2026)
 CURVE_WINDOW = 50  # iterations whose mean loss is compared
 
@@ -174,7 +182,7 @@ def compare_speed(args: argparse.Namespace) -> int:
     ceiling, jobs = speed.matmul_ceiling(args.device), jobs_for(args, models, images)
 
     def one(name: str, round_: int) -> dict:
-        folder = args.models / "train" / name / str(round_)
+        folder = args.models / "train" / speed.file_name(name) / str(round_)
         return speed.run_worker(__file__, {**jobs[name], "work_dir": str(folder / "run")}, folder)
 
     results = speed.alternate(list(jobs), args.rounds, one)
@@ -217,10 +225,10 @@ def compare_curves(args: argparse.Namespace) -> int:
     }  # fmt: skip
     plain = [f"defaults, seed {seed}" for seed in CURVE_SEEDS]
     jobs = {name: (seed, {}) for name, seed in zip(plain, CURVE_SEEDS, strict=True)}
-    jobs |= {name: (CURVE_SEEDS[0], settings) for name, settings in ROWS.items() if settings}
+    jobs |= {name: (CURVE_SEEDS[0], ROWS[name]) for name in args.rows if ROWS[name]}
     curves = {}
     for name, (seed, settings) in jobs.items():
-        folder = args.work_dir / "curves" / name.replace(", ", "-").replace(" ", "-")
+        folder = args.work_dir / "curves" / speed.file_name(name)
         settings = {key: str(args.work_dir / "curves/latents") if v == CACHE else v for key, v in settings.items()}
         job = {**common, "name": name, "seed": seed, "settings": {**settings, "log_iter": 1}, "work_dir": str(folder / "run")}
         result = speed.run_worker(__file__, job, folder)
@@ -255,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     args = speed.parse(parser, argv)
     if args.worker:
         return speed.work(args.worker, measure)
+    args.rows = speed.chosen(parser, args.rows, ROWS, HEADLINE)
     if args.curves:
         return compare_curves(args)
     on_gpu = args.device == "cuda" and not args.quick
@@ -262,7 +271,6 @@ def main(argv: list[str] | None = None) -> int:
     args.batch_size = args.batch_size or (64 if on_gpu else 2)
     args.pairs = args.pairs or 2 * args.batch_size
     args.iterations = args.iterations or (10 if on_gpu else 2)
-    args.rows = speed.chosen(parser, args.rows, ROWS, HEADLINE)
     return compare_speed(args)
 
 

@@ -169,7 +169,7 @@ def compare_speed(args: argparse.Namespace) -> int:
 
     def one(name: str, round_: int) -> dict:
         count = args.reference_images if name == REFERENCE else args.images
-        folder = args.models / "translate" / name.replace(", ", "-") / str(round_)
+        folder = args.models / "translate" / speed.file_name(name) / str(round_)
         job = {
             "device": args.device, "name": name, "settings": ROWS[name], "images": count, "batch_size": args.batch_size,
             "sar_dir": str(speed.make_images(args.work_dir / "images", args.size, count) / "sar"),

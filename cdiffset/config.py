@@ -149,6 +149,15 @@ class Config:
     train_feeder_args: dict = knob({}, mapping, "arguments of the training feeder, e.g. dataroot, listroot, crop_size (px)")
     test_feeder_args: dict = knob({}, mapping, "arguments of the test feeder")
     num_worker: int = knob(4, whole(0), "loader processes per training process")
+    latent_cache: str | None = knob(
+        None,
+        optional(filled_text),
+        "folder in which the VAE's latents of the training pairs are kept; null: encode every batch",
+    )
+    latent_cache_crops: int | None = knob(
+        None, optional(whole(1)), "for random crops: how many of each pair are kept at a time; null: images are of crop_size"
+    )
+    latent_cache_epochs: int = knob(50, whole(1), "for random crops: epochs after which they are drawn anew")
 
     pretrained_model_name_or_path: str = knob(DEFAULT_BASE, filled_text, "Stable Diffusion: Hub name or local folder")
     accelerator_path: str | None = knob(None, optional(filled_text), "U-Net checkpoint to start from; null: the base's")
@@ -363,6 +372,13 @@ def check(values: dict) -> Config:
         raise UserError(
             f"gradient_accumulation_steps: expected a divisor of batch_size ({config.batch_size}), "
             f"found {config.gradient_accumulation_steps}"
+        )
+    if config.latent_cache_crops and not config.latent_cache:
+        raise UserError(f"latent_cache_crops: {config.latent_cache_crops} crops of each pair, but latent_cache names no folder")
+    if config.latent_cache_crops and config.latent_cache_crops > config.latent_cache_epochs:
+        raise UserError(
+            f"latent_cache_crops: expected at most latent_cache_epochs ({config.latent_cache_epochs}), an epoch shows one crop "
+            f"of each pair; found {config.latent_cache_crops}"
         )
     return config
 

@@ -32,6 +32,16 @@ class Pair(NamedTuple):
     eo: Path
 
 
+class View(NamedTuple):
+    """What an item shows of its pair: a square crop, and what is then done to it, in this order."""
+
+    top: int  # px
+    left: int  # px
+    flip_horizontally: bool = False
+    flip_vertically: bool = False
+    rotate: bool = False  # by 90 degrees, counter-clockwise
+
+
 class PairedFeeder:
     """A map-style dataset of pairs as {"sar", "eo": float32 [3, crop, crop] in [-1, 1], "name": str}.
 
@@ -76,13 +86,25 @@ class PairedFeeder:
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         index = range(len(self))[operator.index(index)]  # raises the IndexError that ends an iteration
-        pair = self.pairs[index]
-        images = self._read(pair)  # [H, W, 3] each
-        rng = np.random.default_rng([self.seed, epoch, index])
-        sar, eo = _augmented(images, self.crop_size, rng) if self.augment else _centre_cropped(images, self.crop_size)
-        return {"sar": _to_tensor(sar), "eo": _to_tensor(eo), "name": pair.name}
+        images = self.read(self.pairs[index])
+        return self.item(index, images, self.view(epoch, index, *images[0].shape[:2]))
 
-    def _read(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    def view(self, epoch: int, index: int, height: int, width: int) -> View:
+        """What the item [epoch, index] shows of its images, of height x width px: a function of these and the seed."""
+        free_rows, free_columns = height - self.crop_size, width - self.crop_size
+        if not self.augment:
+            return View(free_rows // 2, free_columns // 2)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        top, left = rng.integers(free_rows + 1), rng.integers(free_columns + 1)
+        return View(int(top), int(left), *(bool(drawn) for drawn in rng.random(3) < 0.5))
+
+    def item(self, index: int, images: tuple[np.ndarray, np.ndarray], view: View) -> dict:
+        """A view of the images [H, W, 3] that `read` gave for a pair."""
+        sar, eo = (_to_tensor(_seen(image, view, self.crop_size)) for image in images)
+        return {"sar": sar, "eo": eo, "name": self.pairs[index].name}
+
+    def read(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+        """SAR and EO of a pair, whole: float32 [H, W, 3] in 0-255 each, of one size."""
         sar, eo = read_sar(pair.sar, self.max_pixels), read_eo(pair.eo, self.max_pixels)
         found = f"SAR {pair.sar} is {_size(sar)}, EO {pair.eo} is {_size(eo)}"
         if sar.shape != eo.shape:
@@ -407,26 +429,13 @@ def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]} x {image.shape[0]} px"
 
 
-def _crop(images, top: int, left: int, size: int) -> list[np.ndarray]:
-    return [image[top : top + size, left : left + size] for image in images]
-
-
-def _centre_cropped(images, size: int) -> list[np.ndarray]:
-    height, width = images[0].shape[:2]
-    return _crop(images, (height - size) // 2, (width - size) // 2, size)
-
-
-def _augmented(images, size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """One random crop and one of the 8 orientations, drawn once for all images."""
-    height, width = images[0].shape[:2]
-    top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
-    flip_horizontally, flip_vertically, rotate = rng.random(3) < 0.5
-    images = _crop(images, top, left, size)
-    if flip_horizontally:
-        images = [image[:, ::-1] for image in images]
-    if flip_vertically:
-        images = [image[::-1] for image in images]
-    return [np.rot90(image) for image in images] if rotate else images
+def _seen(image: np.ndarray, view: View, size: int) -> np.ndarray:
+    image = image[view.top : view.top + size, view.left : view.left + size]
+    if view.flip_horizontally:
+        image = image[:, ::-1]
+    if view.flip_vertically:
+        image = image[::-1]
+    return np.rot90(image) if view.rotate else image
 
 
 def _to_tensor(pixels: np.ndarray) -> "torch.Tensor":

@@ -1,0 +1,431 @@
+"""The latent cache: training from it equals training from images; what is stale, partial, shared, too large or read-only."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, tiny_vae
+from PIL import Image
+from training import BATCH, assert_same_run, command_line, train_lines
+
+import main
+from cdiffset import errors, latent_cache
+from cdiffset.config import load_config
+from cdiffset.errors import UserError
+from cdiffset.latent_cache import LatentCache, Shards, Work
+from cdiffset.model import encode
+from feeders.feeder import PairedFolderFeeder
+from train import BatchOrder, Trainer
+
+SIZE = 16
+PAIRS = 5
+
+
+def feeder(folder: Path, split="train", crop_size=SIZE, **options) -> PairedFolderFeeder:
+    return PairedFolderFeeder(crop_size, split, folder / "sar", folder / "eo", **options)
+
+
+def make_pairs(root: Path, size: int, count: int = PAIRS) -> Path:
+    rng = np.random.default_rng(size)
+    for kind in ("sar", "eo"):
+        (root / kind).mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(root / kind / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def full(tmp_path) -> Path:
+    """Pairs of the crop's own size."""
+    return make_pairs(tmp_path / "full", SIZE)
+
+
+@pytest.fixture
+def large(tmp_path) -> Path:
+    """Pairs of which crops are random."""
+    return make_pairs(tmp_path / "large", SIZE + 7)
+
+
+@pytest.fixture(scope="session")
+def vae():
+    return tiny_vae()
+
+
+def work(vae, batch_size=BATCH, stop=lambda: False, encoded: list | None = None) -> Work:
+    """What a trainer lends; `encoded` collects the sizes of the batches."""
+
+    def encode_batch(pixels: torch.Tensor) -> torch.Tensor:
+        if encoded is not None:
+            encoded.append(len(pixels))
+        with torch.no_grad():
+            return encode(vae, pixels)
+
+    def load(dataset, size: int):
+        return torch.utils.data.DataLoader(dataset, size)
+
+    return Work(encode_batch, load, batch_size, stop, False)
+
+
+def cache(root: Path, source, vae, crops=None, epochs=50, report=lambda line: None) -> LatentCache:
+    return LatentCache(root, source, vae, crops, epochs, report)
+
+
+def from_images(vae, source, epoch: int, index: int) -> torch.Tensor:
+    """SAR and EO latent [2, C, h, w] of an item, encoded in a batch of the cache's size."""
+    item = source[epoch, index]
+    return torch.stack([work(vae).encode(item[kind].expand(BATCH, -1, -1, -1))[0] for kind in ("sar", "eo")])
+
+
+def cached(pairs, epoch: int, index: int) -> torch.Tensor:
+    item = pairs[epoch, index]
+    assert item["name"] == pairs.views.feeder.names[index]
+    return torch.stack([item["z_sar"], item["z_eo"]])
+
+
+# ---------------------------------------------------------------------------------------------------- the same latents
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_full_size_pairs_give_the_latents_of_their_images_bit_for_bit(full, tmp_path, dtype):
+    """Over epochs in which all 8 orientations come up, in every precision, stored in no more bytes than it has."""
+    source, vae = feeder(full), tiny_vae().to(dtype)
+    pairs = cache(tmp_path / "cache", source, vae).open(0, work(vae))
+    numbers = set()
+    for epoch in range(12):
+        for index in range(PAIRS):
+            numbers.add(pairs.views.number(epoch, index))
+            expected = from_images(vae, source, epoch, index)
+            assert expected.dtype == torch.float32 and torch.equal(cached(pairs, epoch, index), expected)
+    assert numbers == set(range(8))
+    stored = sum(np.load(file).nbytes for file in pairs.shards.folder.glob("*.npy"))
+    assert stored == PAIRS * 8 * 2 * 4 * (SIZE // 4) ** 2 * dtype.itemsize
+
+
+def test_latents_are_not_rotated(full, tmp_path, vae):
+    """Every orientation is encoded: turning the latent of the upright image would be something else."""
+    pairs = cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae))
+    upright, turned = pairs.shards.read(0, 0), pairs.shards.read(0, 1)
+    assert not torch.allclose(upright.rot90(1, (-2, -1)), turned, atol=1e-3)
+
+
+def test_without_augmentation_one_view_is_stored(large, tmp_path, vae):
+    source = feeder(large, "test")
+    pairs = cache(tmp_path / "cache", source, vae).open(0, work(vae))
+    assert pairs.shards.shape[0] == 1
+    assert all(torch.equal(cached(pairs, 3, index), from_images(vae, source, 3, index)) for index in range(PAIRS))
+
+
+def test_random_crops_repeat_the_first_epochs_of_every_block(large, tmp_path, vae):
+    source, crops, epochs = feeder(large), 2, 5
+    latents = cache(tmp_path / "cache", source, vae, crops, epochs)
+    for block in (0, 2):
+        pairs = latents.open(block, work(vae))
+        for epoch in range(block * epochs, (block + 1) * epochs):
+            shown = block * epochs + (epoch - block * epochs) % crops
+            assert latents.views.block(epoch) == block
+            assert torch.equal(cached(pairs, epoch, 1), from_images(vae, source, shown, 1))
+    assert not torch.equal(cached(pairs, 10, 1), cached(pairs, 11, 1))
+
+
+# -------------------------------------------------------------------------------------------------------- the same training
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict:
+    """Changes of the common command line: pairs of 32 x 32 px, which is the crop's size."""
+    root = make_pairs(tmp_path_factory.mktemp("pairs"), 32, 12)
+    folders = {"sar_dir": str(root / "sar"), "eo_dir": str(root / "eo"), "split": "train", "crop_size": 32}
+    return {"train_feeder_args": folders, "num_iter": 4, "ema_decay": 0.9, "confidence": True, "val_len": 2}
+
+
+@pytest.fixture(scope="module")
+def by_images(run, settings, tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("images"), **settings)
+
+
+def test_training_from_the_cache_equals_training_from_images(run, settings, by_images, tmp_path, monkeypatch):
+    """Bit for bit, and without the encoder: once the cache is there, only validation encodes, its SAR."""
+    assert_same_run(run(tmp_path / "first", **settings, latent_cache=tmp_path / "cache"), by_images)
+    monkeypatch.setattr(Trainer, "encode", lambda *_: pytest.fail("the encoder ran"))
+    assert_same_run(run(tmp_path / "again", **settings, num_worker=2, latent_cache=tmp_path / "cache"), by_images)
+
+
+def test_bf16_training_from_the_cache_equals_training_from_images(run, settings, tmp_path):
+    few = {**settings, "num_iter": 2, "mixed_precision": "bf16", "num_worker": 2}
+    plain, mine = (run(tmp_path / str(k), **few, latent_cache=folder) for k, folder in enumerate((None, tmp_path / "cache")))
+    assert_same_run(mine, plain)
+
+
+def test_with_as_many_crops_as_epochs_random_crops_are_those_of_images(run, tmp_path):
+    """The common pairs are 40 x 40 px; 3 iterations an epoch. So 7 iterations are 3 epochs, and 2 blocks of 2."""
+    plain = run(tmp_path / "plain", num_iter=7)
+    mine = run(tmp_path / "mine", num_iter=7, latent_cache=tmp_path / "cache", latent_cache_crops=2, latent_cache_epochs=2)
+    assert_same_run(mine, plain)
+    assert [folder.name for folder in tmp_path.glob("cache/*/block-*")] == ["block-00001"]
+    fewer = run(tmp_path / "fewer", num_iter=7, latent_cache=tmp_path / "cache", latent_cache_crops=1, latent_cache_epochs=3)
+    ours, theirs = ([row["loss"] for row in train_lines(folder)] for folder in (fewer, plain))
+    assert ours[:3] == theirs[:3] and all(a != b for a, b in zip(ours[3:], theirs[3:], strict=True))
+
+
+def test_a_resumed_run_writes_its_block_anew_and_goes_on_the_same(argv, run, tmp_path, monkeypatch):
+    options = {"num_iter": 7, "save_iter": 5, "latent_cache_crops": 1, "latent_cache_epochs": 2}
+    whole = run(tmp_path / "whole", **options, latent_cache=tmp_path / "cache")
+    step = Trainer.step
+
+    def stopped(self, *args):
+        if self.iteration == 5:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main.main(argv(tmp_path / "cut", **options, latent_cache=tmp_path / "one"))
+    monkeypatch.undo()
+    # In another folder, which is no change of the settings.
+    assert_same_run(run(tmp_path / "cut", **options, latent_cache=tmp_path / "two"), whole)
+
+
+def test_blocks_of_a_run_hold_its_whole_order():
+    config = load_config(["--batch-size", "4", "--num-iter", "10", "--num-warmup", "0"])
+    order = BatchOrder(12, config, 4, 0, 1)  # 3 iterations an epoch
+    parts = list(order.in_blocks(lambda epoch: epoch // 2))
+    assert [(block, part.start, part.num_iter) for block, part in parts] == [(0, 4, 6), (1, 6, 10)]
+    assert [keys for _, part in parts for keys in part] == list(order)
+
+
+# ------------------------------------------------------------------------------------------------------ partial and stale
+def test_a_killed_pre_pass_is_continued_where_it_stopped(full, tmp_path, vae):
+    """Every pair is a shard here."""
+    whole = cache(tmp_path / "whole", feeder(full), vae).open(0, work(vae))
+    calls, encoded = [], []
+    # Asked before every batch of 4 and after every shard: 8 views are 2 batches.
+    killed = work(vae, stop=lambda: calls.append(0) or len(calls) > 7)
+    assert cache(tmp_path / "cache", feeder(full), vae).open(0, killed) is None
+    written = sorted(tmp_path.glob("cache/*/*.npy"))
+    assert 0 < len(written) < PAIRS and not list(tmp_path.glob("cache/*/.*part*"))
+    times = [file.stat().st_mtime_ns for file in written]
+    with written[0].open("r+b") as damaged:  # as after a crash of the disk
+        damaged.truncate(200)
+    pairs = cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae, encoded=encoded))
+    assert len(encoded) == 4 * (PAIRS - len(written) + 1) and set(encoded) == {BATCH}
+    assert [file.stat().st_mtime_ns for file in written][1:] == times[1:]
+    for index in range(PAIRS):
+        assert all(torch.equal(pairs.shards.read(index, view), whole.shards.read(index, view)) for view in range(8))
+
+
+def test_latents_of_any_batch_size_are_the_same_up_to_rounding(full, tmp_path, vae):
+    one, other = (cache(tmp_path / str(size), feeder(full), vae).open(0, work(vae, size)) for size in (3, 7))
+    for index in range(PAIRS):
+        for view in range(8):
+            torch.testing.assert_close(one.shards.read(index, view), other.shards.read(index, view))
+
+
+def repainted(folder: Path) -> None:
+    """Another image of equal size in bytes, in one of the files."""
+    for kind in ("sar", "eo"):
+        for file in (folder / kind).iterdir():
+            pixels = np.array(Image.open(file))
+            Image.fromarray(pixels).save(file.with_suffix(".bmp"))
+            file.unlink()
+
+
+@pytest.mark.parametrize("what", ["image", "crop", "vae", "precision", "seed of orientations", "copied", "renamed", "touched"])
+def test_what_makes_a_cache_stale(tmp_path, what):
+    """What changes the latents, and only that; the line in the log names it."""
+    folder = make_pairs(tmp_path / "pairs", SIZE)
+    repainted(folder)  # BMP: the size of a file does not depend on its content
+    vae, lines, encoded = tiny_vae(), [], []
+    cache(tmp_path / "cache", feeder(folder), vae).open(0, work(vae))
+    source, expected = feeder(folder), None
+    match what:
+        case "image":
+            file = folder / "eo" / "3.bmp"
+            file.write_bytes(file.read_bytes()[:-1] + b"\x07")
+            expected = "does not fit (other images)"
+        case "crop":
+            source = feeder(folder, crop_size=8)
+        case "vae":
+            with torch.no_grad():
+                vae.encoder.conv_in.bias += 1e-3
+            expected = "does not fit (other vae)"
+        case "precision":
+            vae, expected = vae.bfloat16(), "precision float32 -> bfloat16)"
+        case "seed of orientations":
+            source = feeder(folder, seed=7)
+        case "copied":
+            shutil.copytree(folder, tmp_path / "elsewhere", copy_function=shutil.copy)
+            source = feeder(tmp_path / "elsewhere")
+        case "renamed":
+            (folder / "eo").rename(folder / "other")
+            source = PairedFolderFeeder(SIZE, "train", folder / "sar", folder / "other")
+        case "touched":
+            os.utime(folder / "eo" / "3.bmp")
+    if what == "crop":
+        with pytest.raises(
+            UserError, match="3|16 x 16 px, larger than crop_size 8: its crops are random; say by latent_cache_crops"
+        ):
+            cache(tmp_path / "cache", source, vae)
+        return
+    pairs = cache(tmp_path / "cache", source, vae, report=lines.append).open(0, work(vae, encoded=encoded))
+    assert bool(encoded) == (expected is not None) == (len(list(tmp_path.glob("cache/*/index.json"))) == 2)
+    assert len(lines) == (2 if expected else 1) and (expected is None or expected in lines[0])
+    assert torch.equal(cached(pairs, 1, 3), from_images(vae, source, 1, 3))
+
+
+def test_hashes_are_taken_again_only_where_a_file_has_another_date(full, tmp_path, monkeypatch):
+    hashed, hash_file = [], latent_cache.hash_file
+    monkeypatch.setattr(latent_cache, "hash_file", lambda file: hashed.append(file.name) or hash_file(file))
+    first = latent_cache.hashes_of(tmp_path, feeder(full).pairs)
+    assert len(hashed) == 2 * PAIRS and len(set(first)) == 2 * PAIRS
+    os.utime(full / "eo" / "2.png")
+    assert latent_cache.hashes_of(tmp_path, feeder(full).pairs) == first and hashed[2 * PAIRS :] == ["2.png"]
+    next(tmp_path.glob("hashes-*.json")).write_text("[[1, 2], 3]")
+    assert latent_cache.hashes_of(tmp_path, feeder(full).pairs) == first and len(hashed) == 4 * PAIRS + 1
+
+
+# ----------------------------------------------------------------------------------------------- several processes, one cache
+SHARER = """
+import sys
+sys.path[:0] = {paths!r}
+import conftest, test_latent_cache as tests
+from pathlib import Path
+vae, encoded = tests.tiny_vae(), []
+pairs = tests.cache(Path(sys.argv[1]), tests.feeder(Path(sys.argv[2])), vae).open(0, tests.work(vae, encoded=encoded))
+print(sum(encoded), pairs.shards.read(0, 3).sum().item())
+"""
+
+
+def test_two_runs_that_start_at_once_share_the_work(tmp_path, vae):
+    folder, count = make_pairs(tmp_path / "many", SIZE, 48), 48
+    words = [sys.executable, "-c", SHARER.format(paths=[str(REPO), str(REPO / "tests")]), str(tmp_path / "cache"), str(folder)]
+    runs = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    results = [run.communicate(timeout=100)[0].split() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    # A shard of 3 pairs is 24 views, SAR and EO; nothing was encoded twice, however the work was dealt out.
+    assert sum(int(images) for images, _ in results) == count * 8 * 2 and results[0][1] == results[1][1]
+
+
+def test_processes_of_one_run_share_the_cache(tmp_path, tiny_base, pair_folders, settings, by_images):
+    argv = command_line(tmp_path / "run", tiny_base, pair_folders, **settings, latent_cache=tmp_path / "cache")
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", str(REPO / "main.py"), *argv]
+    done = subprocess.run([sys.executable, *words], cwd=REPO, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for row, expected in zip(train_lines(tmp_path / "run"), train_lines(by_images), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+
+
+def test_a_block_that_another_run_is_at_is_not_removed(large, tmp_path, vae):
+    held = cache(tmp_path / "cache", feeder(large), vae, 1, 2)
+    words = SHARER.format(paths=[str(REPO), str(REPO / "tests")]).replace("vae).open(0", "vae, 1, 2).open(1")
+    for is_held in (True, False):
+        held.open(0, work(vae))
+        if not is_held:
+            held.close()
+        done = subprocess.run([sys.executable, "-c", words, str(tmp_path / "cache"), str(large)], timeout=100)
+        blocks = {folder.name for folder in held.folder.glob("block-*")}
+        assert done.returncode == 0 and blocks == ({"block-00000", "block-00001"} if is_held else {"block-00001"})
+
+
+# --------------------------------------------------------------------------------------------------------------- refused
+def refused(monkeypatch, folder: Path) -> None:
+    """A file system that cannot be written to: root may write wherever permissions forbid it."""
+    opened = Path.open
+
+    def read_only(self, mode="r", *args, **kwargs):
+        if folder in (self, *self.parents) and set(mode) & set("aw+x"):
+            raise OSError(30, "Read-only file system", str(self))
+        return opened(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", read_only)
+
+
+def test_a_whole_cache_is_read_from_a_read_only_folder(full, large, tmp_path, vae, monkeypatch):
+    expected = cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae))
+    crops = cache(tmp_path / "cache", feeder(large), vae, 2, 2)
+    crops.open(0, work(vae))
+    crops.close()
+    refused(monkeypatch, tmp_path / "cache")
+    os.utime(full / "eo" / "2.png")  # to be hashed again, without the means to note it
+    pairs = cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae))
+    assert torch.equal(cached(pairs, 1, 2), cached(expected, 1, 2))
+    random = cache(tmp_path / "cache", feeder(large), vae, 2, 2)
+    assert torch.equal(cached(random.open(0, work(vae)), 1, 2), from_images(vae, feeder(large), 1, 2))
+    with pytest.raises(UserError, match="block-00001 lacks 5 of 5 shards and cannot be written into: Read-only file system"):
+        random.open(1, work(vae))
+    next(pairs.shards.folder.glob("*.npy")).unlink()
+    with pytest.raises(UserError, match="lacks 1 of 5 shards and cannot be written into: Read-only file system"):
+        cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae))
+
+
+def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_it_is_written(full, tmp_path, vae, monkeypatch):
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 20_000, 20_000))
+    encoded = []
+    with pytest.raises(UserError, match=r"needs 2\.05e-05 GB more for 5 pairs x 8 views, but 2e-05 GB are free"):
+        cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae, encoded=encoded))
+    assert not encoded and not list(tmp_path.glob("cache/*/*.npy"))
+
+
+def test_a_disk_that_fills_up_leaves_no_half_shard(full, tmp_path, vae, monkeypatch):
+    def fills_up(file, array):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(latent_cache.np, "save", fills_up)
+    with pytest.raises(UserError, match="cannot be written into: No space left on device"):
+        cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae))
+    assert not list(tmp_path.glob("cache/*/*shard*"))
+
+
+def test_latents_that_are_not_finite_are_refused_by_name(full, tmp_path, vae):
+    broken = work(vae)._replace(encode=lambda pixels: torch.full((len(pixels), 4, 4, 4), torch.nan))
+    with pytest.raises(UserError, match="the latents of 0 are not finite in float32"):
+        cache(tmp_path / "cache", feeder(full), vae).open(0, broken)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, r"40 x 40 px, larger than crop_size 32: its crops are random; say by latent_cache_crops"),
+        ({"latent_cache_crops": 60}, r"latent_cache_crops: expected at most latent_cache_epochs \(50\)"),
+        ({"latent_cache": None, "latent_cache_crops": 2}, r"latent_cache_crops: 2 crops of each pair, but latent_cache names"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_in_one_line(argv, tmp_path, capsys, changes, message):
+    words = argv(tmp_path / "run", **{"latent_cache": tmp_path / "cache", **changes})
+    assert errors.run(main.main, words) == 2
+    assert re.fullmatch(rf"error: .*{message}.*", capsys.readouterr().err.strip().splitlines()[-1])
+
+
+def test_crops_of_full_size_images_are_refused(full, tmp_path, vae):
+    for source in (feeder(full, load_size=SIZE), feeder(full, "test")):
+        with pytest.raises(UserError, match="latent_cache_crops: no crop is random here"):
+            cache(tmp_path / "cache", source, vae, 2)
+
+
+def test_an_image_that_vanishes_in_the_pre_pass_is_named(argv, settings, tmp_path, monkeypatch, capsys):
+    eo = Path(settings["train_feeder_args"]["eo_dir"])
+    moved = tmp_path / "moved"
+    opened = LatentCache.open
+
+    def vanishing(self, *args):
+        (eo / "7.png").rename(moved)
+        return opened(self, *args)
+
+    monkeypatch.setattr(LatentCache, "open", vanishing)
+    try:
+        assert errors.run(main.main, argv(tmp_path / "run", **settings, latent_cache=tmp_path / "cache")) == 2
+    finally:
+        moved.rename(eo / "7.png")
+    assert "7.png: no such file; stopped after iteration 0; last good checkpoint: none yet" in capsys.readouterr().err
+
+
+def test_shards_cover_every_pair_once():
+    for pairs in (1, 15, 16, 17, 1000):
+        shards = Shards(Path("nowhere"), pairs, (8, 2, 4, 32, 32), torch.float32)
+        assert [row for shard in range(len(shards)) for row in shards.rows(shard)] == list(range(pairs))
+        assert shards.size * shards.pair_bytes <= latent_cache.MAX_SHARD_BYTES and len(shards) <= max(16, pairs // 100)
+        assert shards.needed(len(shards)) == pairs * 8 * 2 * 4 * 32 * 32 * 4
