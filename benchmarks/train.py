@@ -236,6 +236,8 @@ def compare_curves(args: argparse.Namespace) -> int:
         print(f"{name}: {said}", flush=True)
         if "failed" not in result:
             curves[name] = result["losses"]
+    if not all(name in curves for name in plain):
+        return 1
     rows = judge_curves(curves, plain)
     cells = [
         [r["name"], *(f"{mean:.4f}" for mean in r["means"]), f"{max(r['deviations']):.4f}", "yes" if r["within"] else "no"]
