@@ -215,6 +215,8 @@ class Trainer:
         if resume_from:
             self.restore(resume_from, optimizer)
         self.saved = self.iteration  # the latest iteration that is on the disk
+        measure = getattr(self.train_feeder, "sar_statistics", None)  # a feeder of another origin may have none
+        self.sar_statistics = measure() if measure and self.is_main else None
         self.unet, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
         self.order = BatchOrder(
             len(self.train_feeder), config, self.iteration, self.accelerator.process_index, self.accelerator.num_processes
@@ -330,6 +332,7 @@ class Trainer:
                 "batch_parts": self.batch_parts(),
                 "best_psnr": self.best_psnr if math.isfinite(self.best_psnr) else None,
                 "gsd_m": getattr(self.train_feeder, "gsd_m", None),
+                "sar_statistics": self.sar_statistics,
                 "config": asdict(self.config),
             }
             checkpoint.write_checkpoint(self.work_dir, names, unet, self.ema_unet, state, meta)

@@ -8,7 +8,6 @@ linear in the prediction, no tile ever has a picture of its own, and there is no
 import argparse
 import hashlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +30,10 @@ from cdiffset.geotiff import open_scene, write_cog, write_quicklook
 from cdiffset.images import to_signed, to_uint8, written_whole
 from cdiffset.losses import variance
 from cdiffset.model import decode, encode
-from cdiffset.radiometry import Radiometry, measure, read_valid
+from cdiffset.radiometry import Radiometry, describe, measure, out_of_domain, read_valid
 from cdiffset.readouts import steps_read
+from cdiffset.resampling import resample_strips
+from cdiffset.swipe import write_swipe
 from cdiffset.translator import Model
 
 NOISE_BLOCK = 64  # latent cells a side; part of what a seed means
@@ -192,9 +193,10 @@ def encode_scene(model: Model, source: DatasetReader, radiometry: Radiometry, gr
 
 def read_padded(source: DatasetReader, radiometry: Radiometry, rows: slice, columns: slice) -> np.ndarray:
     """A window that may end beyond the scene => [3, h, w] in 0-255, continued there by reflection as ordinary images are."""
-    window = Window.from_slices((rows.start, min(rows.stop, source.height)), (columns.start, min(columns.stop, source.width)))
+    height, width = radiometry.size(source)
+    window = Window.from_slices((rows.start, min(rows.stop, height)), (columns.start, min(columns.stop, width)))
     pixels, _ = radiometry.read(source, window)
-    beyond = [(0, 0), (0, max(0, rows.stop - source.height)), (0, max(0, columns.stop - source.width))]
+    beyond = [(0, 0), (0, max(0, rows.stop - height)), (0, max(0, columns.stop - width))]
     return np.pad(pixels, beyond, mode="reflect")
 
 
@@ -240,15 +242,26 @@ def decode_scene(model: Model, grid: Grid, z_eo: np.ndarray, bar: tqdm) -> Itera
 
 
 # ---------------------------------------------------------------------------------------------------------- the outputs
-def eo_strips(source: DatasetReader, indexes: tuple[int, ...], decoded: Iterator) -> Iterator[tuple[int, np.ndarray]]:
+def onto_scene(
+    source: DatasetReader, radiometry: Radiometry, strips: Iterator[tuple[int, np.ndarray]]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Strips of the grid that is translated, and what pads it => strips [C, n, W] of the scene's own, of at most STRIP rows."""
+    size = radiometry.size(source)
+    if radiometry.steps != (1, 1):
+        back = tuple(1 / step for step in radiometry.steps)
+        yield from resample_strips(strips, size, back, source.shape, STRIP)
+        return
+    for first, strip in strips:
+        for top in range(0, min(strip.shape[1], size[0] - first), STRIP):
+            yield first + top, strip[:, top : min(top + STRIP, size[0] - first), : size[1]]
+
+
+def eo_strips(source: DatasetReader, radiometry: Radiometry, decoded: Iterator) -> Iterator[tuple[int, np.ndarray]]:
     """Decoded strips => (first row, uint8 RGBA [4, n, W]) of the scene's size, black and transparent where it is not valid."""
-    for first, strip in decoded:
-        last = min(first + strip.shape[1], source.height)
-        for top in range(first, last, STRIP):
-            bottom = min(top + STRIP, last)
-            pixels = to_uint8(torch.from_numpy(strip[:, top - first : bottom - first, : source.width]))
-            valid = valid_rows(source, indexes, top, bottom)
-            yield top, np.concatenate([np.moveaxis(pixels, -1, 0) * valid, 255 * valid[None].astype(np.uint8)])
+    for top, strip in onto_scene(source, radiometry, decoded):
+        pixels = to_uint8(torch.from_numpy(strip))
+        valid = valid_rows(source, radiometry.indexes, top, top + strip.shape[1])
+        yield top, np.concatenate([np.moveaxis(pixels, -1, 0) * valid, 255 * valid[None].astype(np.uint8)])
 
 
 def valid_rows(source: DatasetReader, indexes: tuple[int, ...], top: int, bottom: int) -> np.ndarray:
@@ -256,24 +269,25 @@ def valid_rows(source: DatasetReader, indexes: tuple[int, ...], top: int, bottom
 
 
 def map_strips(
-    source: DatasetReader, indexes: tuple[int, ...], sigma2: np.ndarray, factor: int, known: list[Calibration | None]
+    source: DatasetReader, radiometry: Radiometry, sigma2: np.ndarray, factor: int, known: list[Calibration | None]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """σ² [h, w] => (first row, float32 [bands, n, W]): σ² where `known` is None, else the expected error by it; NaN: nodata.
+    """σ² [h, w] => (first row, float32 [bands, n, W]): σ² where `known` is None, else the expected error by it; NaN: nodata."""
+    for top, (values,) in onto_scene(source, radiometry, variance_strips(sigma2, factor)):
+        bands = [values if each is None else each.expected_error({"variance": values}) for each in known]
+        valid = valid_rows(source, radiometry.indexes, top, top + len(values))
+        yield top, np.where(valid, np.stack(bands), np.nan).astype(np.float32)
 
-    Bicubic within the scene's range of σ², as `uncertainty.variance_map`.
-    """
+
+def variance_strips(sigma2: np.ndarray, factor: int) -> Iterator[tuple[int, np.ndarray]]:
+    """σ² [h, w] => (first row, [1, n, factor w]): bicubic within the scene's range of σ², as `uncertainty.variance_map`."""
     low, high = float(sigma2.min()), float(sigma2.max())
     rows = STRIP // factor
     for first in range(0, len(sigma2), rows):
-        start, stop = max(0, first - MARGIN), min(len(sigma2), first + rows + MARGIN)
+        last = min(first + rows, len(sigma2))
+        start, stop = max(0, first - MARGIN), min(len(sigma2), last + MARGIN)
         around = torch.from_numpy(np.array(sigma2[None, None, start:stop]))
         finer = torch.nn.functional.interpolate(around, scale_factor=factor, mode="bicubic", align_corners=False)
-        top, bottom = first * factor, min((first + rows) * factor, source.height)
-        offset = start * factor
-        values = finer[0, 0, top - offset : bottom - offset, : source.width].clamp(low, high).numpy()
-        bands = [values if each is None else each.expected_error({"variance": values}) for each in known]
-        valid = valid_rows(source, indexes, top, bottom)
-        yield top, np.where(valid, np.stack(bands), np.nan).astype(np.float32)
+        yield first * factor, finer[0, :, (first - start) * factor : (last - start) * factor].clamp(low, high).numpy()
 
 
 def maps_of(kind: str, known: Calibration | None) -> dict[str, Calibration | None]:
@@ -291,10 +305,12 @@ def translate_scene(model: Model, path: Path, outputs: dict[str, Path], options:
     started = time.monotonic()
     scratch = outputs["eo"].with_name(f".{outputs['eo'].stem}.scene")
     with open_scene(path, options.max_pixels) as source:
-        radiometry = measure(source, options)
-        print(f"{path}: {describe(source, radiometry, read_meta(model.args.checkpoint).get('gsd_m'))}")
+        trained = read_meta(model.args.checkpoint)
+        radiometry = measure(source, options, trained)
+        warnings = out_of_domain(source, radiometry, options.gsd, trained)
+        print("\n".join([f"{path}: {describe(source, radiometry)}", *(f"{path}: WARNING: {each}" for each in warnings)]))
         settings = settings_of(model, options, radiometry)
-        height, width = (-(-side // model.factor) for side in (source.height, source.width))
+        height, width = (-(-side // model.factor) for side in radiometry.size(source))
         grid = make_grid(height, width, options.tile // model.factor, options.overlap // model.factor)
         origin = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, *grid]
         made_with = {"origin": origin, "settings": settings}
@@ -308,7 +324,7 @@ def translate_scene(model: Model, path: Path, outputs: dict[str, Path], options:
                     bar.update(len(grid.windows()) * (latents.done + 1))
                     bar.write(f"{path}: goes on after step {latents.done} of {steps}")
                 denoise_scene(model, grid, latents, bar)
-                write_outputs(model, source, radiometry, grid, latents, outputs, known, settings, bar)
+                write_outputs(model, source, radiometry, grid, latents, outputs, known, tags_of(settings, warnings), bar)
             except UserError:  # the same again would end the same way
                 shutil.rmtree(scratch)
                 raise
@@ -317,18 +333,19 @@ def translate_scene(model: Model, path: Path, outputs: dict[str, Path], options:
     print(f"{path}: {megapixels:.1f} Mpx in {seconds:.1f} s, {megapixels / seconds:.3f} Mpx/s, into {outputs['eo']}")
 
 
-def write_outputs(model, source, radiometry, grid, latents, outputs, known, settings: dict, bar: tqdm) -> None:
-    scratch, tags = latents.state.parent, tags_of(settings)
+def write_outputs(model, source, radiometry, grid, latents, outputs, known, tags: dict[str, str], bar: tqdm) -> None:
+    scratch = latents.state.parent
     z_eo, summed = latents.z_t[latents.done % 2][:-1], latents.z_t[latents.done % 2][-1]
     reads = len(steps_read(model.args.readout, model.args.num_inference_steps))
     for kind, path in outputs.items():
         if kind != "eo":
             bands = maps_of(kind, known)
-            strips = map_strips(source, radiometry.indexes, summed / reads, model.factor, list(bands.values()))
+            strips = map_strips(source, radiometry, summed / reads, model.factor, list(bands.values()))
             write_cog(path, scratch, source, list(bands), "float32", strips, tags)
-    strips = eo_strips(source, radiometry.indexes, decode_scene(model, grid, z_eo, bar))
+    strips = eo_strips(source, radiometry, decode_scene(model, grid, z_eo, bar))
     write_cog(outputs["eo"], scratch, source, ("red", "green", "blue", "alpha"), "uint8", strips, tags)
     write_quicklook(outputs["eo"].with_suffix(".quicklook.png"), outputs["eo"])
+    write_swipe(outputs, source, radiometry, tags)
 
 
 def settings_of(model: Model, options: argparse.Namespace, radiometry: Radiometry) -> dict:
@@ -340,7 +357,7 @@ def settings_of(model: Model, options: argparse.Namespace, radiometry: Radiometr
     }  # fmt: skip
 
 
-def tags_of(settings: dict) -> dict[str, str]:
+def tags_of(settings: dict, warnings: list[str]) -> dict[str, str]:
     return {
         "TIFFTAG_SOFTWARE": f"C-DiffSET, torch {torch.__version__}, diffusers {diffusers.__version__}",
         "CDIFFSET_CHECKPOINT": settings["checkpoint"],
@@ -348,22 +365,4 @@ def tags_of(settings: dict) -> dict[str, str]:
         "CDIFFSET_SETTINGS": json.dumps(
             {name: settings[name] for name in settings if name not in ("checkpoint", "radiometry")}
         ),
-    }
-
-
-def describe(source: DatasetReader, radiometry: Radiometry, trained_gsd: float | None) -> str:
-    """One line for the user: size, bands and stretch, and what may surprise."""
-    limits = ", ".join(f"{low:g} to {high:g}" for low, high in radiometry.limits)
-    bands = ", ".join(source.descriptions[k - 1] or str(k) for k in radiometry.indexes)
-    text = (
-        f"{source.width} x {source.height} px, bands {bands} as {radiometry.channels}, {radiometry.scale}, {limits} => 0 to 255"
-    )
-    if source.crs is None and not source.gcps[0]:
-        text += "; no coordinate system, so neither has the result"
-    if radiometry.scale == "dn" and all(high <= 10 and low < 0 for low, high in radiometry.limits):
-        text += "; these look like decibels: --scale db stretches amplitudes instead"
-    if trained_gsd and source.crs is not None and source.crs.is_projected:
-        gsd = math.sqrt(abs(source.transform.determinant)) * source.crs.linear_units_factor[1]
-        if not 0.8 < gsd / trained_gsd < 1.25:
-            text += f"; WARNING: {gsd:g} m per pixel, the checkpoint was trained at {trained_gsd:g} m: resample the scene first"
-    return text
+    } | ({"CDIFFSET_OUT_OF_DOMAIN": "; ".join(warnings)} if warnings else {})

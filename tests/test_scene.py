@@ -19,6 +19,7 @@ from cdiffset import scene
 from cdiffset.diffusion import sample
 from cdiffset.images import to_signed, to_uint8
 from cdiffset.model import decode, encode
+from cdiffset.radiometry import Radiometry
 from cdiffset.scene import blending_weights, fuse, make_grid, map_strips, noise_field, translate_scene
 from cdiffset.translator import Model, pad_to_multiple
 from cdiffset.uncertainty import variance_map
@@ -130,7 +131,7 @@ def test_an_identity_model_returns_its_input(tmp_path, size):
     options = argparse.Namespace(
         seed=1, num_inference_steps=2, readout="midpoint", precision="fp32", tile=64, overlap=24, batch_size=5,
         max_pixels=2**28,
-        bands=None, channels=None, scale="dn", stretch=None, checkpoint="none",
+        bands=None, channels=None, scale="dn", stretch=None, despeckle=None, gsd=None, resample_gsd=None, checkpoint="none",
     )  # fmt: skip
     model = SimpleNamespace(
         vae=same, unet=same, scheduler=same, prompt_embedding=torch.zeros(1, 2, 4), device=torch.device("cpu"), factor=4,
@@ -166,7 +167,8 @@ def test_variance_strips_have_no_seams_and_carry_nodata(tmp_path, monkeypatch):
     band[20:50, 11] = 0
     sigma2 = RNG.uniform(0.1, 2, (30, 22)).astype(np.float32)
     with rasterio.open(save(tmp_path / "a.tif", band, nodata=0)) as source:
-        got = np.concatenate([strip for _, strip in map_strips(source, (1,), sigma2, 4, [None])], 1)[0]
+        plain = Radiometry((1,), "single", "dn", ())
+        got = np.concatenate([strip for _, strip in map_strips(source, plain, sigma2, 4, [None])], 1)[0]
     expected = variance_map(torch.from_numpy(sigma2)[None, None], (120, 88))[0, 0, :118, :87].numpy()
     np.testing.assert_allclose(got, np.where(band > 0, expected, np.nan), rtol=1e-5)
 
@@ -262,7 +264,12 @@ def test_outputs_are_cloud_optimized_and_say_how_they_were_made(checkpoints, tmp
     conf = read(tmp_path / "out/conf/a.tif")[0]
     assert np.array_equal(np.isfinite(conf), band > 0) and np.nanmin(conf) > 0
     assert np.array(Image.open(tmp_path / "out/eo/a.quicklook.png")).shape == (700, 90, 4)
-    assert files(tmp_path / "out") == {"eo/a.tif", "eo/a.quicklook.png", "conf/a.tif"}  # nothing is left of the work
+    assert files(tmp_path / "out") == {
+        "eo/a.tif",
+        "eo/a.quicklook.png",
+        "eo/a.swipe.html",
+        "conf/a.tif",
+    }  # nothing is left of the work
 
 
 def test_a_folder_of_scenes_and_ordinary_images(checkpoints, tmp_path, capsys):
@@ -281,7 +288,7 @@ def test_a_folder_of_scenes_and_ordinary_images(checkpoints, tmp_path, capsys):
     assert "empty.tif: not a single valid pixel" in said and "complex.tif: complex pixels" in said
     assert "cut.tif: truncated or damaged in rows" in said
     assert {"eo/scene.tif", "eo/small.png", "eo/large.png"} == {
-        name for name in files(tmp_path / "out") if name.startswith("eo") and "quick" not in name
+        name for name in files(tmp_path / "out") if name.startswith("eo") and "quick" not in name and "swipe" not in name
     }
     (folder / "scene.tif").unlink()
     command.main(words(checkpoints[5], folder, tmp_path / "plain", tile=4096))
@@ -295,7 +302,9 @@ def test_a_folder_of_scenes_and_ordinary_images(checkpoints, tmp_path, capsys):
         ({"tile": 100}, "--tile: expected a multiple of 64"),
         ({"overlap": 33}, "--overlap: expected at least 0 and at most 32"),
         ({"overlap": 12}, "--overlap: expected a multiple of 8"),
-        ({"stretch": "dataset"}, "--stretch: expected"),
+        ({"stretch": "data"}, "--stretch: expected"),
+        ({"despeckle": "lee:4,1"}, "--despeckle: expected lee:SIZE,LOOKS"),
+        ({"gsd": "-1"}, "--gsd: invalid metres"),
         ({"ensemble": 2}, "--ensemble: not to be had of scenes"),
         ({"readout": "decoded"}, "--readout decoded: not to be had of scenes"),
     ],
