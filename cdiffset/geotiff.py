@@ -80,7 +80,11 @@ def write_cog(
                 target.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
             for top, values in strips:
                 target.write(values, window=Window(0, top, like.width, values.shape[1]))
-        options = {"compress": "deflate", "predictor": "yes", "bigtiff": "if_safer", "overview_resampling": "average"}
+        block = min(512, -(-min(like.shape) // 64) * 64)  # a long strip would fill blocks of 512 px with nothing
+        options = {
+            "compress": "deflate", "predictor": "yes", "bigtiff": "if_safer", "overview_resampling": "average",
+            "blocksize": block,
+        }  # fmt: skip
         rasterio.shutil.copy(raw, cooked, driver="COG", **options)
     with written_whole(path) as temporary:
         shutil.move(cooked, temporary)

@@ -29,7 +29,7 @@ PAGE = """<!DOCTYPE html>
 content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{title}</title>
 <style>
-body {{ margin: 0 auto; padding: 1rem; max-width: {width}px; font: 15px/1.4 system-ui, sans-serif; background: #fff; }}
+body {{ margin: 0 auto; padding: 1rem; max-width: max({width}px, 48rem); font: 15px/1.4 system-ui, sans-serif; }}
 h1 {{ font-size: 1.2rem; overflow-wrap: anywhere; }}
 .frame {{ position: relative; aspect-ratio: {width} / {height}; background: #ddd; overflow: hidden; }}
 .frame img, .frame input {{ position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; }}
@@ -88,7 +88,7 @@ def write_swipe(outputs: dict[str, Path], source: DatasetReader, radiometry: Rad
     height, width = eo.shape[:2]
     found = next((kind for kind in ("error", "confidence", "variance") if kind in outputs), None)
     picture, legend = uncertainty_view(outputs[found]) if found else (None, "")
-    facts = {"scene": source.name, "size": f"{source.width} x {source.height} px"} | {
+    facts = {"scene": Path(source.name).name, "size": f"{source.width} x {source.height} px"} | {
         name.removeprefix("CDIFFSET_").removeprefix("TIFFTAG_").replace("_", " ").lower(): value for name, value in tags.items()
     }
     page = PAGE.format(
