@@ -347,9 +347,12 @@ def translate_alone(checkpoint, sar, out, **options):
 
 def test_a_strip_of_65535_px_goes_through(checkpoints, tmp_path):
     sar = save(tmp_path / "a.tif", smooth(5, 65_535), **UTM)
-    assert command.main(words(checkpoints[5], sar, tmp_path / "out", num_inference_steps=1, tile=2048, overlap=64)) == 0
+    assert (
+        command.main(words(checkpoints[4], sar, tmp_path / "out", maps=False, num_inference_steps=1, tile=2048, overlap=64))
+        == 0
+    )
     eo = read(tmp_path / "out/eo/a.tif")
-    assert eo.shape == (4, 5, 65_535) and (eo[3] == 255).all() and np.isfinite(read(tmp_path / "out/conf/a.tif")).all()
+    assert eo.shape == (4, 5, 65_535) and (eo[3] == 255).all()
 
 
 @pytest.mark.parametrize(
