@@ -69,7 +69,7 @@ def add_scene_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--gsd", type=metres, metavar="METRES", help="per pixel of the scene [what the file tells]")
     group.add_argument(
-        "--resample-gsd", type=metres, nargs="?", const="trained", metavar="METRES", help="translate at the GSD of the "
+        "--resample-gsd", type=metres, nargs="?", const=True, metavar="METRES", help="translate at the GSD of the "
         "checkpoint's training images, or at this one; results come back on the scene's own grid [no resampling]"
     )  # fmt: skip
 

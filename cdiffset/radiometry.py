@@ -263,7 +263,7 @@ def chosen_steps(source: DatasetReader, args: argparse.Namespace, trained_gsd: f
     """Pixels of the scene per pixel that is translated, by --resample-gsd."""
     if args.resample_gsd is None:
         return 1.0, 1.0
-    wanted = trained_gsd if args.resample_gsd == "trained" else args.resample_gsd
+    wanted = trained_gsd if args.resample_gsd is True else args.resample_gsd
     if not wanted:
         raise UserError("--resample-gsd: the checkpoint does not tell its training GSD; give it: --resample-gsd METRES")
     steps = steps_to(require_gsd(source, args.gsd, "--resample-gsd"), wanted)

@@ -335,6 +335,8 @@ def test_what_training_never_saw_is_told_and_recorded(checkpoints, tmp_path, cap
         assert json.loads(result.tags()["CDIFFSET_STRETCH"])["limits"] == [[0, 255]]
     assert found == [line.split("WARNING: ")[1] for line in said.splitlines() if "WARNING" in line]
     assert [each.split()[0] for each in found] == ["10", "pixels", "brightness", "a"]  # GSD, depth, median, range
+    assert command.main([*words(checkpoint, sar, tmp_path / "again", num_inference_steps=1, gsd=2), "--resample-gsd"]) == 0
+    assert "translated as 150 x 140 px" in (said := capsys.readouterr().out) and "WARNING: 10 m" not in said
     with pytest.raises(command.UserError, match="--stretch dataset: the checkpoint holds no statistics"):
         translate_alone(checkpoints[5], sar, tmp_path / "other", stretch="dataset")
 
