@@ -21,6 +21,7 @@ from cdiffset.resampling import apply_weights, gsd_of, require_gsd, resampled_si
 
 SAMPLE_PX = 2**22  # what percentiles are taken of; a scene of at most so many pixels is read whole
 SAMPLE_SIDE = 256  # px of a sampled block
+READ_PX = 2**22  # about so many pixels are read at once where a scene is resampled to a coarser grid
 MAX_BANDS = 4
 MAX_PIXELS = 2**32  # of a scene, unless --max-pixels allows more: a few bytes may claim any size
 MAX_LEE_SIDE = 31  # px
@@ -91,6 +92,12 @@ class Radiometry:
         """`scaled` without the ratio. A coarser pixel is valid where half of its weight is; "dn" is averaged as it is."""
         if self.steps == (1, 1):
             return self.native(source, window)
+        if window.height > 1 and window.height * window.width * math.prod(self.steps) > READ_PX:
+            half = window.height // 2
+            upper, there = self.resampled(source, Window(window.col_off, window.row_off, window.width, half))
+            below = Window(window.col_off, window.row_off + half, window.width, window.height - half)
+            lower, below_there = self.resampled(source, below)
+            return [np.concatenate(parts) for parts in zip(upper, lower, strict=True)], np.concatenate([there, below_there])
         (row, down), (column, along) = (
             weights(first, first + count, step, length)
             for first, count, step, length in zip(

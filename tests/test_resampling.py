@@ -10,6 +10,7 @@ from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
+from cdiffset import radiometry as radiometry_module
 from cdiffset.errors import UserError
 from cdiffset.geotiff import open_scene
 from cdiffset.radiometry import Radiometry, chosen_steps
@@ -111,13 +112,14 @@ def test_resampling_is_what_gdal_makes_of_it(step):
 @pytest.mark.parametrize("steps", [(0.3, 0.45), (2.5, 3.1), (1.0, 6.0), (12.0, 0.5)])
 @pytest.mark.parametrize("despeckle", [None, (5, 3.0)])
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
-def test_a_window_is_the_same_as_that_part_of_the_whole(tmp_path, steps, despeckle):
+def test_a_window_is_the_same_as_that_part_of_the_whole(tmp_path, monkeypatch, steps, despeckle):
     band = RNG.gamma(2, 30, (61, 83)).astype(np.float32)
     band[20:44, 50:70] = np.nan
     radiometry = Radiometry((1,), "single", "amplitude", ((3.0, 200.0),), steps, despeckle)
     with open_scene(save(tmp_path / "a.tif", band)) as source:
         height, width = radiometry.size(source)
         whole, valid = radiometry.scaled(source, Window(0, 0, width, height))
+        monkeypatch.setattr(radiometry_module, "READ_PX", 40)  # parts of windows as well
         for top, left in ((0, 0), (height // 3, width // 2), (height - 2, width - 3)):
             rows, columns = min(9, height - top), min(11, width - left)
             (part,), there = radiometry.scaled(source, Window(left, top, columns, rows))
