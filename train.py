@@ -247,6 +247,8 @@ class Trainer:
         if config.torch_compile:
             check_compiler(self.device)
             self.unet.compile()
+        measure = getattr(self.train_feeder, "sar_statistics", None)  # a feeder of another origin may have none
+        self.sar_statistics = measure() if measure and self.is_main else None
         self.unet, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
         self.reads_at_once = self.device.type == "cpu"  # where it costs nothing to know at once that a step was left out
         self.guard = Guard(self.accelerator, config.skip_nonfinite - self.skipped)
@@ -370,6 +372,7 @@ class Trainer:
                 "batch_parts": self.batch_parts(),
                 "best_psnr": self.best_psnr if math.isfinite(self.best_psnr) else None,
                 "gsd_m": getattr(self.train_feeder, "gsd_m", None),
+                "sar_statistics": self.sar_statistics,
                 "config": asdict(self.config),
             }
             checkpoint.write_checkpoint(self.work_dir, names, self.trained, self.ema_unet, state, meta)

@@ -14,11 +14,11 @@ from rasterio.windows import Window
 
 from cdiffset.errors import UserError
 from cdiffset.images import open_alone, require_size, without_georeference, write_png, written_whole
+from cdiffset.radiometry import MAX_PIXELS
 
 SUFFIXES = (".tif", ".tiff")
 CACHE_MB = 256  # GDAL would take 5 % of the machine's memory
 QUICKLOOK_PX = 1024
-MAX_PIXELS = 2**32  # of a scene, unless --max-pixels allows more: a few bytes may claim any size
 
 
 @contextmanager
@@ -37,6 +37,10 @@ def open_scene(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[DatasetRead
             )
         if source.subdatasets:
             raise UserError(f"{path}: {len(source.subdatasets)} images in one file; take one out by gdal_translate")
+        if ColorInterp.palette in source.colorinterp:
+            raise UserError(
+                f"{path}: a colour table, not SAR data; gdal_translate -expand gray {path.name} grey.tif resolves it"
+            )
         yield source
 
 
@@ -76,7 +80,11 @@ def write_cog(
                 target.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
             for top, values in strips:
                 target.write(values, window=Window(0, top, like.width, values.shape[1]))
-        options = {"compress": "deflate", "predictor": "yes", "bigtiff": "if_safer", "overview_resampling": "average"}
+        block = min(512, -(-min(like.shape) // 64) * 64)  # a long strip would fill blocks of 512 px with nothing
+        options = {
+            "compress": "deflate", "predictor": "yes", "bigtiff": "if_safer", "overview_resampling": "average",
+            "blocksize": block,
+        }  # fmt: skip
         rasterio.shutil.copy(raw, cooked, driver="COG", **options)
     with written_whole(path) as temporary:
         shutil.move(cooked, temporary)
@@ -97,10 +105,14 @@ def copy_georeference(source: DatasetReader, target) -> None:
         target.rpcs = source.rpcs
 
 
-def write_quicklook(path: Path, picture: Path) -> None:
-    """PNG of at most QUICKLOOK_PX a side of an 8-bit GeoTIFF, from its overviews."""
-    with without_georeference(), rasterio.open(picture) as source:
+def quicklook(path: Path) -> np.ndarray:
+    """A GeoTIFF at most QUICKLOOK_PX a side, from its overviews => [h, w, bands]; masked floats are NaN."""
+    with without_georeference(), rasterio.open(path) as source:
         factor = max(1, max(source.height, source.width) / QUICKLOOK_PX)
         size = (source.count, max(1, round(source.height / factor)), max(1, round(source.width / factor)))
-        pixels = source.read(out_shape=size)
-    write_png(path, np.moveaxis(pixels, 0, -1))
+        return np.moveaxis(source.read(out_shape=size), 0, -1)
+
+
+def write_quicklook(path: Path, picture: Path) -> None:
+    """PNG of an 8-bit GeoTIFF, as `quicklook`."""
+    write_png(path, quicklook(picture))

@@ -7,7 +7,7 @@ Files are read into 0-255 (float32 [H, W, 3]); networks work in [-1, 1]. SAR and
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch  # slow to import, and lists can be made without it
 
 STRETCH_PERCENTILES = (1, 99)
+PIXEL_PERCENTILES = (5, 50, 95)  # by which images in 0-255 are compared
+STATISTICS_IMAGES, STATISTICS_PX = 64, 2**14  # that a data set's statistics are taken of, and px of each
 MAX_PIXELS = 2**28  # 16,384 x 16,384 px: a few kB can claim any size, and are then unpacked to it
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # Pillow opens others too, some by running programs
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, in whose place max_pixels stands
@@ -38,7 +40,10 @@ def read_sar(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     declares the fourth band of an 8-bit TIFF to be alpha unless told otherwise. UserError names the file if it is unreadable
     or claims more than max_pixels.
     """
-    bands, valid = _read(Path(path), max_pixels)
+    return _to_channels(path, *_read(Path(path), max_pixels))
+
+
+def _to_channels(path: str | Path, bands: np.ndarray, valid: np.ndarray) -> np.ndarray:
     if bands.dtype != np.uint8:
         bands = np.stack([stretch(bands[..., k], valid[..., k]) for k in range(bands.shape[-1])], axis=-1)
     channels = [bands[..., k].astype(np.float32) for k in range(bands.shape[-1])]
@@ -54,6 +59,29 @@ def read_sar(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         case _:
             raise UserError(f"{path}: {len(channels)} bands; a SAR image has 1 to 4")
     return np.stack(channels, axis=-1)
+
+
+def sar_statistics(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> dict | None:
+    """What SAR files hold, from at most STATISTICS_IMAGES of them spread evenly; None where their bands or types differ.
+
+    "limits": STRETCH_PERCENTILES of each band's numbers as they are in the files, "pixels": PIXEL_PERCENTILES of what read_sar
+    makes of them, "dtype" and the number of "images" read. UserError where one is unreadable.
+    """
+    numbers, pixels, kinds = [], [], set()
+    for path in paths[:: -(-len(paths) // STATISTICS_IMAGES)]:
+        bands, valid = _read(Path(path), max_pixels)
+        kinds.add((bands.shape[-1], bands.dtype.name))
+        used = valid.all(-1)
+        every = max(1, int(used.sum()) // STATISTICS_PX)
+        numbers.append(bands[used][::every])
+        pixels.append(_to_channels(path, bands, valid)[used][::every])
+    if len(kinds) > 1 or not (numbers := np.concatenate(numbers)).size:
+        return None
+    low, high = np.percentile(numbers.astype(np.float64), STRETCH_PERCENTILES, axis=0)
+    return {
+        "images": len(pixels), "dtype": numbers.dtype.name, "limits": np.stack([low, high], 1).tolist(),
+        "pixels": np.percentile(np.concatenate(pixels), PIXEL_PERCENTILES).tolist(),
+    }  # fmt: skip
 
 
 def read_eo(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:

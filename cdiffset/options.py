@@ -7,7 +7,7 @@ from typing import NamedTuple
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES
 from cdiffset.errors import UserError
 from cdiffset.images import MAX_PIXELS
-from cdiffset.radiometry import CHANNELS, SCALES, parse_stretch
+from cdiffset.radiometry import CHANNELS, SCALES, parse_despeckle, parse_stretch
 from cdiffset.readouts import ENSEMBLE_OUTPUTS, READOUTS, SCHEDULERS, TIMESTEP_SPACINGS
 
 MAX_SEED = 2**63 - 1
@@ -96,13 +96,29 @@ def add_scene_options(parser: argparse.ArgumentParser) -> None:
     presets = "; ".join(f"{name}: {meaning}" for name, (_, meaning) in CHANNELS.items())
     group.add_argument("--channels", choices=CHANNELS, help=f"how bands become three channels [by their number]. {presets}")
     group.add_argument(
-        "--scale", choices=SCALES, default="dn", help="what the numbers are: dn and amplitude are stretched as they are, "
-        "intensity and db as amplitudes [dn, as in training]"
+        "--scale", choices=("auto", *SCALES), default="dn", help="what the numbers are: dn and amplitude are stretched as they "
+        "are, intensity and db as amplitudes; auto: what units, names and values tell, and says why [dn, as in training]"
     )  # fmt: skip
     group.add_argument(
-        "--stretch", metavar="RULE", help="percentile:LOW,HIGH of each band of the whole scene, or fixed:MIN,MAX "
-        "[8-bit as it is, else percentile:1,99]"
+        "--stretch", metavar="RULE", help="percentile:LOW,HIGH of each band of the whole scene, fixed:MIN,MAX, or dataset: the "
+        "training images' percentiles, kept with the checkpoint [8-bit as it is, else percentile:1,99]"
     )  # fmt: skip
+    group.add_argument(
+        "--despeckle", metavar="lee:SIZE,LOOKS", help="Lee filter of SIZE px, for a product of so many looks, e.g. lee:7,4.4; "
+        "for networks whose training images were filtered [none]"
+    )  # fmt: skip
+    group.add_argument("--gsd", type=metres, metavar="METRES", help="per pixel of the scene [what the file tells]")
+    group.add_argument(
+        "--resample-gsd", type=metres, nargs="?", const=True, metavar="METRES", help="translate at the GSD of the "
+        "checkpoint's training images, or at this one; results come back on the scene's own grid [no resampling]"
+    )  # fmt: skip
+
+
+def metres(text: str) -> float:
+    """A length of more than 0; argparse tells a ValueError as a mistake on the command line."""
+    if not 0 < float(text) < 1e5:
+        raise ValueError
+    return float(text)
 
 
 def check_scene_options(args: argparse.Namespace) -> None:
@@ -111,6 +127,7 @@ def check_scene_options(args: argparse.Namespace) -> None:
         if getattr(args, name) % step:
             raise UserError(f"--{name}: expected a multiple of {step}, found {getattr(args, name)}")
     parse_stretch(args.stretch)
+    parse_despeckle(args.despeckle)
 
 
 def check_translation_options(args: argparse.Namespace) -> None:

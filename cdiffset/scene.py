@@ -36,9 +36,11 @@ from cdiffset.images import to_signed, to_uint8, written_whole
 from cdiffset.losses import variance
 from cdiffset.model import decode, encode
 from cdiffset.options import Sampling
-from cdiffset.radiometry import Radiometry, measure, read_valid
+from cdiffset.radiometry import Radiometry, describe, measure, out_of_domain, read_valid
 from cdiffset.readouts import steps_read
+from cdiffset.resampling import resample_strips
 from cdiffset.sharing import Team
+from cdiffset.swipe import write_swipe
 from cdiffset.tiles import Grid, fuse, make_grid, noise_field, strips
 from cdiffset.translator import Model
 
@@ -295,9 +297,10 @@ BLENDS = {"latents": (fuse_latents, latent_shapes), "pixels": (blend_pixels, til
 # ------------------------------------------------------------------------------------------------------- reading, writing
 def read_padded(source: DatasetReader, radiometry: Radiometry, rows: slice, columns: slice) -> np.ndarray:
     """A window that may end beyond the scene => [3, h, w] in 0-255, continued there by reflection as ordinary images are."""
-    window = Window.from_slices((rows.start, min(rows.stop, source.height)), (columns.start, min(columns.stop, source.width)))
+    height, width = radiometry.size(source)
+    window = Window.from_slices((rows.start, min(rows.stop, height)), (columns.start, min(columns.stop, width)))
     pixels, _ = radiometry.read(source, window)
-    beyond = [(0, 0), (0, max(0, rows.stop - source.height)), (0, max(0, columns.stop - source.width))]
+    beyond = [(0, 0), (0, max(0, rows.stop - height)), (0, max(0, columns.stop - width))]
     return np.pad(pixels, beyond, mode="reflect")
 
 
@@ -309,15 +312,26 @@ def decoded_strips(model: Model, tiles: Tiles, z_eo: Callable) -> Iterator[tuple
     yield from strips(eight_bit, grid.width)
 
 
-def eo_strips(source: DatasetReader, indexes: tuple[int, ...], decoded: Iterator) -> Iterator[tuple[int, np.ndarray]]:
+def onto_scene(
+    source: DatasetReader, radiometry: Radiometry, translated: Iterator[tuple[int, np.ndarray]]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Strips of the grid that is translated, and what pads it => strips [C, n, W] of the scene's own, of at most STRIP rows."""
+    size = radiometry.size(source)
+    if radiometry.steps != (1, 1):
+        back = tuple(1 / step for step in radiometry.steps)
+        yield from resample_strips(translated, size, back, source.shape, STRIP)
+        return
+    for first, strip in translated:
+        for top in range(0, min(strip.shape[1], size[0] - first), STRIP):
+            yield first + top, strip[:, top : min(top + STRIP, size[0] - first), : size[1]]
+
+
+def eo_strips(source: DatasetReader, radiometry: Radiometry, decoded: Iterator) -> Iterator[tuple[int, np.ndarray]]:
     """Decoded strips => (first row, uint8 RGBA [4, n, W]) of the scene's size, black and transparent where it is not valid."""
-    for first, strip in decoded:
-        last = min(first + strip.shape[1], source.height)
-        for top in range(first, last, STRIP):
-            bottom = min(top + STRIP, last)
-            pixels = strip[:, top - first : bottom - first, : source.width]
-            valid = valid_rows(source, indexes, top, bottom)
-            yield top, np.concatenate([pixels * valid, 255 * valid[None].astype(np.uint8)])
+    for top, strip in onto_scene(source, radiometry, decoded):
+        valid = valid_rows(source, radiometry.indexes, top, top + strip.shape[1])
+        pixels = np.rint(strip).clip(0, 255).astype(np.uint8)  # resampling makes floats of them
+        yield top, np.concatenate([pixels * valid, 255 * valid[None].astype(np.uint8)])
 
 
 def valid_rows(source: DatasetReader, indexes: tuple[int, ...], top: int, bottom: int) -> np.ndarray:
@@ -325,12 +339,20 @@ def valid_rows(source: DatasetReader, indexes: tuple[int, ...], top: int, bottom
 
 
 def map_strips(
-    source: DatasetReader, indexes: tuple[int, ...], sigma2: Field, factor: int, known: list[Calibration | None]
+    source: DatasetReader, radiometry: Radiometry, sigma2: Field, factor: int, known: list[Calibration | None]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """σ² [.., h, w], the last channel => (first row, float32 [bands, n, W]): σ² where `known` is None, else the expected error
-    by it; NaN: nodata.
+    by it; NaN: nodata."""
+    for top, (values,) in onto_scene(source, radiometry, variance_strips(sigma2, factor)):
+        bands = [values if each is None else each.expected_error({"variance": values}) for each in known]
+        valid = valid_rows(source, radiometry.indexes, top, top + len(values))
+        yield top, np.where(valid, np.stack(bands), np.nan).astype(np.float32)
 
-    Bicubic within the scene's range of σ², as `uncertainty.variance_map`.
+
+def variance_strips(sigma2: Field, factor: int) -> Iterator[tuple[int, np.ndarray]]:
+    """σ² [.., h, w], the last channel => (first row, [1, n, factor w]): bicubic within its range.
+
+    As `uncertainty.variance_map`.
     """
     height, rows = sigma2.shape[1], STRIP // factor
 
@@ -344,12 +366,9 @@ def map_strips(
             torch.from_numpy(read(first - MARGIN, first + rows + MARGIN)[None]),
             scale_factor=factor, mode="bicubic", align_corners=False,
         )  # fmt: skip
-        top, bottom = first * factor, min((first + rows) * factor, source.height)
-        offset = max(0, first - MARGIN) * factor
-        values = finer[0, 0, top - offset : bottom - offset, : source.width].clamp(low, high).numpy()
-        bands = [values if each is None else each.expected_error({"variance": values}) for each in known]
-        valid = valid_rows(source, indexes, top, bottom)
-        yield top, np.where(valid, np.stack(bands), np.nan).astype(np.float32)
+        offset = min(first, MARGIN) * factor
+        strip = finer[0, :, offset : offset + min(rows, height - first) * factor]
+        yield first * factor, strip.clamp(low, high).numpy()
 
 
 def maps_of(kind: str, known: Calibration | None) -> dict[str, Calibration | None]:
@@ -374,10 +393,12 @@ def translate_scene(
     started = time.monotonic()
     translate, shapes_of = BLENDS[options.blend]
     with open_scene(path, options.max_pixels) as source:
-        radiometry = measure(source, options)
-        print(f"{path}: {describe(source, radiometry, read_meta(model.args.checkpoint).get('gsd_m'))}")
+        trained = read_meta(model.args.checkpoint)
+        radiometry = measure(source, options, trained)
+        warnings = out_of_domain(source, radiometry, options.gsd, trained)
+        print("\n".join([f"{path}: {describe(source, radiometry)}", *(f"{path}: WARNING: {each}" for each in warnings)]))
         settings = settings_of(model, options, radiometry)
-        height, width = (-(-side // model.factor) for side in (source.height, source.width))
+        height, width = (-(-side // model.factor) for side in radiometry.size(source))
         grid = make_grid(height, width, options.tile // model.factor, options.overlap // model.factor)
         origin = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, *grid]
         shapes = shapes_of(model.vae.config.latent_channels, grid)
@@ -392,7 +413,7 @@ def translate_scene(
 
             try:
                 translated = translate(model, tiles, read_pixels, scratch)
-                write_outputs(model, source, radiometry, tiles, translated, outputs, known, settings, folder)
+                write_outputs(model, source, radiometry, tiles, translated, outputs, known, tags_of(settings, warnings), folder)
             except UserError:  # the same again would end the same way
                 shutil.rmtree(folder)
                 raise
@@ -428,16 +449,16 @@ def progress(scratch: Scratch, options: argparse.Namespace, grid: Grid, megapixe
     return bar
 
 
-def write_outputs(model, source, radiometry, tiles, translated, outputs, known, settings: dict, folder: Path) -> None:
-    tags = tags_of(settings)
+def write_outputs(model, source, radiometry, tiles, translated, outputs, known, tags: dict[str, str], folder: Path) -> None:
     for kind, path in outputs.items():
         if kind != "eo":
             bands = maps_of(kind, known)
-            maps = map_strips(source, radiometry.indexes, translated.sigma2, model.factor, list(bands.values()))
+            maps = map_strips(source, radiometry, translated.sigma2, model.factor, list(bands.values()))
             write_cog(path, folder, source, list(bands), "float32", maps, tags)
-    pictures = eo_strips(source, radiometry.indexes, decoded_strips(model, tiles, translated.z_eo))
+    pictures = eo_strips(source, radiometry, decoded_strips(model, tiles, translated.z_eo))
     write_cog(outputs["eo"], folder, source, ("red", "green", "blue", "alpha"), "uint8", pictures, tags)
     write_quicklook(outputs["eo"].with_suffix(".quicklook.png"), outputs["eo"])
+    write_swipe(outputs, source, radiometry, tags)
 
 
 def settings_of(model: Model, options: argparse.Namespace, radiometry: Radiometry) -> dict:
@@ -449,7 +470,7 @@ def settings_of(model: Model, options: argparse.Namespace, radiometry: Radiometr
     }  # fmt: skip
 
 
-def tags_of(settings: dict) -> dict[str, str]:
+def tags_of(settings: dict, warnings: list[str]) -> dict[str, str]:
     return {
         "TIFFTAG_SOFTWARE": f"C-DiffSET, torch {torch.__version__}, diffusers {diffusers.__version__}",
         "CDIFFSET_CHECKPOINT": settings["checkpoint"],
@@ -457,22 +478,4 @@ def tags_of(settings: dict) -> dict[str, str]:
         "CDIFFSET_SETTINGS": json.dumps(
             {name: settings[name] for name in settings if name not in ("checkpoint", "radiometry")}
         ),
-    }
-
-
-def describe(source: DatasetReader, radiometry: Radiometry, trained_gsd: float | None) -> str:
-    """One line for the user: size, bands and stretch, and what may surprise."""
-    limits = ", ".join(f"{low:g} to {high:g}" for low, high in radiometry.limits)
-    bands = ", ".join(source.descriptions[k - 1] or str(k) for k in radiometry.indexes)
-    text = (
-        f"{source.width} x {source.height} px, bands {bands} as {radiometry.channels}, {radiometry.scale}, {limits} => 0 to 255"
-    )
-    if source.crs is None and not source.gcps[0]:
-        text += "; no coordinate system, so neither has the result"
-    if radiometry.scale == "dn" and all(high <= 10 and low < 0 for low, high in radiometry.limits):
-        text += "; these look like decibels: --scale db stretches amplitudes instead"
-    if trained_gsd and source.crs is not None and source.crs.is_projected:
-        gsd = math.sqrt(abs(source.transform.determinant)) * source.crs.linear_units_factor[1]
-        if not 0.8 < gsd / trained_gsd < 1.25:
-            text += f"; WARNING: {gsd:g} m per pixel, the checkpoint was trained at {trained_gsd:g} m: resample the scene first"
-    return text
+    } | ({"CDIFFSET_OUT_OF_DOMAIN": "; ".join(warnings)} if warnings else {})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cdiffset.errors import UserError
-from cdiffset.images import MAX_PIXELS, list_images, read_eo, read_sar, require_inside, to_signed
+from cdiffset.images import MAX_PIXELS, list_images, read_eo, read_sar, require_inside, sar_statistics, to_signed
 
 if TYPE_CHECKING:
     import torch  # slow to import, and lists can be made without it
@@ -79,6 +79,10 @@ class PairedFeeder:
     @property
     def names(self) -> list[str]:
         return [pair.name for pair in self.pairs]
+
+    def sar_statistics(self) -> dict | None:
+        """What the SAR files hold, for the checkpoint's record; see `images.sar_statistics`."""
+        return sar_statistics([pair.sar for pair in self.pairs], self.max_pixels)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -239,7 +243,7 @@ class PairedFolderFeeder(PairedFeeder):
 
     Give `sar_dir` and `eo_dir`, or `dataroot` and `listroot`: a .csv, .tsv or .txt file with `sar,eo` on each line (comma or
     tab; a header `sar,eo` is optional), relative to `dataroot`. `split` may be left to the list's own name. `follow_links` lets
-    symbolic links lead out of these folders.
+    symbolic links lead out of these folders. `gsd_m` is the ground sampling distance in metres, for the checkpoint's record.
     """
 
     def __init__(
@@ -254,6 +258,7 @@ class PairedFolderFeeder(PairedFeeder):
         seed: int = 2024,
         follow_links: bool = False,
         max_pixels: int = MAX_PIXELS,
+        gsd_m: float | None = None,
     ):
         options = {"sar_dir": sar_dir, "eo_dir": eo_dir, "dataroot": dataroot, "listroot": listroot}
         given = [name for name, value in options.items() if value is not None]
@@ -269,6 +274,9 @@ class PairedFolderFeeder(PairedFeeder):
         if split is None and listroot is None:
             raise UserError("two folders do not tell their split: give split, train or test")
         super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed, max_pixels)
+        if gsd_m is not None and (isinstance(gsd_m, bool) or not isinstance(gsd_m, int | float) or not 0 < gsd_m < 1e5):
+            raise UserError(f"gsd_m is {gsd_m!r}; expected metres per pixel")
+        self.gsd_m = gsd_m
 
 
 def split_of(listroot: str | Path) -> str:

@@ -158,6 +158,14 @@ def test_dataset_facts():
     assert StellarFeeder.gsd_m is None and PairedFolderFeeder.gsd_m is None
 
 
+def test_your_own_pairs_may_tell_their_gsd(pair_folders):
+    folders = {f"{kind}_dir": pair_folders / "train" / kind for kind in ("sar", "eo")}
+    assert PairedFolderFeeder(32, "train", **folders, gsd_m=2.5).gsd_m == 2.5
+    for wrong in (0, -1, True, "2.5"):
+        with pytest.raises(UserError, match="gsd_m is .*; expected metres per pixel"):
+            PairedFolderFeeder(32, "train", **folders, gsd_m=wrong)
+
+
 def test_crop_size_defaults_to_the_dataset(root):
     with pytest.raises(UserError, match="crop_size 256"):
         qxs(root, crop_size=None)[0]

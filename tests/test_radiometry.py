@@ -10,14 +10,18 @@ from rasterio.windows import Window
 from cdiffset import radiometry
 from cdiffset.errors import UserError
 from cdiffset.geotiff import open_scene
-from cdiffset.images import read_sar
-from cdiffset.radiometry import fill, measure
+from cdiffset.images import read_sar, sar_statistics
+from cdiffset.radiometry import Radiometry, describe, fill, lee, measure, out_of_domain
 
 RNG = np.random.default_rng(0)
+DEFAULTS = {
+    "bands": None, "channels": None, "scale": "dn", "stretch": None, "despeckle": None, "gsd": None, "resample_gsd": None,
+    "max_pixels": 2**28,
+}  # fmt: skip
 
 
 def options(**changes) -> argparse.Namespace:
-    return argparse.Namespace(**{"bands": None, "channels": None, "scale": "dn", "stretch": None, **changes})
+    return argparse.Namespace(**{**DEFAULTS, **changes})
 
 
 def save(path, bands: np.ndarray, names=(), **profile):
@@ -64,7 +68,7 @@ def test_fixed_limits_and_percentiles(tmp_path):
     assert np.allclose(read(path, stretch="percentile:10,60")[0][2, 0], np.clip((values[0, 0] - 10) / 50 * 255, 0, 255))
 
 
-@pytest.mark.parametrize("stretch", ["percentile", "percentile:5,101", "fixed:3,3", "fixed:a,b", "fixed:0,nan", "dataset"])
+@pytest.mark.parametrize("stretch", ["percentile", "percentile:5,101", "fixed:3,3", "fixed:a,b", "fixed:0,nan", "dataset:1"])
 def test_a_stretch_that_makes_no_sense_is_refused(stretch):
     with pytest.raises(UserError, match="--stretch: expected"):
         radiometry.parse_stretch(stretch)
@@ -131,3 +135,102 @@ def test_ranges_that_overflow_are_told(tmp_path):
         read(save(tmp_path / "b.tif", np.array([[[-1e30, 0, 1e30]]], np.float32)), scale="db")
     with pytest.raises(UserError, match="overflow as --scale dn"):
         read(save(tmp_path / "c.tif", np.array([[[-1e308, 0, 1.7e308]]])))
+
+
+# ------------------------------------------------------------------------------------------------ scale, limits, speckle
+@pytest.mark.parametrize(
+    ("values", "named", "scale"),
+    [
+        (RNG.normal(-12, 5, (1, 40, 40)).astype(np.float32), {}, "db"),
+        (RNG.normal(-1200, 300, (1, 40, 40)).astype(np.int16), {}, "dn"),
+        (RNG.gamma(2, 0.1, (1, 40, 40)).astype(np.float32), {}, "dn"),  # amplitude and intensity look alike
+        (RNG.gamma(2, 60, (1, 40, 40)).astype(np.uint16), {}, "dn"),
+        (RNG.gamma(2, 0.1, (1, 40, 40)).astype(np.float32), {"description": "Sigma0_VV"}, "intensity"),
+        (RNG.normal(8, 2, (1, 40, 40)).astype(np.float32), {"description": "Sigma0_VV_dB"}, "db"),
+        (RNG.gamma(2, 60, (1, 40, 40)).astype(np.float32), {"description": "Amplitude_HH"}, "amplitude"),
+        (RNG.gamma(2, 60, (1, 40, 40)).astype(np.float32), {"unit": "intensity", "description": "amplitude"}, "intensity"),
+        (RNG.gamma(2, 60, (1, 40, 40)).astype(np.float32), {"tag": "calibrated to gamma0, linear"}, "intensity"),
+    ],
+)
+def test_scale_auto_decides_by_names_and_by_values_that_can_only_be_decibels(tmp_path, values, named, scale):
+    path = save(tmp_path / "a.tif", values, names=[named.get("description", "")])
+    with rasterio.open(path, "r+") as target:
+        target.units = (named.get("unit", ""),)
+        target.update_tags(**({"TIFFTAG_IMAGEDESCRIPTION": named["tag"]} if "tag" in named else {}))
+    with open_scene(path) as source:
+        told = measure(source, options(scale="auto"))
+        assert told.scale == scale and f"{scale} (auto: {told.scale_reason})" in describe(source, told)
+        assert measure(source, options()).scale == "dn"
+        assert told.limits == measure(source, options(scale=scale)).limits
+
+
+def test_the_limits_of_the_training_images(tmp_path):
+    rng = np.random.default_rng(1)
+    images = [rng.gamma(2, 60 + 10 * k, (2, 30, 30)).astype(np.uint16) for k in range(5)]
+    statistics = sar_statistics([save(tmp_path / f"{k}.tif", image) for k, image in enumerate(images)])
+    pooled = np.concatenate([image.reshape(2, -1) for image in images], 1)
+    np.testing.assert_allclose(statistics["limits"], np.percentile(pooled, (1, 99), axis=1).T)
+    read_so = np.stack([read_sar(tmp_path / f"{k}.tif") for k in range(5)])
+    np.testing.assert_allclose(statistics["pixels"], np.percentile(read_so, (5, 50, 95)))
+    assert (statistics["images"], statistics["dtype"]) == (5, "uint16")
+    trained = {"sar_statistics": statistics}
+    with open_scene(tmp_path / "2.tif") as source:
+        assert measure(source, options(stretch="dataset"), trained).limits == tuple(map(tuple, statistics["limits"]))
+        assert out_of_domain(source, measure(source, options()), None, trained) == []
+        for changes, message in (
+            ({"scale": "db"}, "it knows no --scale db"),
+            ({"channels": "ratio"}, "--channels ratio"),
+            ({"bands": "1"}, "the training images had 2 bands, found 1"),
+        ):
+            with pytest.raises(UserError, match=message):
+                measure(source, options(stretch="dataset", **changes), trained)
+        with pytest.raises(UserError, match="the checkpoint holds no statistics"):
+            measure(source, options(stretch="dataset"), {})
+
+
+def test_statistics_look_at_a_share_of_many_images_and_at_nothing_that_differs(tmp_path):
+    paths = [save(tmp_path / f"{k:03}.tif", np.full((1, 4, 4), k, np.uint8)) for k in range(130)]
+    statistics = sar_statistics(paths)
+    assert statistics["images"] == 44 and statistics["pixels"][1] == 64.5  # each third
+    assert statistics["limits"] == [np.percentile(np.repeat(np.arange(0, 130, 3), 16), (1, 99)).tolist()]
+    assert sar_statistics([paths[0], save(tmp_path / "deep.tif", np.ones((1, 4, 4), np.uint16))]) is None
+
+
+def test_the_lee_filter_is_its_formula_and_leaves_structure(tmp_path):
+    rng = np.random.default_rng(2)
+    looks, side = 4.0, 5
+    speckle = rng.gamma(looks, 1 / looks, (90, 90))
+    valid = rng.uniform(size=(90, 90)) < 0.9
+    intensity = np.where(np.arange(90) < 45, 10.0, 1000.0) * speckle
+    got = lee(np.where(valid, intensity, 0), valid, side, looks)
+    for row, column in ((0, 0), (20, 30), (50, 44), (89, 70)):
+        if not valid[row, column]:
+            continue
+        around = np.s_[max(0, row - 2) : row + 3, max(0, column - 2) : column + 3]
+        values = intensity[around][valid[around]]
+        weight = (values.var() - values.mean() ** 2 / looks) / (values.var() * (1 + 1 / looks))
+        expected = values.mean() + np.clip(weight, 0, 1) * (intensity[row, column] - values.mean())
+        np.testing.assert_allclose(got[row, column], expected, rtol=1e-9)
+    for half, level in ((np.s_[:, 5:40], 10), (np.s_[:, 50:85], 1000)):
+        inside = got[half][valid[half]]
+        assert abs(inside.mean() / level - 1) < 0.03 and inside.std() / inside.mean() < 0.6 * looks**-0.5
+    path = save(tmp_path / "a.tif", np.sqrt(intensity)[None].astype(np.float32))
+    with open_scene(path) as source:
+        filtered = Radiometry((1,), "single", "amplitude", (), despeckle=(side, looks))
+        (band,), _ = filtered.scaled(source, Window(7, 9, 50, 40))
+        full = lee(source.read(1).astype(np.float64) ** 2, np.ones((90, 90), bool), side, looks)
+    np.testing.assert_allclose(band**2, full[9:49, 7:57], rtol=1e-9)
+
+
+@pytest.mark.parametrize("text", ["lee", "lee:4,1", "lee:33,1", "lee:5,0", "lee:5", "boxcar:5,1", "lee:5,1.2.3"])
+def test_a_filter_that_makes_no_sense_is_refused(text):
+    with pytest.raises(UserError, match="--despeckle: expected lee:SIZE,LOOKS"):
+        radiometry.parse_despeckle(text)
+
+
+def test_a_colour_table_is_refused(tmp_path):
+    path = save(tmp_path / "a.tif", np.ones((1, 4, 4), np.uint8), photometric="palette")
+    with rasterio.open(path, "r+") as target:
+        target.write_colormap(1, {0: (0, 0, 0), 1: (9, 200, 30)})
+    with pytest.raises(UserError, match="a colour table, .*-expand gray"):
+        read(path)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from rasterio.control import GroundControlPoint
 from rasterio.rpc import RPC
 from rasterio.transform import Affine
+from rio_cogeo.cogeo import cog_validate
 from test_translate import command, files, save_checkpoint
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -19,6 +21,7 @@ from cdiffset import scene
 from cdiffset.diffusion import sample
 from cdiffset.images import to_signed, to_uint8
 from cdiffset.model import decode, encode
+from cdiffset.radiometry import Radiometry
 from cdiffset.scene import Field, gather_team, map_strips, translate_scene
 from cdiffset.tiles import blending_weights, fuse, make_grid, noise_field, strips
 from cdiffset.translator import Translator, pad_to_multiple
@@ -135,8 +138,8 @@ def test_an_identity_model_returns_its_input(tmp_path, size, blend):
     same = Identity()
     options = argparse.Namespace(
         seed=1, scheduler="ddim", timestep_spacing="leading", num_inference_steps=2, readout="midpoint", precision="fp32",
-        tile=64, overlap=24, batch_size=5, blend=blend, max_pixels=2**28,
-        bands=None, channels=None, scale="dn", stretch=None, checkpoint="none",
+        tile=64, overlap=24, batch_size=5, blend=blend, max_pixels=2**28, checkpoint="none",
+        bands=None, channels=None, scale="dn", stretch=None, despeckle=None, gsd=None, resample_gsd=None,
     )  # fmt: skip
     model = SimpleNamespace(
         vae=same, unet=same, scheduler=same, prompt_embedding=torch.zeros(1, 2, 4), device=torch.device("cpu"), factor=4,
@@ -181,7 +184,8 @@ def test_variance_strips_have_no_seams_and_carry_nodata(tmp_path, monkeypatch):
     field = Field(tmp_path / "field", (2, 30, 22))
     field.write(0, np.stack([np.full_like(sigma2, np.nan), sigma2]))
     with rasterio.open(save(tmp_path / "a.tif", band, nodata=0)) as source:
-        got = np.concatenate([strip for _, strip in map_strips(source, (1,), field, 4, [None])], 1)[0]
+        plain = Radiometry((1,), "single", "dn", ())
+        got = np.concatenate([strip for _, strip in map_strips(source, plain, field, 4, [None])], 1)[0]
     expected = variance_map(torch.from_numpy(sigma2)[None, None], (120, 88))[0, 0, :118, :87].numpy()
     np.testing.assert_allclose(got, np.where(band > 0, expected, np.nan), rtol=1e-5)
 
@@ -284,7 +288,7 @@ def test_the_result_lies_where_the_scene_lies(checkpoints, tmp_path, georeferenc
                 assert (result.rpcs and result.rpcs.to_dict()) == (source.rpcs and source.rpcs.to_dict())
 
 
-def test_outputs_are_cloud_optimized_and_say_how_they_were_made(checkpoints, tmp_path):
+def test_outputs_are_cloud_optimized_and_say_how_they_were_made(checkpoints, tmp_path, caplog):
     band = smooth(700, 90).astype(np.uint16) * 40 + 1
     band[:70, :20] = 0
     sar = save(tmp_path / "a.tif", band, nodata=0, **UTM)
@@ -293,6 +297,7 @@ def test_outputs_are_cloud_optimized_and_say_how_they_were_made(checkpoints, tmp
         with rasterio.open(tmp_path / "out" / kind / "a.tif") as result:
             assert list(result.dtypes) == dtypes and result.overviews(1)
             assert result.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+            assert cog_validate(result.name, strict=True) == (True, [], [])
             assert result.tags(ns="IMAGE_STRUCTURE")["COMPRESSION"] == "DEFLATE"
             limits = json.loads(result.tags()["CDIFFSET_STRETCH"])["limits"]
             np.testing.assert_allclose(limits, [np.percentile(band[band > 0], (1, 99))])
@@ -303,7 +308,13 @@ def test_outputs_are_cloud_optimized_and_say_how_they_were_made(checkpoints, tmp
     conf = read(tmp_path / "out/conf/a.tif")[0]
     assert np.array_equal(np.isfinite(conf), band > 0) and np.nanmin(conf) > 0
     assert np.array(Image.open(tmp_path / "out/eo/a.quicklook.png")).shape == (700, 90, 4)
-    assert files(tmp_path / "out") == {"eo/a.tif", "eo/a.quicklook.png", "conf/a.tif"}  # nothing is left of the work
+    assert not caplog.records  # GDAL's warnings, while writing, opening and reading
+    assert files(tmp_path / "out") == {
+        "eo/a.tif",
+        "eo/a.quicklook.png",
+        "eo/a.swipe.html",
+        "conf/a.tif",
+    }  # nothing is left of the work
 
 
 def test_a_folder_of_scenes_and_ordinary_images(checkpoints, tmp_path, capsys):
@@ -322,12 +333,70 @@ def test_a_folder_of_scenes_and_ordinary_images(checkpoints, tmp_path, capsys):
     assert "empty.tif: not a single valid pixel" in said and "complex.tif: complex pixels" in said
     assert "cut.tif: truncated or damaged in rows" in said
     assert {"eo/scene.tif", "eo/small.png", "eo/large.png"} == {
-        name for name in files(tmp_path / "out") if name.startswith("eo") and "quick" not in name
+        name for name in files(tmp_path / "out") if name.startswith("eo") and "quick" not in name and "swipe" not in name
     }
     (folder / "scene.tif").unlink()
     command.main(words(checkpoints[5], folder, tmp_path / "plain", tile=4096))
     for name in ("eo/small.png", "eo/large.png", "conf/small.png"):  # as they are without scenes
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_a_scene_of_another_gsd_comes_back_on_its_own_grid(checkpoints, tmp_path, capsys):
+    """Each pixel four times over and resampled by 2 is the scene itself; what comes back is its result, interpolated."""
+    pixels = np.maximum(smooth(48, 70), 1)
+    pixels[:8, :10] = 0
+    coarse = save(tmp_path / "coarse.tif", pixels, nodata=0, crs="EPSG:32631", transform=Affine(2, 0, 5e5, 0, -2, 5e6))
+    fine = save(tmp_path / "fine.tif", np.kron(pixels, np.ones((4, 4), np.uint8)), nodata=0, crs="EPSG:32631",
+                transform=Affine(0.5, 0, 5e5, 0, -0.5, 5e6))  # fmt: skip
+    assert command.main(words(checkpoints[5], coarse, tmp_path / "out")) == 0
+    given = words(checkpoints[5], fine, tmp_path / "out", resample_gsd=2, stretch="fixed:0,255")
+    assert command.main(given) == 0
+    assert "280 x 192 px" in (said := capsys.readouterr().out) and "translated as 70 x 48 px" in said
+    with rasterio.open(fine) as source, rasterio.open(tmp_path / "out/eo/fine.tif") as result:
+        assert (result.shape, result.crs, result.transform) == (source.shape, source.crs, source.transform)
+        assert np.array_equal(result.dataset_mask() > 0, source.dataset_mask() > 0)
+        assert json.loads(result.tags()["CDIFFSET_STRETCH"])["steps"] == [4.0, 4.0]
+    for kind in ("eo", "conf"):
+        small, large = read(tmp_path / f"out/{kind}/coarse.tif")[:3], read(tmp_path / f"out/{kind}/fine.tif")[:3]
+        means = large[:, 40:].reshape(len(large), 38, 4, 70, 4).mean((2, 4))
+        assert np.corrcoef(means[:, 2:].ravel(), small[:, 12:].ravel())[0, 1] > 0.9
+
+
+def test_what_training_never_saw_is_told_and_recorded(checkpoints, tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints[5], checkpoint)
+    meta = json.loads((checkpoint / "checkpoint.json").read_text())
+    meta |= {"gsd_m": 1.0, "sar_statistics": {"images": 9, "dtype": "uint8", "limits": [[9, 250]], "pixels": [20, 90, 200]}}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(meta))
+    sar = save(tmp_path / "a.tif", smooth(70, 75).astype(np.uint16) + 300, **UTM)
+    assert command.main(words(checkpoint, sar, tmp_path / "out", stretch="dataset")) == 0
+    said = capsys.readouterr().out
+    with rasterio.open(tmp_path / "out/eo/a.tif") as result:
+        found = result.tags()["CDIFFSET_OUT_OF_DOMAIN"].split("; ")
+        assert json.loads(result.tags()["CDIFFSET_STRETCH"])["limits"] == [[0, 255]]
+    assert found == [line.split("WARNING: ")[1] for line in said.splitlines() if "WARNING" in line]
+    assert [each.split()[0] for each in found] == ["10", "pixels", "brightness", "a"]  # GSD, depth, median, range
+    assert command.main([*words(checkpoint, sar, tmp_path / "again", num_inference_steps=1, gsd=2), "--resample-gsd"]) == 0
+    assert "translated as 150 x 140 px" in (said := capsys.readouterr().out) and "WARNING: 10 m" not in said
+    with pytest.raises(command.UserError, match="--stretch dataset: the checkpoint holds no statistics"):
+        translate_alone(checkpoints[5], sar, tmp_path / "other", stretch="dataset")
+
+
+def translate_alone(checkpoint, sar, out, **options):
+    """Without the command around it, which goes on with the next scene after an error."""
+    args = command.check(command.make_parser().parse_args(words(checkpoint, sar, out, maps=False, **options)))
+    model = Translator(args, with_fingerprint=True)
+    translate_scene(model, gather_team(model), sar, {"eo": out / "eo.tif"}, args)
+
+
+def test_a_strip_of_65535_px_goes_through(checkpoints, tmp_path):
+    sar = save(tmp_path / "a.tif", smooth(5, 65_535), **UTM)
+    assert (
+        command.main(words(checkpoints[4], sar, tmp_path / "out", maps=False, num_inference_steps=1, tile=2048, overlap=64))
+        == 0
+    )
+    eo = read(tmp_path / "out/eo/a.tif")
+    assert eo.shape == (4, 5, 65_535) and (eo[3] == 255).all()
 
 
 @pytest.mark.parametrize(
@@ -336,7 +405,9 @@ def test_a_folder_of_scenes_and_ordinary_images(checkpoints, tmp_path, capsys):
         ({"tile": 100}, "--tile: expected a multiple of 64"),
         ({"overlap": 33}, "--overlap: expected at least 0 and at most 32"),
         ({"overlap": 12}, "--overlap: expected a multiple of 8"),
-        ({"stretch": "dataset"}, "--stretch: expected"),
+        ({"stretch": "data"}, "--stretch: expected"),
+        ({"despeckle": "lee:4,1"}, "--despeckle: expected lee:SIZE,LOOKS"),
+        ({"gsd": "-1"}, "--gsd: invalid metres"),
         ({"ensemble": 2}, "--ensemble: not to be had of scenes"),
         ({"readout": "decoded"}, "--readout decoded: not to be had of scenes"),
         ({"scheduler": "unipc"}, "--scheduler unipc: not to be had of scenes"),

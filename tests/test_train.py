@@ -119,6 +119,17 @@ def test_a_stage_leaves_checkpoints_that_plain_diffusers_loads(stages, stage, ou
 
 
 @pytest.mark.parametrize("stage", [0, 1])
+def test_a_checkpoint_records_what_its_training_images_were(stages, pair_folders, stage):
+    meta = meta_of(stages[stage] / "latest")
+    files = sorted((pair_folders / "train/sar").iterdir())
+    pixels = np.stack([np.array(Image.open(file)) for file in files])
+    assert meta["sar_statistics"] == {
+        "images": 12, "dtype": "uint8", "limits": [np.percentile(pixels, (1, 99)).tolist()],
+        "pixels": np.percentile(pixels, (5, 50, 95)).tolist(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [0, 1])
 def test_logs_and_tensorboard_hold_the_same_numbers(stages, stage):
     rows, board = train_lines(stages[stage]), scalars(stages[stage])
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,113 @@
+"""Ground sampling distances (GSD), and resampling between the grid of a scene and one of another GSD, window by window.
+
+Both ways by a triangle of the wider pixel's size: linear interpolation onto a finer grid, an average without aliasing onto a
+coarser one. No weight is negative, so that no value leaves the range of those it is made of; and a pixel has the same
+weights in whatever window it is computed.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from rasterio.io import DatasetReader
+from rasterio.transform import from_gcps
+from scipy.sparse import csr_array
+
+from cdiffset.errors import UserError
+
+EARTH_RADIUS = 6_371_008.8  # m, the mean one: metres per degree are right within 0.6 %
+SAME_GSD = 0.02  # a relative difference that is not worth resampling
+
+
+def gsd_of(source: DatasetReader) -> tuple[float, float] | None:
+    """Metres per pixel (down the rows, along the columns) at the centre of a scene; None where the file does not tell.
+
+    Told by CRS and transform, rotated or not, or by GCPs, whose best affine transform is taken; degrees are converted at the
+    centre's latitude.
+    """
+    gcps, gcp_crs = source.gcps
+    if gcps:
+        crs, transform = gcp_crs, from_gcps(gcps)
+    else:
+        crs, transform = source.crs, source.transform
+    if crs is None or transform.is_identity:
+        return None
+    if crs.is_geographic:
+        _, latitude = transform @ (source.width / 2, source.height / 2)
+        metres_y = math.radians(EARTH_RADIUS)
+        metres_x = metres_y * math.cos(math.radians(latitude))
+    elif crs.is_projected:
+        metres_x = metres_y = crs.linear_units_factor[1]
+    else:
+        return None
+    down = math.hypot(transform.b * metres_x, transform.e * metres_y)
+    along = math.hypot(transform.a * metres_x, transform.d * metres_y)
+    return (down, along) if 0 < min(down, along) and max(down, along) < math.inf else None
+
+
+def steps_to(gsd: tuple[float, float], wanted: float) -> tuple[float, float]:
+    """Pixels of a scene per pixel of a grid of `wanted` metres, down and along; 1 where they hardly differ."""
+    return tuple(1.0 if abs(wanted / each - 1) < SAME_GSD else wanted / each for each in gsd)
+
+
+def resampled_size(size: tuple[int, int], steps: tuple[float, float]) -> tuple[int, int]:
+    """(height, width) of the grid with steps of so many pixels that covers all of `size`."""
+    return tuple(math.ceil(round(side / step, 6)) for side, step in zip(size, steps, strict=True))
+
+
+def weights(first: int, last: int, step: float, length: int) -> tuple[int, csr_array]:
+    """Pixels `first` to `last` of an axis, each `step` pixels of another of `length` => (first pixel used, weights [n, m]).
+
+    Each row adds up to 1; at an end the weights of what lies beyond go to what is there.
+    """
+    centres = (np.arange(first, last) + 0.5) * step - 0.5
+    reach = max(step, 1.0)
+    places = np.floor(centres - reach).astype(np.int64)[:, None] + np.arange(1, 2 * math.ceil(reach) + 2)
+    shares = np.maximum(0, 1 - np.abs(places - centres[:, None]) / reach) * ((places >= 0) & (places < length))
+    shares /= shares.sum(1, keepdims=True)
+    rows, taps = np.nonzero(shares)
+    used = places[rows, taps]
+    start = int(used.min())
+    return start, csr_array((shares[rows, taps], (rows, used - start)), (len(centres), int(used.max()) + 1 - start))
+
+
+def apply_weights(down: csr_array, along: csr_array, values: np.ndarray) -> np.ndarray:
+    """Values [..., h, w] => float64 [..., h', w']."""
+    flat = values.reshape(-1, *values.shape[-2:])
+    resampled = np.stack([(along @ (down @ band).T).T for band in flat])
+    return resampled.reshape(*values.shape[:-2], *resampled.shape[-2:])
+
+
+def resample_strips(
+    strips: Iterator[tuple[int, np.ndarray]],
+    size: tuple[int, int],  # of the grid of the strips
+    steps: tuple[float, float],  # its pixels per pixel of the grid wanted, down and along
+    wanted: tuple[int, int],  # size of that
+    rows: int,  # most rows of a strip that is given back
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Strips (first row, [C, n, W]) from top to bottom => the same of another grid, float32, as soon as enough is known."""
+    start, along = weights(0, wanted[1], steps[1], size[1])
+    reach, held, top, done = max(steps[0], 1.0), None, 0, 0
+    for first, strip in strips:
+        known = min(first + strip.shape[1], size[0])
+        strip = strip[:, : max(0, known - first), start : start + along.shape[1]]
+        held = strip if held is None else np.concatenate([held, strip], 1)
+        ready = wanted[0] if known == size[0] else math.floor((known - reach + 0.5) / steps[0] - 0.5) + 1
+        while done < min(ready, wanted[0]):
+            last = min(done + rows, ready, wanted[0])
+            begin, down = weights(done, last, steps[0], size[0])
+            part = held[:, begin - top : begin - top + down.shape[1]]
+            yield done, apply_weights(down, along, part).astype(np.float32)
+            done = last
+        if done < wanted[0]:  # let go of what no later row needs
+            begin = min(weights(done, done + 1, steps[0], size[0])[0], known)
+            held, top = held[:, begin - top :], begin
+
+
+def require_gsd(source: DatasetReader, stated: float | None, option: str) -> tuple[float, float]:
+    """`gsd_of`, or what the user states; UserError where neither tells."""
+    if stated:
+        return stated, stated
+    if (found := gsd_of(source)) is None:
+        raise UserError(f"{option}: {source.name} does not tell its GSD (no CRS in metres or degrees): give it by --gsd METRES")
+    return found

@@ -1,0 +1,119 @@
+"""The page with a scene's SAR and EO under a slider: what it shows, and that it asks for nothing from elsewhere."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+from rasterio.transform import Affine
+
+from cdiffset import geotiff
+from cdiffset.geotiff import open_scene, write_cog
+from cdiffset.radiometry import Radiometry
+from cdiffset.swipe import write_swipe
+
+RNG = np.random.default_rng(0)
+NAME = "<script>alert(1)</script>&\"'.tif".replace("/", "\u2215")
+
+
+class Page(HTMLParser):
+    """Elements in order, their attributes, and the text; every element is closed in its turn."""
+
+    VOID = {"meta", "img", "input"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements, self.open, self.said = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self.open += [] if tag in self.VOID else [tag]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.said.append(data)
+
+    def images(self) -> dict[str, np.ndarray]:
+        return {
+            element["alt"]: np.array(Image.open(io.BytesIO(base64.b64decode(element["src"].split("base64,")[1]))))
+            for tag, element in self.elements
+            if tag == "img"
+        }
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """A scene of 300 x 200 px with a hole, its EO and its map of σ² => (path, outputs)."""
+    coarse = Image.fromarray(RNG.integers(1, 256, (8, 12), dtype=np.uint8))
+    band = np.maximum(np.array(coarse.resize((300, 200), Image.Resampling.BILINEAR)), 1)
+    band[:50, :100] = 0
+    size = {"driver": "GTiff", "count": 1, "height": 200, "width": 300, "dtype": "uint8", "nodata": 0}
+    with rasterio.open(tmp_path / NAME, "w", **size, crs="EPSG:32631", transform=Affine(1, 0, 5e5, 0, -1, 5e6)) as target:
+        target.write(band, 1)
+    outputs = {"confidence": tmp_path / "conf" / NAME, "eo": tmp_path / "eo" / NAME}
+    with open_scene(tmp_path / NAME) as source:
+        eo = np.stack([band, band, band, 255 * (band > 0)])
+        write_cog(outputs["eo"], tmp_path, source, ("red", "green", "blue", "alpha"), "uint8", iter([(0, eo)]), {})
+        sigma2 = np.where(band > 0, np.linspace(1, 2, 300), np.nan).astype(np.float32)
+        write_cog(outputs["confidence"], tmp_path, source, ("variance",), "float32", iter([(0, sigma2[None])]), {})
+    return tmp_path / NAME, outputs
+
+
+def page_of(scene, limits=((0.0, 255.0),)) -> Page:
+    path, outputs = scene
+    with open_scene(path) as source:
+        write_swipe(outputs, source, Radiometry((1,), "single", "dn", limits), {"CDIFFSET_SETTINGS": '{"a": "<b>"}'})
+    return Page(outputs["eo"].with_suffix(".swipe.html").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("shown_px", [1024, 150])
+def test_it_shows_the_sar_the_eo_and_the_map_at_one_size(scene, monkeypatch, shown_px):
+    monkeypatch.setattr(geotiff, "QUICKLOOK_PX", shown_px)
+    images = page_of(scene).images()
+    factor = max(1, 300 / shown_px)
+    size = round(200 / factor), round(300 / factor)
+    with rasterio.open(scene[0]) as source:
+        truth = np.array(Image.fromarray(source.read(1)).resize(size[::-1], Image.Resampling.BILINEAR)).astype(float)
+        hole = np.array(Image.fromarray(source.read(1) == 0).resize(size[::-1]))
+    for alt, expected in (("SAR", truth), ("EO, translated", truth)):
+        assert images[alt].shape == (*size, 4)
+        assert np.abs(images[alt][..., 0] - expected)[~hole].mean() < 4  # lossy
+        assert (images[alt][..., 3] == 0)[hole].mean() > 0.95 and (images[alt][..., 3] == 255)[~hole].mean() > 0.95
+    shades = images["uncertainty"][size[0] // 2 + 5, :, :3].sum(-1).astype(int)
+    assert shades[-1] > shades[size[1] // 2] > shades[0] + 50  # from sure and dark to doubtful and light
+    assert (images["uncertainty"][..., 3] == 0)[hole].mean() > 0.95
+
+
+def test_it_loads_nothing_and_trusts_no_name(scene):
+    page = page_of(scene)
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("script") == 1 and "b" not in tags and "link" not in tags
+    assert all(
+        attributes.get("src", "data:").startswith("data:image/webp;base64,")
+        for tag, attributes in page.elements
+        if tag == "img"
+    )
+    assert not [attributes for _, attributes in page.elements if any(name in attributes for name in ("href", "onerror"))]
+    text = " ".join(page.said)
+    assert NAME in text and '{"a": "<b>"}' in text and "300 x 200 px" in text and "σ²" in text
+    assert str(scene[0].parent) not in text
+    assert not re.search("https?:", scene[1]["eo"].with_suffix(".swipe.html").read_text("utf-8"))
+    ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    script = page.said[[part.strip().startswith("const find") for part in page.said].index(True)]
+    assert set(re.findall(r'find\("(\w+)"\)', script)) <= ids
+
+
+def test_without_a_map_there_is_nothing_to_switch(scene):
+    path, outputs = scene
+    page = page_of((path, {"eo": outputs["eo"]}))
+    assert set(page.images()) == {"SAR", "EO, translated"}
+    assert not [element for element in page.elements if element[1].get("type") == "checkbox"]
