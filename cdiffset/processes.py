@@ -5,8 +5,6 @@ import os
 from collections.abc import Sequence
 from datetime import timedelta
 
-import torch
-
 from cdiffset.errors import UserError
 
 PATIENCE = timedelta(days=30)  # whoever is done first waits for the last one, and a helper for its first work
@@ -49,8 +47,10 @@ def can_talk() -> bool:
 
 def join() -> None:
     """Meet the others, once; blocks until all have come."""
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    from torch import distributed  # slow to import, and a process alone needs it for nothing
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=PATIENCE)
 
 
 def total(number: int) -> int:
@@ -60,6 +60,8 @@ def total(number: int) -> int:
     """
     if not can_talk():
         return number
+    import torch
+
     join()
     summed = torch.tensor(number)
     torch.distributed.all_reduce(summed)
