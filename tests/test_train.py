@@ -373,7 +373,8 @@ class Reads(TorchDispatchMode):
 def test_a_step_fetches_nothing_from_the_device(build, monkeypatch, precision):
     trainer = build(confidence=True, ema_decay=0.9, max_grad_norm=0.5, mixed_precision=precision)
     trainer.reads_at_once = False  # as on a GPU
-    batches, tolist, lists = trainer.train_batches(), torch.Tensor.tolist, []
+    loader, tolist, lists = trainer.train_loader(trainer.train_feeder, trainer.order), torch.Tensor.tolist, []
+    batches = iter(loader)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self) or tolist(self))
     with Reads() as reads:
         trainer.step(batches)
