@@ -11,10 +11,6 @@ DEMO_SCENES := --looks 9 --parcel-px 40 --texture 0.4 --p-eo-only 0.2
 
 .PHONY: demo test faults fuzz lint clean
 
-# glibc gives the large blocks of every iteration back to the system and asks for them again, unless told to keep them: with
-# this, an iteration takes about 0.29 s instead of 0.35 s on two cores.
-demo: export MALLOC_TRIM_THRESHOLD_ = 8589934592
-demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
 demo: .venv/installed
 	rm -rf $(DEMO) data/demo
 	$(PY) data/simulate.py --output data/demo --train $(DEMO_TRAIN) --test $(DEMO_TEST) $(DEMO_SCENES)

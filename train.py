@@ -34,6 +34,7 @@ from cdiffset.errors import Stopped, UserError, message_of
 from cdiffset.evaluation import evaluate_folders
 from cdiffset.images import to_uint8, write_png, write_tiff
 from cdiffset.latent_cache import LatentCache, Work
+from cdiffset.memory import keep_freed_memory
 from cdiffset.model import (
     check_base,
     check_latent_channels,
@@ -47,7 +48,7 @@ from cdiffset.model import (
     patch_conv_out,
     vae_factor,
 )
-from cdiffset.optimisation import Guard, gradient_norm, load_moments, step_copies
+from cdiffset.optimisation import FUSED, Guard, gradient_norm, load_moments, make_optimizer, step_copies
 from cdiffset.pairs import Inputs
 from cdiffset.uncertainty import confidence_map, variance_map
 
@@ -148,6 +149,7 @@ class Trainer:
         if self.accelerator.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
             print(LONELY, file=sys.stderr)
         self.device = self.accelerator.device
+        keep_freed_memory(self.device)
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if config.tf32 else "ieee"
         self.is_main = self.accelerator.is_main_process
         self.work_dir, self.lock = Path(config.work_dir), None
@@ -210,7 +212,9 @@ class Trainer:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         share_prompt(unet)
-        self.unet = unet.to(self.device, memory_format=torch.channels_last)
+        # bitsandbytes wants its weights contiguous, and would lay them out anew in the first step.
+        last = config.optimizer in FUSED
+        self.unet = unet.to(self.device, memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def check_crops(self) -> None:
         """Read a pair of each feeder: crops must be multiples of the VAE's factor."""
@@ -225,8 +229,7 @@ class Trainer:
         # What is trained, averaged and saved is float32; what computes is the same network, or its bfloat16 copy.
         self.trained = self.unet.train()
         self.parameters = list(self.trained.parameters())
-        optimizer_class = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.optimizer]
-        optimizer = optimizer_class(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        optimizer = make_optimizer(config.optimizer, self.parameters, config.learning_rate, config.weight_decay)
         # Not prepared by Accelerate, which would step it once per process.
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler, optimizer, num_warmup_steps=config.num_warmup, num_training_steps=config.num_iter
@@ -242,7 +245,8 @@ class Trainer:
         if self.ema_unet:
             self.ema_unet.to(self.ema_device)
         if config.mixed_precision == "bf16_copy":
-            self.unet = copy.deepcopy(self.trained).to(torch.bfloat16)
+            copies = {id(weight): copy_of(weight) for weight in self.parameters}
+            self.unet = copy.deepcopy(self.trained, copies)  # which takes these for the weights: never a float32 copy
         self.copies = None if self.unet is self.trained else list(self.unet.parameters())
         if config.torch_compile:
             check_compiler(self.device)
@@ -322,11 +326,8 @@ class Trainer:
         """Optimizer, schedule, scaler, average and counters of a checkpoint; its U-Net is loaded already."""
         state, meta = checkpoint.read_state(folder)
         try:
-            for index, parameter in enumerate(self.parameters):  # PyTorch would notice in the first step only
-                if state["optimizer"]["state"][index]["exp_avg"].shape != parameter.shape:
-                    raise ValueError("it is of another stage; accelerator_path starts a stage from the weights of another")
             # The moments and the place in the schedule are the checkpoint's, all settings are this configuration's.
-            load_moments(optimizer, state["optimizer"])
+            load_moments(self.config.optimizer, optimizer, state["optimizer"])
             self.lr_scheduler.load_state_dict({**state["lr_scheduler"], "base_lrs": self.lr_scheduler.base_lrs})
             share = self.lr_scheduler.lr_lambdas[0](self.lr_scheduler.last_epoch)
             optimizer.param_groups[0]["lr"] = self.lr_scheduler.base_lrs[0] * share
@@ -543,14 +544,17 @@ class Trainer:
         self.update_weights(grad_norm, blocked)
         self.update_ema(blocked)
         self.lr_scheduler.step()
-        self.optimizer.zero_grad()
+        self.unet.zero_grad()
         if self.reads_at_once:
             self.check_finite()
 
     def update_weights(self, grad_norm: torch.Tensor, blocked: torch.Tensor) -> None:
         """Clip, and step the optimizer unless `blocked`."""
         if self.accelerator.scaler is None:  # which tells the optimizer by itself
-            self.optimizer.optimizer.found_inf = blocked.float()  # fused optimizers look at it on the device
+            if self.config.optimizer in FUSED:
+                self.optimizer.optimizer.found_inf = blocked.float()
+            elif blocked:
+                return
         limit = self.config.max_grad_norm
         if self.copies:
             factor = None if limit is None else (limit / (grad_norm + 1e-6)).clamp(max=1)
@@ -784,6 +788,12 @@ class LogWindow:
     def restore(self, state: dict) -> None:
         for name, value in state.items():
             setattr(self, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)
+
+
+def copy_of(weight: torch.nn.Parameter) -> torch.nn.Parameter:
+    """In bfloat16 with channels last, to be trained."""
+    memory_format = torch.channels_last if weight.dim() == 4 else torch.preserve_format
+    return torch.nn.Parameter(weight.detach().to(torch.bfloat16, memory_format=memory_format))
 
 
 def check_compiler(device: torch.device) -> None:

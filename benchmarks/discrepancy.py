@@ -42,6 +42,7 @@ from cdiffset.diffusion import predict, target_of, training_loss
 from cdiffset.errors import UserError, run
 from cdiffset.images import written_whole
 from cdiffset.losses import variance
+from cdiffset.memory import keep_freed_memory
 from cdiffset.model import (
     check_base,
     embed_prompt,
@@ -309,6 +310,7 @@ def judge_job(job: Job, output: Path, base: str, size: Size, device: str) -> Non
 
 
 def run_job(job: Job, output: Path, base: str, size: Size, device: str) -> Job:
+    keep_freed_memory(torch.device(device))
     train_job(job, output, base, size, device)
     judge_job(job, output, base, size, device)
     return job
@@ -317,8 +319,7 @@ def run_job(job: Job, output: Path, base: str, size: Size, device: str) -> Job:
 # ------------------------------------------------------------------------------------------------------------------ the command
 def run_all(waves: list[list[Job]], workers: int, do_job) -> None:
     """Run the jobs of every wave, `workers` at a time, each in a process of its own."""
-    # Read when a process starts: one thread for each, and glibc is told to keep the large blocks of every iteration.
-    os.environ.update(OMP_NUM_THREADS="1", MALLOC_TRIM_THRESHOLD_="8589934592", MALLOC_MMAP_THRESHOLD_="33554432")
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when a process starts
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
         tqdm(total=sum(map(len, waves)), desc="variants", unit="job") as bar,

@@ -20,7 +20,7 @@ from benchmarks.speed import REFERENCE, REPO, Parts, between, now, shown
 
 CACHE = "CACHE"
 CACHED, COPY, CHECKPOINTED = {"latent_cache": CACHE}, {"mixed_precision": "bf16_copy"}, {"gradient_checkpointing": True}
-COMPILED = {"torch_compile": True}
+COMPILED, EIGHT_BIT = {"torch_compile": True}, {"optimizer": "AdamW8bit"}
 ROWS = {  # what each contestant changes in the configuration; CACHE stands for the latent cache's folder
     REFERENCE: {},
     "defaults": {},
@@ -33,8 +33,9 @@ ROWS = {  # what each contestant changes in the configuration; CACHE stands for 
     "bf16_copy, cached": COPY | CACHED,
     "bf16_copy, cached, torch_compile": COPY | CACHED | COMPILED,
     "bf16_copy, gradient_checkpointing": COPY | CHECKPOINTED,
+    "bf16_copy, AdamW8bit, gradient_checkpointing": COPY | EIGHT_BIT | CHECKPOINTED,
 }
-HEADLINE = (REFERENCE, "bf16_copy", "bf16_copy, cached", "bf16_copy, gradient_checkpointing")
+HEADLINE = (REFERENCE, "bf16_copy", "bf16_copy, cached", "bf16_copy, AdamW8bit, gradient_checkpointing")
 CURVE_SEEDS = (2024, 2025, 2026)
 CURVE_WINDOW = 50  # iterations whose mean loss is compared
 

@@ -103,6 +103,7 @@ def load_unet(
     option: str,  # what errors name
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.preserve_format,  # of convolutions' weights
 ) -> tuple[UNet2DConditionModel, Path]:
     """Load a stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net, whole or not at all.
 
@@ -112,13 +113,13 @@ def load_unet(
     with ThreadPoolExecutor(1) as pool:
         listed = pool.submit(check_listed, weights, option)  # it reads the whole file, so at the same time as the loading
         try:
-            unet = build_unet(weights, base, latent_channels, option, device, dtype)
+            unet = build_unet(weights, base, latent_channels, option, (device, dtype, memory_format))
         finally:
             listed.result()  # of a damaged file this says more than what the damage leads to
     return unet.requires_grad_(True).eval(), weights
 
 
-def build_unet(weights: Path, base: str, latent_channels: int, option: str, device, dtype) -> UNet2DConditionModel:
+def build_unet(weights: Path, base: str, latent_channels: int, option: str, form: tuple) -> UNet2DConditionModel:
     tensors = read_weights(weights, option)
     check_channels(tensors, latent_channels, f"{option}: {weights}")
     outputs = tensors["conv_out.weight"].shape[0]
@@ -130,8 +131,12 @@ def build_unet(weights: Path, base: str, latent_channels: int, option: str, devi
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{option}: config.json of {weights} describes no U-Net ({reason})") from error
     check_tensors(tensors, unet.state_dict(), f"{option}: {weights}")
-    unet.load_state_dict({name: tensor.to(device).to(dtype) for name, tensor in tensors.items()}, assign=True)
+    unet.load_state_dict({name: in_form(tensor, *form) for name, tensor in tensors.items()}, assign=True)
     return unet
+
+
+def in_form(tensor: torch.Tensor, device, dtype: torch.dtype, memory_format: torch.memory_format) -> torch.Tensor:
+    return tensor.to(device).to(dtype, memory_format=memory_format if tensor.dim() == 4 else torch.preserve_format)
 
 
 def check_channels(tensors: dict[str, torch.Tensor], latent_channels: int, where: str) -> None:

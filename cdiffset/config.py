@@ -167,7 +167,9 @@ class Config:
     prediction_type: str = knob("epsilon", choice(*PREDICTION_TYPES), "what the U-Net predicts")
     beta: str | float = knob("timestep", beta_value, "C-Diff exponent: timestep (sqrt of alpha-bar) or 0 to 1")
 
-    optimizer: str = knob("AdamW", choice("AdamW", "Adam"), "optimizer")
+    optimizer: str = knob(
+        "AdamW", choice("AdamW", "Adam", "AdamW8bit"), "optimizer; AdamW8bit, of bitsandbytes: moments of 8 bits"
+    )
     learning_rate: float = knob(3e-5, number(0, above=True), "peak learning rate")
     weight_decay: float = knob(0.01, number(0), "weight decay")
     lr_scheduler: str = knob("cosine", choice(*LR_SCHEDULERS), "learning rate after the warm-up")

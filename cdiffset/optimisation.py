@@ -1,27 +1,66 @@
-"""What a step does to the weights: float32 weights behind a bfloat16 network, and the guard against NaN."""
+"""What a step does to the weights: the optimizers, float32 weights behind a bfloat16 network, and the guard against NaN."""
 
+import logging
 from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
+from cdiffset.errors import UserError
+
+FUSED = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}  # told on the device to leave a step out
+FIRST_MOMENT = {"AdamW": "exp_avg", "Adam": "exp_avg", "AdamW8bit": "state1"}
 CHUNK = 32 * 2**20  # weights whose gradients are float32 at a time, behind a bfloat16 network
 
 
-def load_moments(optimizer: Optimizer, state: dict) -> None:
-    """Take over an optimizer's state, not its settings, laid out in memory as the weights are: fused kernels rely on it."""
+def make_optimizer(name: str, parameters: list, learning_rate: float, weight_decay: float) -> Optimizer:
+    settings = {"lr": learning_rate, "weight_decay": weight_decay}
+    if name in FUSED:
+        return FUSED[name](parameters, fused=True, **settings)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it misses kernels that no optimizer calls
+    try:
+        from bitsandbytes.optim import AdamW8bit  # slow to import, and installed by those alone who ask for it
+    except ImportError as error:
+        raise UserError(
+            f"optimizer: {name} is that of bitsandbytes ({error}), expected it installed: pip install bitsandbytes"
+        ) from error
+    return AdamW8bit(parameters, **settings)
+
+
+def load_moments(name: str, optimizer: Optimizer, state: dict) -> None:
+    """Take over an optimizer's state, not its settings, laid out in memory as the weights are: fused kernels rely on it.
+
+    ValueError where it is not one of these weights and this optimizer, of which the optimizer would learn in its next step.
+    """
+    for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        moment = flat(state["state"][index]).get(FIRST_MOMENT[name])
+        if moment is None:
+            raise ValueError(f"it is not of {name}")
+        if moment.shape != parameter.shape:
+            raise ValueError("it is of another stage; accelerator_path starts a stage from the weights of another")
     optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, entries in optimizer.state.items():
-        for name, value in entries.items():
+        for key, value in entries.items():
             if type(value) is torch.Tensor and value.shape == parameter.shape:
-                entries[name] = torch.empty_like(parameter).copy_(value)
+                entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def flat(entries: dict) -> dict:
+    """One weight's state; bitsandbytes saves its tensors in a dictionary of their own."""
+    nested = (value for value in entries.values() if isinstance(value, dict))
+    return {**entries, **{key: value for inner in nested for key, value in inner.items()}}
 
 
 def gradient_norm(parameters: list) -> torch.Tensor:
     """Norm over all gradients, float32 on their device."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+    if gradients[0].device.type != "cpu":
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+    norms = torch.empty(len(gradients))  # ahead: results between float32 copies of bfloat16 gradients would strew the memory
+    for norm, gradient in zip(norms.unbind(), gradients, strict=True):
+        torch.linalg.vector_norm(gradient, dtype=torch.float32, out=norm)
+    return torch.linalg.vector_norm(norms)
 
 
 def step_copies(optimizer: Optimizer, weights: list, copies: list, gradient_factor: torch.Tensor | None) -> None:

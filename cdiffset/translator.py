@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
@@ -19,6 +18,7 @@ from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT
 from cdiffset.diffusion import ensemble, predict, reduce_samples
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar, to_signed, to_uint8
+from cdiffset.memory import free_memory, keep_freed_memory
 from cdiffset.model import check_base, check_prompt_width, decode, encode, load_scheduler, load_vae, make_sampler, vae_factor
 from cdiffset.pipeline import batches_of_one_size, file_threads
 from cdiffset.prompt_cache import cached_prompt
@@ -57,11 +57,14 @@ class Model:
         prompt = next(text for text in (args.prompt, trained.get("prompt"), DEFAULT_PROMPT) if text is not None)
         check_base(base)
         self.device = pick_device(args.device)
+        keep_freed_memory(self.device)
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
+        # Half precisions are computed with channels last, in which their kernels are at home; float32 stays as it is.
+        memory_format = torch.preserve_format if dtype == torch.float32 else torch.channels_last
         place, load_dtype = ("cpu", torch.float32) if with_fingerprint else (self.device, dtype)
         self.vae = load_vae(base, load_dtype)
         latent_channels = self.vae.config.latent_channels
-        self.unet, weights = load_unet(args.checkpoint, base, latent_channels, "--checkpoint", place, load_dtype)
+        self.unet, weights = load_unet(args.checkpoint, base, latent_channels, "--checkpoint", place, load_dtype, memory_format)
         if needing_variance and self.unet.config.out_channels == latent_channels:
             raise UserError(
                 f"{', '.join(needing_variance)}: {weights} is a stage 1 checkpoint ({self.unet.config.out_channels} output "
@@ -77,8 +80,6 @@ class Model:
         if with_fingerprint:
             tensors = {"prompt": self.prompt_embedding, **self.vae.state_dict(prefix="vae."), **self.unet.state_dict()}
             self.fingerprint = fingerprint(tensors, prediction_type)
-        # Half precisions are computed with channels last, in which their kernels are at home; float32 stays as it is.
-        memory_format = torch.preserve_format if dtype == torch.float32 else torch.channels_last
         self.unet, self.vae = (net.to(self.device, dtype, memory_format=memory_format) for net in (self.unet, self.vae))
         self.prompt_embedding = self.prompt_embedding.to(self.device, dtype)
         share_prompt(self.unet, keep=True)
@@ -197,14 +198,6 @@ def pick_device(written: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device: {written!r} is not to be had here ({reason}), available: {available}") from error
     return device
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device, those included that PyTorch holds without using them."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def decoder_bytes(vae: AutoencoderKL, height: int, width: int) -> int:

@@ -252,7 +252,7 @@ IMPOSSIBLE = [
     *(("phase", value, "one of train, test") for value in ("val", "true", "null")),
     *(("prediction_type", value, "one of epsilon, sample, v_prediction") for value in ("eps", "1")),
     *(("mixed_precision", value, "one of no, fp16, bf16") for value in ("yes", "fp8", "16", "null")),
-    *(("optimizer", value, "one of AdamW, Adam") for value in ("SGD", "null")),
+    *(("optimizer", value, "one of AdamW, Adam, AdamW8bit") for value in ("SGD", "null")),
     *(("lr_scheduler", value, "one of cosine, linear") for value in ("step", "null")),
     *(("report_to", value, "one of tensorboard, none") for value in ("wandb", "null")),
     *(("train_feeder_args", value, "a mapping of names to values") for value in ("null", "5", "[a]", "{1: 2}")),

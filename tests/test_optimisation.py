@@ -65,7 +65,7 @@ def test_moments_saved_in_another_layout_lead_to_the_same_steps():
                 for name, value in entries.items():
                     entries[name] = value.contiguous(memory_format=memory_format) if value.ndim == 4 else value
             optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
-            load_moments(optimizer, state)
+            load_moments("AdamW", optimizer, state)
         assert all(
             optimizer.state[parameter][name].stride() == parameter.stride()
             for parameter in net.parameters()

@@ -41,11 +41,12 @@ import evaluate
 import main
 import train
 import utils
-from cdiffset import errors
+from cdiffset import errors, optimisation
 from cdiffset.config import Config, load_config
 from cdiffset.diffusion import translate
 from cdiffset.errors import UserError
 from cdiffset.model import load_base_unet, patch_conv_in, patch_conv_out
+from cdiffset.optimisation import flat
 from train import BatchOrder, Trainer
 
 REPO = Path(__file__).parents[1]
@@ -383,11 +384,18 @@ def test_a_step_fetches_nothing_from_the_device(build, monkeypatch, precision):
         assert len(lists) == 1 and trainer.window.loss.item() > 0 and reads.count == 1  # so that the counts can be trusted
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16_copy"])
+@pytest.mark.parametrize(
+    "precision, optimizer", [("no", "AdamW"), ("bf16_copy", "AdamW"), ("no", "AdamW8bit"), ("bf16_copy", "AdamW8bit")]
+)
 @pytest.mark.parametrize("allowed", [0, 1])
-def test_a_step_that_turns_out_not_to_be_finite_has_changed_nothing(build, monkeypatch, tmp_path, precision, allowed):
+def test_a_step_that_turns_out_not_to_be_finite_has_changed_nothing(
+    build, monkeypatch, tmp_path, precision, optimizer, allowed
+):
     """Read late, as on a GPU: neither it nor those after it count, but those left out by permission."""
+    if optimizer == "AdamW8bit":
+        pytest.importorskip("bitsandbytes")
     settings = {"num_iter": 6, "log_iter": 6, "ema_decay": 0.9, "mixed_precision": precision, "skip_nonfinite": allowed}
+    settings["optimizer"] = optimizer
     trainer, step, encode = build(**settings), Trainer.step, train.encode
     trainer.reads_at_once, states = False, []
 
@@ -569,6 +577,32 @@ def test_stage_2_cannot_resume_stage_1(argv, run, tmp_path):
     second = run(tmp_path / "other", num_iter=1, confidence=True)
     with pytest.raises(UserError, match="stage 1 .*expects 4 output channels"):
         main.main(argv(tmp_path / "three", num_iter=2, resume=second / "latest"))
+
+
+def test_an_optimizer_cannot_resume_another(argv, run, begun, tmp_path, monkeypatch):
+    monkeypatch.setitem(optimisation.FIRST_MOMENT, "Adam", "state1")
+    with pytest.raises(UserError, match="resume: the optimizer state of .* does not fit .*: it is not of Adam"):
+        main.main(argv(begun, num_iter=4, confidence=True, resume="latest", optimizer="Adam"))
+
+
+def test_eight_bit_moments_need_their_library(argv, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match="optimizer: AdamW8bit .*pip install bitsandbytes"):
+        main.main(argv(tmp_path, num_iter=1, optimizer="AdamW8bit"))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16_copy"])
+def test_eight_bit_moments_train_alike_and_resume_exactly(run, tmp_path, precision):
+    """Against moments of 32 bits; stopped and continued against in one go."""
+    pytest.importorskip("bitsandbytes")
+    settings = {"num_iter": 6, "confidence": True, "mixed_precision": precision}
+    expected = train_lines(run(tmp_path / "plain", **settings))
+    folders = [run(tmp_path / "eight", **settings, optimizer="AdamW8bit", save_iter=3), tmp_path / "resumed"]
+    assert [row["loss"] for row in train_lines(folders[0])] == pytest.approx([row["loss"] for row in expected], rel=0.02)
+    states = torch.load(folders[0] / "latest" / "training_state.pt", weights_only=True)["optimizer"]["state"]
+    assert any(flat(entries)["state1"].dtype == torch.uint8 for entries in states.values())
+    run(folders[1], **settings, optimizer="AdamW8bit", resume=folders[0] / "checkpoint-3")
+    assert same(*(weights_of(folder / "latest" / "unet") for folder in folders))
 
 
 def test_old_checkpoints_are_pruned(run, tmp_path):
