@@ -12,8 +12,8 @@ if {keep}:
     keep_freed_memory(torch.device("cpu"))
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for index in range(8):
-    if index == 3:  # until then it finds its place
+for index in range(25):
+    if index == 20:  # until then it finds its place
         before = faults()
     torch.ones(64 * 2**20, dtype=torch.uint8)
 print(faults() - before)
