@@ -32,6 +32,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from rasterio.windows import Window
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+import test
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import to_signed, without_georeference, write_png
 from cdiffset.model import load_scheduler
@@ -267,10 +268,10 @@ def bookkeeping(args: argparse.Namespace) -> str:
 
 
 def time_scene(folder: Path, tile: int, overlap: int, steps: int) -> float:
-    options = argparse.Namespace(
-        seed=0, num_inference_steps=steps, readout="midpoint", precision="fp32", tile=tile, overlap=overlap, batch_size=1,
-        blend="latents", max_pixels=2**32, bands=None, channels=None, scale="dn", stretch=None, checkpoint="none",
-    )  # fmt: skip
+    written = {"checkpoint": DEMO_BASE, "sar-dir": folder / "scene.tif", "output-dir": folder / "eo", "tile": tile}
+    written |= {"overlap": overlap, "scale": "dn", "num-inference-steps": steps}
+    words = [str(word) for name, value in written.items() for word in (f"--{name}", value)]
+    options = test.check(test.make_parser().parse_args(words))
     model = SimpleNamespace(
         vae=Stub(), unet=Stub(), scheduler=load_scheduler(str(DEMO_BASE), "epsilon"), prompt_embedding=torch.zeros(1, 2, 4),
         device=torch.device("cpu"), factor=8, args=options, fingerprint="none",
