@@ -104,8 +104,8 @@ def add_scene_options(parser: argparse.ArgumentParser) -> None:
         "training images' percentiles, kept with the checkpoint [8-bit as it is, else percentile:1,99]"
     )  # fmt: skip
     group.add_argument(
-        "--despeckle", metavar="lee:SIZE,LOOKS", help="Lee filter of SIZE px, for a product of so many looks, e.g. lee:7,4.4; "
-        "for networks whose training images were filtered [none]"
+        "--despeckle", metavar="FILTER", help="lee:SIZE,LOOKS: Lee filter of SIZE px, for a product of so many looks, e.g. "
+        "lee:7,4.4; multilook:SIZE: mean intensity of SIZE px; for networks whose training images were filtered [none]"
     )  # fmt: skip
     group.add_argument("--gsd", type=metres, metavar="METRES", help="per pixel of the scene [what the file tells]")
     group.add_argument(

@@ -24,7 +24,7 @@ SAMPLE_SIDE = 256  # px of a sampled block
 READ_PX = 2**22  # about so many pixels are read at once where a scene is resampled to a coarser grid
 MAX_BANDS = 4
 MAX_PIXELS = 2**32  # of a scene, unless --max-pixels allows more: a few bytes may claim any size
-MAX_LEE_SIDE = 31  # px
+MAX_SIDE = 31  # px
 GSD_RANGE = (0.8, 1.25)  # of the training GSD, that pass without a warning
 RANGE_FACTOR = 2.5  # by which the spread of brightness may differ without a warning
 
@@ -60,7 +60,7 @@ class Radiometry:
     scale: str  # of SCALES
     limits: tuple[tuple[float, float], ...]  # (low, high) that become 0 and 255, one for each band, the ratio last
     steps: tuple[float, float] = (1.0, 1.0)  # pixels of the scene, down and along, per pixel that is translated
-    despeckle: tuple[int, float] | None = None  # side of the Lee filter's window in px of the scene, looks
+    despeckle: tuple[int, float | None] | None = None  # side of the window in px of the scene; looks, None for their mean
     scale_reason: str | None = None  # why --scale auto took this one
 
     def size(self, source: DatasetReader) -> tuple[int, int]:
@@ -123,15 +123,16 @@ class Radiometry:
         bands, valid = read_valid(source, self.indexes, Window(column, row, last_column - column, last_row - row))
         bands = [np.where(valid, SCALES[self.scale](np.where(valid, band, 0).astype(np.float64)), 0) for band in bands]
         if self.despeckle:
-            bands = [np.sqrt(lee(band**2, valid, *self.despeckle)) for band in bands]
+            bands = [np.sqrt(despeckled(band**2, valid, *self.despeckle)) for band in bands]
         top, left = window.row_off - row, window.col_off - column
         inner = np.s_[top : top + window.height, left : left + window.width]
         return [band[inner] for band in bands], valid[inner]
 
 
-def lee(intensity: np.ndarray, valid: np.ndarray, side: int, looks: float) -> np.ndarray:
+def despeckled(intensity: np.ndarray, valid: np.ndarray, side: int, looks: float | None) -> np.ndarray:
     """Intensity [h, w] => the same with less speckle, by the filter of Lee (1980) in a window of `side` x `side` px.
 
+    Without `looks` the mean of the window: multilooking that keeps the grid.
     With the mean m and variance v of the valid pixels around, and a speckle of variance m² / looks, a pixel becomes
     m + W (pixel - m), W = (v - m² / looks) / (v (1 + 1 / looks)), within 0 to 1. What is not valid takes part in nothing.
     """
@@ -144,6 +145,8 @@ def lee(intensity: np.ndarray, valid: np.ndarray, side: int, looks: float) -> np
     count = total(valid.astype(np.float64))
     totals = (total(np.where(valid, intensity**power, 0)) for power in (1, 2))
     mean, square = (np.divide(each, count, out=np.zeros_like(count), where=valid) for each in totals)
+    if looks is None:
+        return mean
     variance = np.maximum(square - mean**2, 0)
     weight = np.divide(
         variance - mean**2 / looks, variance * (1 + 1 / looks), out=np.zeros_like(mean), where=valid & (variance > 0)
@@ -375,19 +378,19 @@ def parse_stretch(text: str | None) -> tuple[str, tuple[float, float]]:
     return kind, (low, high)
 
 
-def parse_despeckle(text: str | None) -> tuple[int, float] | None:
-    """ "lee:SIZE,LOOKS" => (odd side of the window in px, equivalent number of looks)."""
+def parse_despeckle(text: str | None) -> tuple[int, float | None] | None:
+    """ "lee:SIZE,LOOKS" or "multilook:SIZE" => (odd side of the window in px, equivalent number of looks or None)."""
     if text is None:
         return None
     try:
-        kind, side, looks = re.fullmatch(r"(lee):([0-9]+),([0-9.]+)", text).groups()
-        side, looks = int(side), float(looks)
-        if side % 2 == 0 or not 3 <= side <= MAX_LEE_SIDE or looks <= 0:
+        side, looks = re.fullmatch(r"(?:multilook:(?=[0-9]+$)|lee:(?=.*,))([0-9]+)(?:,([0-9.]+))?", text).groups()
+        side, looks = int(side), None if looks is None else float(looks)
+        if side % 2 == 0 or not 3 <= side <= MAX_SIDE or looks == 0:
             raise ValueError
     except (AttributeError, ValueError):
         raise UserError(
-            f"--despeckle: expected lee:SIZE,LOOKS, an odd size from 3 to {MAX_LEE_SIDE} px and the equivalent number of looks "
-            f"of the product, e.g. lee:7,4.4, found {text!r}"
+            f"--despeckle: expected lee:SIZE,LOOKS or multilook:SIZE, an odd size from 3 to {MAX_SIDE} px and the equivalent "
+            f"number of looks of the product, e.g. lee:7,4.4, found {text!r}"
         ) from None
     return side, looks
 

@@ -11,7 +11,7 @@ from cdiffset import radiometry
 from cdiffset.errors import UserError
 from cdiffset.geotiff import open_scene
 from cdiffset.images import read_sar, sar_statistics
-from cdiffset.radiometry import Radiometry, describe, fill, lee, measure, out_of_domain
+from cdiffset.radiometry import Radiometry, describe, despeckled, fill, measure, out_of_domain
 
 RNG = np.random.default_rng(0)
 DEFAULTS = {
@@ -202,7 +202,7 @@ def test_the_lee_filter_is_its_formula_and_leaves_structure(tmp_path):
     speckle = rng.gamma(looks, 1 / looks, (90, 90))
     valid = rng.uniform(size=(90, 90)) < 0.9
     intensity = np.where(np.arange(90) < 45, 10.0, 1000.0) * speckle
-    got = lee(np.where(valid, intensity, 0), valid, side, looks)
+    got = despeckled(np.where(valid, intensity, 0), valid, side, looks)
     for row, column in ((0, 0), (20, 30), (50, 44), (89, 70)):
         if not valid[row, column]:
             continue
@@ -218,13 +218,40 @@ def test_the_lee_filter_is_its_formula_and_leaves_structure(tmp_path):
     with open_scene(path) as source:
         filtered = Radiometry((1,), "single", "amplitude", (), despeckle=(side, looks))
         (band,), _ = filtered.scaled(source, Window(7, 9, 50, 40))
-        full = lee(source.read(1).astype(np.float64) ** 2, np.ones((90, 90), bool), side, looks)
+        full = despeckled(source.read(1).astype(np.float64) ** 2, np.ones((90, 90), bool), side, looks)
     np.testing.assert_allclose(band**2, full[9:49, 7:57], rtol=1e-9)
 
 
-@pytest.mark.parametrize("text", ["lee", "lee:4,1", "lee:33,1", "lee:5,0", "lee:5", "boxcar:5,1", "lee:5,1.2.3"])
+def test_multilooking_is_the_mean_intensity_of_valid_pixels(tmp_path):
+    rng = np.random.default_rng(3)
+    amplitude, valid = rng.uniform(1, 9, (40, 30)), rng.uniform(size=(40, 30)) < 0.8
+    path = save(tmp_path / "a.tif", np.where(valid, amplitude, np.nan)[None].astype(np.float32))
+    with open_scene(path) as source:
+        (band,), found = Radiometry((1,), "single", "amplitude", (), despeckle=(5, None)).scaled(source, Window(0, 0, 30, 40))
+    assert (found == valid).all() and radiometry.parse_despeckle("multilook:5") == (5, None)
+    for row, column in np.argwhere(valid)[::50]:
+        around = np.s_[max(0, row - 2) : row + 3, max(0, column - 2) : column + 3]
+        expected = np.sqrt((amplitude[around][valid[around]] ** 2).mean())
+        assert band[row, column] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lee",
+        "lee:4,1",
+        "lee:33,1",
+        "lee:5,0",
+        "lee:5",
+        "boxcar:5,1",
+        "lee:5,1.2.3",
+        "multilook:4",
+        "multilook:5,2",
+        "multilook",
+    ],
+)
 def test_a_filter_that_makes_no_sense_is_refused(text):
-    with pytest.raises(UserError, match="--despeckle: expected lee:SIZE,LOOKS"):
+    with pytest.raises(UserError, match="--despeckle: expected lee:SIZE,LOOKS or multilook:SIZE"):
         radiometry.parse_despeckle(text)
 
 

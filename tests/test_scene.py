@@ -406,7 +406,7 @@ def test_a_strip_of_65535_px_goes_through(checkpoints, tmp_path):
         ({"overlap": 33}, "--overlap: expected at least 0 and at most 32"),
         ({"overlap": 12}, "--overlap: expected a multiple of 8"),
         ({"stretch": "data"}, "--stretch: expected"),
-        ({"despeckle": "lee:4,1"}, "--despeckle: expected lee:SIZE,LOOKS"),
+        ({"despeckle": "lee:4,1"}, "--despeckle: expected lee:SIZE,LOOKS or multilook:SIZE"),
         ({"gsd": "-1"}, "--gsd: invalid metres"),
         ({"ensemble": 2}, "--ensemble: not to be had of scenes"),
         ({"readout": "decoded"}, "--readout decoded: not to be had of scenes"),
