@@ -22,6 +22,7 @@ from PIL import Image
 REPO = Path(__file__).resolve().parents[1]
 BASE = str(REPO / "assets" / "demo_base")
 MEMORY_TOLERANCE = 0.02  # of the memory after the warm-up
+FILES_TOLERANCE = 2  # the loader's come and go
 SAMPLES = 12
 
 
@@ -49,10 +50,13 @@ def judge(name: str, samples: list[tuple[int, float, int]]) -> bool:
     print(f"\n{name}\n| step | resident memory [MiB] | open files |\n|---|---|---|")
     for step, memory, files in samples:
         print(f"| {step} | {memory:.1f} | {files} |")
-    first, second = (half.max(axis=0) for half in np.array_split(np.array(samples)[len(samples) // 4 :], 2))
-    grown, opened = second[1] / first[1] - 1, second[2] - first[2]
-    print(f"\nafter the warm-up, the most of the second half against the first: memory {grown:+.2%}, files {opened:+g}")
-    return grown <= MEMORY_TOLERANCE and opened <= 0
+    first, second = np.array_split(np.array(samples)[len(samples) // 4 :], 2)
+    grown = second[:, 1].max() / first[:, 1].max() - 1
+    opened = (
+        second[:, 2].min() - first[:, 2].min()
+    )  # a sample may fall into a save or a validation, which opens some for a moment
+    print(f"\nafter the warm-up, second half against first: the most memory {grown:+.2%}, the fewest files {opened:+g}")
+    return grown <= MEMORY_TOLERANCE and opened <= FILES_TOLERANCE
 
 
 def main() -> int:
