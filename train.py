@@ -56,6 +56,7 @@ ECHO_S = 5  # launchers pass a signal on that the processes have got themselves
 LONELY = (  # what `accelerate launch --num_processes 2` comes to without two GPUs, in silence
     "note: accelerate launch started one process only; for several on CPUs add --multi_gpu, or use torchrun --nproc-per-node"
 )
+SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 ORDER, NOISE = 1, 2  # purposes of random draws, so that no two share a stream
 
 # Settings that may change between two parts of a run without changing what is learnt.
@@ -133,21 +134,35 @@ def build_feeder(config: Config, which: str):
         raise UserError(f"{which}_feeder_args: {str(error).replace('__init__() ', '')}") from error
 
 
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """What places this process on its device among the others: each holds the whole model.
+
+    Batches go to the processes by BatchOrder, so Accelerate prepares the U-Net and the optimizer and nothing else.
+    """
+    if sharding := [name for variable, name in SHARDING.items() if os.environ.get(variable, "").lower() in ("1", "true")]:
+        raise UserError(
+            f"accelerate launch: expected plain data parallelism, found {sharding[0]}: a checkpoint is written from the whole "
+            "model, which every process holds. Launch without it; optimizer: AdamW8bit, gradient_checkpointing and "
+            "ema_on_cpu save memory"
+        )
+    try:
+        # `cpu` also tells a launcher's processes to talk by gloo where there is nothing to accelerate on.
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision.removesuffix("_copy"), cpu=not torch.accelerator.is_available()
+        )
+    except ValueError as error:
+        raise UserError(f"mixed_precision: {mixed_precision} cannot be had on this machine ({error})") from error
+    if accelerator.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+        print(LONELY, file=sys.stderr)
+    return accelerator
+
+
 class Trainer:
     """Builds every part of a run from its config, and refuses what cannot work before gigabytes are loaded."""
 
     def __init__(self, config: Config):
         self.config = config
-        # Batches go to this process by BatchOrder, so Accelerate prepares the U-Net and the optimizer and nothing else.
-        try:
-            # `cpu` also tells a launcher's processes to talk by gloo where there is nothing to accelerate on.
-            self.accelerator = Accelerator(
-                mixed_precision=config.mixed_precision.removesuffix("_copy"), cpu=not torch.accelerator.is_available()
-            )
-        except ValueError as error:
-            raise UserError(f"mixed_precision: {config.mixed_precision} cannot be had on this machine ({error})") from error
-        if self.accelerator.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
-            print(LONELY, file=sys.stderr)
+        self.accelerator = make_accelerator(config.mixed_precision)
         self.device = self.accelerator.device
         keep_freed_memory(self.device)
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if config.tf32 else "ieee"

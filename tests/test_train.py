@@ -971,6 +971,16 @@ def test_mistakes_are_one_line_and_leave_no_folder(argv, tmp_path, capsys, chang
     assert re.match(f"error: {message}", line) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_sharded_models_are_refused(argv, tmp_path, capsys, monkeypatch, name):
+    """On CPUs Accelerate would ignore the wish in silence, on GPUs the checkpoints would be parts."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    assert errors.run(main.main, argv(tmp_path / "run")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: accelerate launch: expected plain data parallelism, found ") and "AdamW8bit" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_work_dir_that_is_a_file_is_refused(argv, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="work_dir: cannot write into"):
