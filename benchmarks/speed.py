@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -265,15 +266,18 @@ def environment(device: str) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **hidden}
 
 
-def run_worker(script: str, job: dict, folder: Path) -> dict:
-    """Measure one contestant in a process of its own: `script --worker JOB` => what it wrote, or {"failed": reason}."""
-    folder.mkdir(parents=True, exist_ok=True)
+def run_worker(script: str, job: dict, folder: Path, processes: int = 1, **environ: str) -> dict:
+    """Measure one contestant on its own: `script --worker JOB` => what it wrote, or {"failed": reason}.
+
+    With several `processes`, torchrun starts as many of it.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps(job, indent=2))
-    (folder / "result.json").unlink(missing_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, script, "--worker", str(folder)]
     with open(folder / "log.txt", "w") as log:
-        code = subprocess.run(
-            [sys.executable, script, "--worker", str(folder)], stdout=log, stderr=log, env=environment(job["device"])
-        ).returncode
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment(job["device"]) | environ).returncode
     if code == 0 and (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text())
     said = (folder / "log.txt").read_text().strip().splitlines() or ["nothing"]
@@ -281,9 +285,10 @@ def run_worker(script: str, job: dict, folder: Path) -> dict:
 
 
 def work(folder: Path, measure: Callable[[dict], dict]) -> int:
-    """The worker's side: read the job, measure, write the result."""
+    """The worker's side: read the job, measure, write the result, of several processes the first one's."""
     result = measure(json.loads((folder / "job.json").read_text()))
-    (folder / "result.json").write_text(json.dumps(result, indent=2))
+    if os.environ.get("RANK", "0") == "0":
+        (folder / "result.json").write_text(json.dumps(result, indent=2))
     return 0
 
 
@@ -302,7 +307,7 @@ def alternate(names: list[str], rounds: int, measure: Callable[[str, int], dict]
 
 def file_name(name: str) -> str:
     """A contestant's name for its folder."""
-    return name.replace(", ", "-").replace(" ", "-")
+    return name.replace(", ", "-").replace(": ", "-").replace(" ", "-")
 
 
 def summary(result: dict) -> str:

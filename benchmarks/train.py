@@ -3,13 +3,14 @@
     python benchmarks/train.py                      # the full SD 2.1 architecture, random weights: the headline rows
     python benchmarks/train.py --rows all           # every option alone as well
     python benchmarks/train.py --curves             # what these rows do to the loss over 200 iterations
+    python benchmarks/train.py --processes 2        # how much faster two processes are than one
     python benchmarks/train.py --quick              # a tiny model, seconds
 
 An iteration is a whole optimizer step of stage 2 with the loss value on record. Time per part is that of the same iterations.
 """
 
 import argparse
-import shutil
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -33,9 +34,9 @@ ROWS = {  # what each contestant changes in the configuration; CACHE stands for 
     "bf16_copy, cached": COPY | CACHED,
     "bf16_copy, cached, torch_compile": COPY | CACHED | COMPILED,
     "bf16_copy, gradient_checkpointing": COPY | CHECKPOINTED,
-    "bf16_copy, AdamW8bit, gradient_checkpointing": COPY | EIGHT_BIT | CHECKPOINTED,
+    (LEAN := "bf16_copy, AdamW8bit, gradient_checkpointing"): COPY | EIGHT_BIT | CHECKPOINTED,
 }
-HEADLINE = (REFERENCE, "bf16_copy", "bf16_copy, cached", "bf16_copy, AdamW8bit, gradient_checkpointing")
+HEADLINE = (REFERENCE, "bf16_copy", "bf16_copy, cached", LEAN)
 CURVE_SEEDS = (2024, 2025, 2026)
 CURVE_WINDOW = 50  # iterations whose mean loss is compared
 
@@ -101,7 +102,6 @@ def run_project(job: dict, parts: Parts, iteration_is_done, losses: list[float])
         "num_iter": job["warmup"] + job["iterations"], "num_warmup": 0, "resume": None, "report_to": "none",
         **job["settings"],
     }  # fmt: skip
-    shutil.rmtree(job["work_dir"], ignore_errors=True)
     trainer = train.Trainer(Config(**settings))
     trainer.validate_and_save = lambda: None
     parts.watch(trainer.vae.encoder, "VAE encode")
@@ -195,6 +195,67 @@ def compare_speed(args: argparse.Namespace) -> int:
     return 1 if any(row["failed"] for row in record["rows"]) else 0
 
 
+# --------------------------------------------------------------------------------------------------------------- processes
+def judge_processes(results: dict[str, list[dict]], processes: int) -> list[dict]:
+    """One record per row: images/s of one process and of several with as many times the batch, and the scaling efficiency.
+
+    Efficiency is images/s of all processes over `processes` times that of one alone, of the same round.
+    """
+    rows = []
+    for name in dict.fromkeys(name.split(": ")[0] for name in results):
+        alone, together = results[f"{name}: 1 process"], results[f"{name}: {processes} processes"]
+        efficiency = [
+            many["images_per_s"] / (processes * one["images_per_s"])
+            for one, many in zip(alone, together, strict=True)
+            if "failed" not in one and "failed" not in many
+        ]
+        rows.append(
+            {
+                "name": name,
+                "images_per_s": [speed.in_one(alone, "images_per_s"), speed.in_one(together, "images_per_s")],
+                "efficiency": speed.median_and_range(efficiency) if efficiency else None,
+                "parts_s": [speed.parts_of(alone), speed.parts_of(together)],
+                "failed": [result["failed"] for result in alone + together if "failed" in result],
+            }
+        )
+    return rows
+
+
+def processes_tables(rows: list[dict], processes: int) -> str:
+    main = [[row["name"], *map(shown, row["images_per_s"]), shown(row["efficiency"])] for row in rows]
+    columns = ["training", "images/s, 1 process", f"images/s, {processes} processes", "scaling efficiency"]
+    names = list(dict.fromkeys(part for row in rows for parts in row["parts_s"] for part in parts))
+    per_part = [
+        [f"{row['name']}: {count}", *(f"{parts.get(part, 0):.3g}" for part in names)]
+        for row in rows
+        for count, parts in zip((1, processes), row["parts_s"], strict=True)
+    ]
+    return f"{speed.table(columns, main)}\n\n{speed.table(['seconds per iteration, processes', *names], per_part)}"
+
+
+def compare_processes(args: argparse.Namespace) -> int:
+    """Train with one process and with several that each have its batch and, on CPUs, its number of threads."""
+    models = speed.make_models(args.models, "tiny" if args.quick else "full")
+    images = speed.make_images(args.work_dir / "images", args.size, args.pairs * args.processes)
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.processes))} if args.device == "cpu" else {}
+    jobs, counts = jobs_for(args, models, images), (1, args.processes)
+    contestants = {f"{name}: {n} process{'es' * (n > 1)}": (jobs[name], n) for name in jobs for n in counts}
+
+    def one(name: str, round_: int) -> dict:
+        job, count = contestants[name]
+        folder = args.models / "processes" / speed.file_name(name) / str(round_)
+        job = {**job, "batch_size": count * args.batch_size, "work_dir": str(folder / "run")}
+        return speed.run_worker(__file__, job, folder, count, **threads)
+
+    rows = judge_processes(speed.alternate(list(contestants), args.rounds, one), args.processes)
+    record = speed.header("train", args, speed.matmul_ceiling(args.device))
+    record |= {"processes": args.processes, "threads": threads, "settings": jobs, "rows": rows}
+    each = f"{args.batch_size} pairs of {args.size} px" + "".join(f", {key}={value}" for key, value in threads.items())
+    how = f"Each process: {each}; {args.iterations} iterations after {args.warmup} of warm-up, stage 2."
+    speed.report(record, f"{how}\n\n{processes_tables(rows, args.processes)}", args)
+    return 1 if any(row["failed"] for row in rows) else 0
+
+
 # ------------------------------------------------------------------------------------------------------------- loss curves
 def window_means(losses: list[float]) -> list[float]:
     """Mean losses of consecutive windows."""
@@ -262,11 +323,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=1, help="iterations before the clock starts [1]")
     parser.add_argument("--iterations", type=int, help="timed iterations [cpu: 2; cuda: 10]")
     parser.add_argument("--workers", type=int, default=2, help="loader processes, the same for all [2]")
+    parser.add_argument("--processes", type=int, help=f"compare so many processes with one, of --rows [{LEAN}]")
     parser.add_argument("--curves", action="store_true", help="compare losses over 200 iterations on the demo's base instead")
     args = speed.parse(parser, argv)
     if args.worker:
         return speed.work(args.worker, measure)
-    args.rows = speed.chosen(parser, args.rows, ROWS, HEADLINE)
+    if args.processes is not None and args.processes < 2:
+        parser.error(f"--processes: expected at least 2, found {args.processes}")
+    args.rows = speed.chosen(parser, args.rows, ROWS, (LEAN,) if args.processes else HEADLINE)
     if args.curves:
         return compare_curves(args)
     on_gpu = args.device == "cuda" and not args.quick
@@ -274,6 +338,9 @@ def main(argv: list[str] | None = None) -> int:
     args.batch_size = args.batch_size or (64 if on_gpu else 2)
     args.pairs = args.pairs or 2 * args.batch_size
     args.iterations = args.iterations or (10 if on_gpu else 2)
+    if args.processes:
+        args.rows.remove(REFERENCE)  # a program for one process
+        return compare_processes(args)
     return compare_speed(args)
 
 

@@ -180,6 +180,18 @@ def test_utilisation_counts_the_encoder_only_where_it_runs(monkeypatch):
     assert "4×" in train.tables([plain, cached], "cpu")
 
 
+def test_scaling_efficiency_is_of_the_same_round():
+    def rounds(*speeds):
+        return [{"images_per_s": speed, "parts": {}} if speed else {"failed": "x"} for speed in speeds]
+
+    results = {"a: 1 process": rounds(1.0, 2.0, 5.0), "a: 2 processes": rounds(2.0, 3.0, None)}
+    results |= {"b: 1 process": rounds(None), "b: 2 processes": rounds(1.0)}
+    a, b = train.judge_processes(results, 2)
+    assert a["efficiency"] == {"median": 0.875, "low": 0.75, "high": 1.0} and a["failed"] == ["x"]
+    assert (b["name"], b["efficiency"], b["failed"]) == ("b", None, ["x"])
+    assert "| a | 2 (1 to 5) | 2.5 (2 to 3) | 0.875 (0.75 to 1) |" in train.processes_tables([a, b], 2)
+
+
 def test_cost_model_recovers_what_made_the_points():
     flop = [1e9, 3e9, 5e9, 9e9, 2e10]
     rate, fixed = scaling.fit([{"flop": f, "seconds": f / 2e11 + 0.01} for f in flop])
@@ -230,6 +242,23 @@ def test_training_benchmark(work_dir):
         assert sum(row["parts_s"].values()) * row["images_per_s"]["median"] == pytest.approx(2)  # the batch
         assert row["peak_ram_gib"]["median"] > 0.2 and 0 < row["utilisation"] < 1
     assert ours["ratio"]["median"] == pytest.approx(ours["images_per_s"]["median"] / plain["images_per_s"]["median"])
+
+
+def test_benchmark_of_two_processes(work_dir):
+    record = run_script(train, work_dir, "--processes", "2", "--rows", "defaults", "--workers", "0")
+    (row,) = record["rows"]
+    one, two = (spread["median"] for spread in row["images_per_s"])
+    assert row["efficiency"]["median"] == pytest.approx(two / (2 * one))
+    for parts, images_per_s, batch in zip(row["parts_s"], (one, two), (2, 4), strict=True):
+        assert parts["backward"] > 0 and sum(parts.values()) * images_per_s == pytest.approx(batch)
+    sizes = [json.loads(file.read_text())["batch_size"] for file in sorted(work_dir.glob("tiny/processes/*/0/job.json"))]
+    assert sizes == [2, 4]
+
+
+def test_processes_below_two_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--processes", "1"])
+    assert "--processes: expected at least 2, found 1" in capsys.readouterr().err
 
 
 def test_translation_benchmark(work_dir):
