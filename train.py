@@ -400,9 +400,11 @@ class Trainer:
     def run(self) -> None:
         try:
             if self.config.phase == "test":
-                return self.test()
-            with self.signals:
-                self.train()
+                self.test()
+            else:
+                with self.signals:
+                    self.train()
+            self.accelerator.end_training()  # threads of gloo that outlive the interpreter abort the process
         except OSError as error:  # a full disk, first of all; the feeders tell of their own files themselves
             raise UserError(f"cannot write into {self.work_dir}: {error.strerror or error}; {self.last_good()}") from error
         finally:
@@ -421,6 +423,7 @@ class Trainer:
             self.fit()
         except Stopped as stopped:
             self.save_early()
+            self.accelerator.end_training()
             raise Stopped(f"{stopped}; {self.last_good()}; the same command continues") from None
         except LoaderFault as fault:
             if self.accelerator.num_processes == 1:  # else the others are in the middle of something

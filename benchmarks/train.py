@@ -87,7 +87,7 @@ def run_reference(job: dict, parts: Parts, iteration_is_done, losses: list[float
 
 
 def run_project(job: dict, parts: Parts, iteration_is_done, losses: list[float]) -> None:
-    """Trainer.fit, without the validation and the checkpoint at its end."""
+    """Trainer.run, without the validation and the checkpoint at its end."""
     import train
     from cdiffset.config import Config
     from cdiffset.diffusion import predict
@@ -113,7 +113,7 @@ def run_project(job: dict, parts: Parts, iteration_is_done, losses: list[float])
 
     trainer.step = timed
     trainer.add_scalars = lambda _, values: losses.append(values["loss"])  # what is logged, every log_iter
-    trainer.fit()
+    trainer.run()
 
 
 # ------------------------------------------------------------------------------------------------------------------- speed

@@ -54,7 +54,7 @@ def join() -> None:
 
 
 def total(number: int) -> int:
-    """The sum over all processes, once every one has come here; processes that cannot talk return their own.
+    """The sum over all processes, once every one has come here for the last talk; those that cannot talk return their own.
 
     A launcher ends all processes where one of them ends with an error, so none may, before the others are done.
     """
@@ -65,4 +65,5 @@ def total(number: int) -> int:
     join()
     summed = torch.tensor(number)
     torch.distributed.all_reduce(summed)
+    torch.distributed.destroy_process_group()  # its threads abort a process at whose exit they still run
     return int(summed)
