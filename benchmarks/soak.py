@@ -52,9 +52,8 @@ def judge(name: str, samples: list[tuple[int, float, int]]) -> bool:
         print(f"| {step} | {memory:.1f} | {files} |")
     first, second = np.array_split(np.array(samples)[len(samples) // 4 :], 2)
     grown = second[:, 1].max() / first[:, 1].max() - 1
-    opened = (
-        second[:, 2].min() - first[:, 2].min()
-    )  # a sample may fall into a save or a validation, which opens some for a moment
+    # A sample may fall into a save or a validation, which opens some files for a moment: hence the fewest.
+    opened = second[:, 2].min() - first[:, 2].min()
     print(f"\nafter the warm-up, second half against first: the most memory {grown:+.2%}, the fewest files {opened:+g}")
     return grown <= MEMORY_TOLERANCE and opened <= FILES_TOLERANCE
 
