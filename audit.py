@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cdiffset.config import Config, load_config
 from cdiffset.errors import Parser, UserError, run
-from cdiffset.options import add_machine_options, add_model_options, check_limits, check_model_options
+from cdiffset.options import add_machine_options, add_model_options, begin_reading, check_limits, check_model_options
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,11 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 where single pairs could not be read."""
     args, further = make_parser().parse_known_args(argv)
     config = check(args, further)
+    weights = begin_reading(args)
     from cdiffset import audit_report  # heavy imports, only once the options hold
     from cdiffset.auditor import Auditor, write_maps
 
     feeder, arguments, root = find_pairs(args, config)
-    auditor = Auditor(args)
+    auditor = Auditor(args, weights)
     try:
         failures = write_maps(auditor, feeder.pairs, args.output, args.skip_existing)
         pairs = [pair for pair in feeder.pairs if pair not in failures]

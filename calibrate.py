@@ -16,7 +16,7 @@ import numpy as np
 from cdiffset import calibration
 from cdiffset.calibration import LEVELS, Calibration
 from cdiffset.errors import Parser, UserError, run
-from cdiffset.options import add_translation_options, calibrated_settings, check_translation_options
+from cdiffset.options import add_translation_options, begin_reading, calibrated_settings, check_translation_options
 
 PARTS = {"fit": 0.5, "intervals": 0.25, "judge": 0.25}
 MIN_PAIRS = 4
@@ -42,9 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     args = check(make_parser().parse_args(argv))
     pairs = find_pairs(args)
     parts = split(len(pairs), args.split_seed)
+    weights = begin_reading(args, with_fingerprint=True)
     from cdiffset.translator import Translator
 
-    translator = Translator(args, ["calibrate.py without --ensemble"] if args.ensemble == 1 else [], with_fingerprint=True)
+    needing_variance = ["calibrate.py without --ensemble"] if args.ensemble == 1 else []
+    translator = Translator(args, weights, needing_variance, with_fingerprint=True)
     pixels, unreadable = collect(translator, pairs, args)
     drawn = {part: pooled([pixels[index] for index in chosen if index in pixels], part) for part, chosen in parts.items()}
     fitted = fit(drawn, calibrated_settings(args), translator.fingerprint)

@@ -17,6 +17,7 @@ from cdiffset.images import list_images, require_inside, write_png, write_tiff
 from cdiffset.options import (
     add_scene_options,
     add_translation_options,
+    begin_reading,
     calibrated_settings,
     check_scene_options,
     check_translation_options,
@@ -98,12 +99,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def translate(args: argparse.Namespace, todo: list[Job], known: calibration.Calibration | None) -> list[Path]:
     """Load the networks and do the jobs => those images that could not be read."""
+    with_fingerprint = known is not None or any(job.is_scene for job in todo)
+    weights = begin_reading(args, with_fingerprint)
     from cdiffset.translator import Translator
 
     needing_variance = [option for option in ("--conf-dir", "--variance-dir") if folder_of(args, option)]
     if known and "variance" in known.curves:
         needing_variance.append("--calibration")
-    translator = Translator(args, needing_variance, with_fingerprint=known is not None or any(job.is_scene for job in todo))
+    translator = Translator(args, weights, needing_variance, with_fingerprint)
     if known and known.model != translator.fingerprint:
         raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
     started = time.monotonic()

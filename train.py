@@ -29,12 +29,12 @@ import utils
 from cdiffset import checkpoint
 from cdiffset.attention import share_prompt
 from cdiffset.config import Config, flatten
+from cdiffset.device import keep_freed_memory
 from cdiffset.diffusion import training_loss, translate
 from cdiffset.errors import Stopped, UserError, message_of
 from cdiffset.evaluation import evaluate_folders
 from cdiffset.images import to_uint8, write_png, write_tiff
 from cdiffset.latent_cache import LatentCache, Work
-from cdiffset.memory import keep_freed_memory
 from cdiffset.model import (
     check_base,
     check_latent_channels,
@@ -43,6 +43,7 @@ from cdiffset.model import (
     encode,
     load_base_unet,
     load_scheduler,
+    load_unet,
     load_vae,
     patch_conv_in,
     patch_conv_out,
@@ -212,7 +213,7 @@ class Trainer:
             unet = patch_conv_in(unet)
         else:
             source = resume_from / "unet" if resume_from else start
-            unet, weights = checkpoint.load_unet(str(source), base, latent_channels, option)
+            unet, weights = load_unet(str(source), base, latent_channels, option)
             origin = str(weights)
         has_variance = unet.config.out_channels == latent_channels + 1
         if config.confidence and not has_variance and config.phase == "train":
@@ -356,7 +357,7 @@ class Trainer:
             raise UserError(f"resume: the optimizer state of {folder} does not fit this configuration: {error}") from error
         if self.ema_unet and (folder / "unet_ema").is_dir():
             base, latent_channels = self.config.pretrained_model_name_or_path, self.vae.config.latent_channels
-            average, _ = checkpoint.load_unet(str(folder / "unet_ema"), base, latent_channels, "resume")
+            average, _ = load_unet(str(folder / "unet_ema"), base, latent_channels, "resume")
             self.ema_unet.load_state_dict(average.state_dict())
         self.iteration, self.best_psnr = meta["iteration"], -math.inf if meta["best_psnr"] is None else meta["best_psnr"]
         self.unfinished = meta["unfinished"]

@@ -24,11 +24,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from cdiffset.audit import DRAWS, LOCAL_QUANTILE, TIMESTEPS, residual_map, squared_residual
-from cdiffset.checkpoint import find_weights, load_unet, read_meta
+from cdiffset.checkpoint import find_weights, read_meta
 from cdiffset.config import DEFAULT_PROMPT
 from cdiffset.errors import UserError, run
 from cdiffset.images import list_images, read_eo, read_sar, to_signed
-from cdiffset.model import embed_prompt, encode, load_scheduler, load_vae
+from cdiffset.model import embed_prompt, encode, load_scheduler, load_unet, load_vae
 from cdiffset.uncertainty import auroc
 from data.simulate import Simulation, simulate_scene
 

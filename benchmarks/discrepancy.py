@@ -36,19 +36,19 @@ from tqdm import tqdm
 
 from benchmarks.discrepancy_report import Results, figure, read_maps, report, write_compact_png
 from benchmarks.measures import Judge, draw_scenes, judge_unet
-from cdiffset import checkpoint
 from cdiffset.config import DEFAULT_PROMPT
+from cdiffset.device import keep_freed_memory
 from cdiffset.diffusion import predict, target_of, training_loss
 from cdiffset.errors import UserError, run
 from cdiffset.images import written_whole
 from cdiffset.losses import variance
-from cdiffset.memory import keep_freed_memory
 from cdiffset.model import (
     check_base,
     embed_prompt,
     encode,
     load_base_unet,
     load_scheduler,
+    load_unet,
     load_vae,
     patch_conv_in,
     patch_conv_out,
@@ -191,7 +191,7 @@ def start_unet(base: str, variant: Variant, folder: Path | None):
     if folder is None:
         unet = patch_conv_in(load_base_unet(base))
     else:
-        unet, _ = checkpoint.load_unet(str(folder), base, load_base_unet(base).config.out_channels, "start")
+        unet, _ = load_unet(str(folder), base, load_base_unet(base).config.out_channels, "start")
     return patch_conv_out(unet) if variant.confidence else unet
 
 
@@ -258,7 +258,7 @@ def train_job(job: Job, output: Path, base: str, size: Size, device: str) -> Non
     earlier = {name: replace(job, variant=name).folder(output) for name in (variant.start, variant.weighted_like) if name}
     unet = start_unet(base, variant, earlier.get(variant.start)).to(device).train()
     if variant.weighted_like:
-        like = checkpoint.load_unet(str(earlier[variant.weighted_like]), base, latents.shape[2], "weighted_like")[0].to(device)
+        like = load_unet(str(earlier[variant.weighted_like]), base, latents.shape[2], "weighted_like")[0].to(device)
         sigma2 = expected_sigma2(like.eval(), scheduler, latents, prompt)
         loss_of = partial(weighted_loss, scheduler, prompt, cdiff_weights(scheduler, sigma2))
     else:
@@ -298,7 +298,7 @@ def judge_job(job: Job, output: Path, base: str, size: Size, device: str) -> Non
     )
     judge = Judge(load_vae(base).to(device), load_scheduler(base, "epsilon"), prompt, **use)
     trained = replace(job, level=trained_at(job.level, size)).folder(output)
-    unet, _ = checkpoint.load_unet(str(trained), base, judge.vae.config.latent_channels, "judge")
+    unet, _ = load_unet(str(trained), base, judge.vae.config.latent_channels, "judge")
     thorough = job.variant in ("mse", "cdiff") and job.level == "standard"
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         numbers, maps = judge_unet(judge, unet.to(device).eval(), scenes, size.samples if thorough else 1, thorough)

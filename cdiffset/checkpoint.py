@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from cdiffset.device import AS_STORED, Form
 from cdiffset.errors import UserError
-from cdiffset.model import load_component
 
 META, STATE, MANIFEST, LOCK = "checkpoint.json", "training_state.pt", "manifest.json", ".lock"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers; Accelerate, hence the released code's runs
@@ -74,98 +73,67 @@ def parts_of(file: Path, option: str) -> list[Path]:
     return [file.with_name(name) for name in names]
 
 
-def config_beside(weights: Path, base: str) -> dict:
-    """The U-Net config that belongs to a weights file: the config.json beside it, else the base's own."""
-    beside = weights.with_name("config.json")
-    try:
-        config = json.loads(beside.read_text())
-        if isinstance(config, dict) and config.get("_class_name") == "UNet2DConditionModel":
-            return config
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {beside}: {str(error).splitlines()[0]}") from error
-    return load_component(UNet2DConfig, base, "unet")
+class Weights:
+    """A U-Net's weights file, read and brought into form by threads that begin at once.
 
-
-class UNet2DConfig:
-    """Reads a U-Net's config.json alone, through the same errors as the components."""
-
-    @staticmethod
-    def from_pretrained(base: str, subfolder: str) -> dict:
-        return UNet2DConditionModel.load_config(base, subfolder=subfolder)
-
-
-def load_unet(
-    path: str,
-    base: str,  # gives the architecture to weights that come without a config.json
-    latent_channels: int,
-    option: str,  # what errors name
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    memory_format: torch.memory_format = torch.preserve_format,  # of convolutions' weights
-) -> tuple[UNet2DConditionModel, Path]:
-    """Load a stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net, whole or not at all.
-
-    Returns the U-Net, in evaluation mode, and its weights file, whose tensors go to the device and type one by one.
+    A command has it read while the libraries of the networks are imported, and builds the U-Net by `model.build_unet`.
     """
-    weights = find_weights(Path(path).expanduser(), option)
-    with ThreadPoolExecutor(1) as pool:
-        listed = pool.submit(check_listed, weights, option)  # it reads the whole file, so at the same time as the loading
+
+    def __init__(self, path: str, option: str, form: Form = AS_STORED):
+        """`option` is what errors name. UserError where there is no weights file in a known form."""
+        self.file, self.option, self.form = find_weights(Path(path).expanduser(), option), option, form
+        pool = ThreadPoolExecutor(2, "weights")
+        self.reading, self.listed = pool.submit(self.read), pool.submit(check_listed, self.file, option)
+        pool.shutdown(wait=False)
+
+    def read(self) -> tuple[dict[str, torch.Tensor], str | None]:
+        """=> (the tensors, the name of one that holds NaN or Inf)."""
+        tensors, extremes = read_weights(self.file, self.option), {}
+        check_kernels(tensors, f"{self.option}: {self.file}")  # before gigabytes of something else are gone through
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                extremes[name] = tensor.float().aminmax()  # NaN where there is one; far quicker than to ask every value
+            memory_format = self.form.memory_format if tensor.dim() == 4 else torch.preserve_format
+            tensors[name] = tensor.to(self.form.device).to(self.form.dtype, memory_format=memory_format)
+        finite = torch.stack([torch.stack(pair) for pair in extremes.values()]).isfinite().all(1).tolist()
+        return tensors, next((name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite), None)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Once they are all there. UserError where the file is damaged, or not as our own checkpoint was written."""
         try:
-            unet = build_unet(weights, base, latent_channels, option, (device, dtype, memory_format))
+            return self.reading.result()[0]
         finally:
-            listed.result()  # of a damaged file this says more than what the damage leads to
-    return unet.requires_grad_(True).eval(), weights
+            self.listed.result()  # of a damaged file this says more than what the damage leads to
+
+    def check(self, expected: dict[str, torch.Tensor]) -> None:
+        """Every expected tensor is there in its shape, finite, and nothing else."""
+        found, where = self.tensors(), f"{self.option}: {self.file}"
+        missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        if missing or unexpected:
+            kinds = (("missing", missing), ("unexpected", unexpected))
+            faults = ", ".join(f"{len(names)} {kind} ({names[0]} …)" for kind, names in kinds if names)
+            raise UserError(f"{where}: expected {len(expected)} tensors, found {len(found)}: {faults}; wrong base model?")
+        for name, tensor in expected.items():
+            if (shape := found[name].shape) != tensor.shape:
+                raise UserError(
+                    f"{where}: expected {name} of shape {list(tensor.shape)}, found {list(shape)}; wrong base model?"
+                )
+        if (name := self.reading.result()[1]) is not None:
+            raise UserError(f"{where}: {name} holds NaN or Inf, expected finite weights")
 
 
-def build_unet(weights: Path, base: str, latent_channels: int, option: str, form: tuple) -> UNet2DConditionModel:
-    tensors = read_weights(weights, option)
-    check_channels(tensors, latent_channels, f"{option}: {weights}")
-    outputs = tensors["conv_out.weight"].shape[0]
-    config = {**config_beside(weights, base), "in_channels": 2 * latent_channels, "out_channels": outputs}
-    try:
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(config)
-    except Exception as error:  # values that make no sense break the constructor wherever they reach
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{option}: config.json of {weights} describes no U-Net ({reason})") from error
-    check_tensors(tensors, unet.state_dict(), f"{option}: {weights}")
-    unet.load_state_dict({name: in_form(tensor, *form) for name, tensor in tensors.items()}, assign=True)
-    return unet
-
-
-def in_form(tensor: torch.Tensor, device, dtype: torch.dtype, memory_format: torch.memory_format) -> torch.Tensor:
-    return tensor.to(device).to(dtype, memory_format=memory_format if tensor.dim() == 4 else torch.preserve_format)
+def check_kernels(tensors: dict[str, torch.Tensor], where: str) -> None:
+    if any(tensors[name].dim() != 4 if name in tensors else True for name in ("conv_in.weight", "conv_out.weight")):
+        raise UserError(f"{where} is no U-Net: expected conv_in.weight and conv_out.weight among its {len(tensors)} tensors")
 
 
 def check_channels(tensors: dict[str, torch.Tensor], latent_channels: int, where: str) -> None:
-    inputs, outputs = (tuple(tensors[name].shape) if name in tensors else () for name in ("conv_in.weight", "conv_out.weight"))
-    if len(inputs) != 4 or len(outputs) != 4:
-        raise UserError(f"{where} is no U-Net: expected conv_in.weight and conv_out.weight among its {len(tensors)} tensors")
-    c = latent_channels
-    if inputs[1] != 2 * c or outputs[0] not in (c, c + 1):
+    inputs, outputs, c = tensors["conv_in.weight"].shape[1], tensors["conv_out.weight"].shape[0], latent_channels
+    if inputs != 2 * c or outputs not in (c, c + 1):
         raise UserError(
             f"{where}: expected {2 * c} input channels (SAR and noisy EO latent) and {c} (stage 1) or {c + 1} (stage 2) output "
-            f"channels, found {inputs[1]} and {outputs[0]}" + (", an unpatched U-Net" if inputs[1] == c else "")
+            f"channels, found {inputs} and {outputs}" + (", an unpatched U-Net" if inputs == c else "")
         )
-
-
-def check_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], where: str) -> None:
-    """Every expected tensor is there in its shape, finite, and nothing else."""
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unexpected:
-        kinds = (("missing", missing), ("unexpected", unexpected))
-        faults = ", ".join(f"{len(names)} {kind} ({names[0]} …)" for kind, names in kinds if names)
-        raise UserError(f"{where}: expected {len(expected)} tensors, found {len(found)}: {faults}; wrong base model?")
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            raise UserError(
-                f"{where}: expected {name} of shape {list(tensor.shape)}, found {list(found[name].shape)}; wrong base model?"
-            )
-        extremes = torch.stack(found[name].float().aminmax())  # NaN where there is one; far quicker than to ask every value
-        if not extremes.isfinite().all():
-            raise UserError(f"{where}: {name} holds NaN or Inf, expected finite weights")
 
 
 def read_meta(path: str | Path) -> dict:

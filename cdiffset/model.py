@@ -5,6 +5,7 @@ C = latent channels (4 in SD); L prompt tokens of width D. Pixels are RGB in [-1
 """
 
 import gc
+import json
 from pathlib import Path
 
 import torch
@@ -18,15 +19,13 @@ from diffusers import (
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
+from cdiffset.checkpoint import Weights, check_channels
 from cdiffset.errors import UserError
 
 # The libraries' retries and bars say less than our own one-line error.
 hub_logging.set_verbosity_error()
 diffusers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
 
 COMPONENTS = ("scheduler", "tokenizer", "text_encoder", "vae", "unet")
 
@@ -80,6 +79,54 @@ def load_base_unet(base: str) -> UNet2DConditionModel:
     return load_component(UNet2DConditionModel, base, "unet", torch_dtype=torch.float32, output_loading_info=True)
 
 
+def load_unet(path: str, base: str, latent_channels: int, option: str) -> tuple[UNet2DConditionModel, Path]:
+    """Load a stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net, whole or not at all => (it, its weights file).
+
+    float32, in evaluation mode; `option` is what errors name.
+    """
+    weights = Weights(path, option)
+    return build_unet(weights, base, latent_channels), weights.file
+
+
+def build_unet(weights: Weights, base: str, latent_channels: int) -> UNet2DConditionModel:
+    """The U-Net whose weights are being read; the base gives the architecture to those that come without a config.json."""
+    tensors = weights.tensors()
+    check_channels(tensors, latent_channels, f"{weights.option}: {weights.file}")
+    outputs = tensors["conv_out.weight"].shape[0]
+    config = {**config_beside(weights.file, base), "in_channels": 2 * latent_channels, "out_channels": outputs}
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
+    except Exception as error:  # values that make no sense break the constructor wherever they reach
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{weights.option}: config.json of {weights.file} describes no U-Net ({reason})") from error
+    weights.check(unet.state_dict())
+    unet.load_state_dict(tensors, assign=True)
+    return unet.requires_grad_(True).eval()
+
+
+def config_beside(weights: Path, base: str) -> dict:
+    """The U-Net config that belongs to a weights file: the config.json beside it, else the base's own."""
+    beside = weights.with_name("config.json")
+    try:
+        config = json.loads(beside.read_text())
+        if isinstance(config, dict) and config.get("_class_name") == "UNet2DConditionModel":
+            return config
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {beside}: {str(error).splitlines()[0]}") from error
+    return load_component(UNet2DConfig, base, "unet")
+
+
+class UNet2DConfig:
+    """Reads a U-Net's config.json alone, through the same errors as the components."""
+
+    @staticmethod
+    def from_pretrained(base: str, subfolder: str) -> dict:
+        return UNet2DConditionModel.load_config(base, subfolder=subfolder)
+
+
 def load_scheduler(base: str, prediction_type: str) -> DDIMScheduler:
     """DDIM with the method's settings on the base's noise schedule; training takes its alphas from the same object.
 
@@ -115,6 +162,10 @@ def make_sampler(ddim: DDIMScheduler, scheduler: str = "ddim", timestep_spacing:
 
 def embed_prompt(base: str, prompt: str) -> torch.Tensor:
     """Text => [1, L, D] float32, tokenised without padding. The text encoder leaves memory again: one prompt serves all."""
+    from transformers import CLIPTextModel, CLIPTokenizer  # slow to import, and an embedding that is kept does without
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     tokenizer = load_component(CLIPTokenizer, base, "tokenizer")
     text_encoder = load_component(CLIPTextModel, base, "text_encoder", dtype=torch.float32, output_loading_info=True).eval()
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without a vocabulary

@@ -161,6 +161,19 @@ def check_model_options(args: argparse.Namespace) -> None:
     find_weights(Path(args.checkpoint).expanduser(), "--checkpoint")  # before the base model, which may be far away
 
 
+def begin_reading(args: argparse.Namespace, with_fingerprint: bool = False):
+    """Have threads read the checkpoint's weights as translator.Model wants them => checkpoint.Weights.
+
+    To be called before that module is imported: its libraries take as long.
+    """
+    from cdiffset.checkpoint import Weights
+    from cdiffset.device import AS_STORED, form_of, keep_freed_memory
+
+    form = form_of(args)
+    keep_freed_memory(form.device)
+    return Weights(args.checkpoint, "--checkpoint", AS_STORED if with_fingerprint else form)
+
+
 def check_limits(args: argparse.Namespace, limits: dict[str, tuple]) -> None:
     """UserError where an option is outside of its (least, greatest) value; None: no limit."""
     for name, (low, high) in limits.items():

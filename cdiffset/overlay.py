@@ -5,7 +5,6 @@ Small images are enlarged by a whole factor until their longer side has at least
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import binary_erosion
 
 ERROR_VIEW_MAX = 64  # 8-bit units; the same for all images, larger errors look like this one
 SHOWN_PX = 256
@@ -46,6 +45,8 @@ def error_view(expected: np.ndarray) -> np.ndarray:
 
 def overlay(eo: np.ndarray, expected: np.ndarray, threshold: float) -> np.ndarray:
     """EO uint8 [H, W, 3], outlined and hatched where its expected error [H, W] is above `threshold` => uint8 [H', W', 3]."""
+    from scipy.ndimage import binary_erosion  # slow to import
+
     picture, high = enlarged(eo).astype(np.float64), enlarged(expected > threshold)
     thickness = max(1, max(high.shape) // 512)
     outline = high & ~binary_erosion(high, iterations=thickness, border_value=1)

@@ -13,7 +13,6 @@ import numpy as np
 from rasterio.enums import ColorInterp
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
-from scipy.ndimage import correlate1d
 
 from cdiffset.errors import UserError
 from cdiffset.images import PIXEL_PERCENTILES, STRETCH_PERCENTILES
@@ -136,6 +135,7 @@ def despeckled(intensity: np.ndarray, valid: np.ndarray, side: int, looks: float
     With the mean m and variance v of the valid pixels around, and a speckle of variance m² / looks, a pixel becomes
     m + W (pixel - m), W = (v - m² / looks) / (v (1 + 1 / looks)), within 0 to 1. What is not valid takes part in nothing.
     """
+    from scipy.ndimage import correlate1d  # slow to import, and few filter
 
     def total(values: np.ndarray) -> np.ndarray:
         for axis in (0, 1):  # no running sum, whose rounding would depend on where it began

@@ -7,13 +7,16 @@ weights in whatever window it is computed.
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rasterio.io import DatasetReader
 from rasterio.transform import from_gcps
-from scipy.sparse import csr_array
 
 from cdiffset.errors import UserError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array  # slow to import, and few resample
 
 EARTH_RADIUS = 6_371_008.8  # m, the mean one: metres per degree are right within 0.6 %
 SAME_GSD = 0.02  # a relative difference that is not worth resampling
@@ -55,11 +58,13 @@ def resampled_size(size: tuple[int, int], steps: tuple[float, float]) -> tuple[i
     return tuple(math.ceil(round(side / step, 6)) for side, step in zip(size, steps, strict=True))
 
 
-def weights(first: int, last: int, step: float, length: int) -> tuple[int, csr_array]:
+def weights(first: int, last: int, step: float, length: int) -> "tuple[int, csr_array]":
     """Pixels `first` to `last` of an axis, each `step` pixels of another of `length` => (first pixel used, weights [n, m]).
 
     Each row adds up to 1; at an end the weights of what lies beyond go to what is there.
     """
+    from scipy.sparse import csr_array
+
     centres = (np.arange(first, last) + 0.5) * step - 0.5
     reach = max(step, 1.0)
     places = np.floor(centres - reach).astype(np.int64)[:, None] + np.arange(1, 2 * math.ceil(reach) + 2)
@@ -71,7 +76,7 @@ def weights(first: int, last: int, step: float, length: int) -> tuple[int, csr_a
     return start, csr_array((shares[rows, taps], (rows, used - start)), (len(centres), int(used.max()) + 1 - start))
 
 
-def apply_weights(down: csr_array, along: csr_array, values: np.ndarray) -> np.ndarray:
+def apply_weights(down: "csr_array", along: "csr_array", values: np.ndarray) -> np.ndarray:
     """Values [..., h, w] => float64 [..., h', w']."""
     flat = values.reshape(-1, *values.shape[-2:])
     resampled = np.stack([(along @ (down @ band).T).T for band in flat])

@@ -1,5 +1,8 @@
 """SAR pixels in, EO pixels and maps out: everything between the reading and the writing of files."""
 
+import cdiffset.lean  # noqa: F401  first: it imports diffusers quickly
+
+# isort: split
 import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,13 +16,23 @@ from tqdm import tqdm
 
 from cdiffset import processes
 from cdiffset.attention import share_prompt
-from cdiffset.checkpoint import load_unet, read_meta
+from cdiffset.checkpoint import Weights, read_meta
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT
+from cdiffset.device import form_of, free_memory
 from cdiffset.diffusion import ensemble, predict, reduce_samples
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar, to_signed, to_uint8
-from cdiffset.memory import free_memory, keep_freed_memory
-from cdiffset.model import check_base, check_prompt_width, decode, encode, load_scheduler, load_vae, make_sampler, vae_factor
+from cdiffset.model import (
+    build_unet,
+    check_base,
+    check_prompt_width,
+    decode,
+    encode,
+    load_scheduler,
+    load_vae,
+    make_sampler,
+    vae_factor,
+)
 from cdiffset.pipeline import batches_of_one_size, file_threads
 from cdiffset.prompt_cache import cached_prompt
 from cdiffset.uncertainty import confidence_map, variance_map
@@ -49,6 +62,7 @@ class Model:
     def __init__(
         self,
         args: argparse.Namespace,  # the model and machine options of options.py
+        weights: Weights,  # of `options.begin_reading`
         needing_variance: Sequence[str] = (),  # options that a stage 1 checkpoint cannot serve
         with_fingerprint: bool = False,  # `fingerprint`, else None: it takes seconds for a large model
     ):
@@ -56,19 +70,14 @@ class Model:
         base = args.pretrained_model_name_or_path or trained.get("pretrained_model_name_or_path") or DEFAULT_BASE
         prompt = next(text for text in (args.prompt, trained.get("prompt"), DEFAULT_PROMPT) if text is not None)
         check_base(base)
-        self.device = pick_device(args.device)
-        keep_freed_memory(self.device)
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
-        # Half precisions are computed with channels last, in which their kernels are at home; float32 stays as it is.
-        memory_format = torch.preserve_format if dtype == torch.float32 else torch.channels_last
-        place, load_dtype = ("cpu", torch.float32) if with_fingerprint else (self.device, dtype)
-        self.vae = load_vae(base, load_dtype)
+        self.device, dtype, memory_format = form_of(args)
+        self.vae = load_vae(base, weights.form.dtype)
         latent_channels = self.vae.config.latent_channels
-        self.unet, weights = load_unet(args.checkpoint, base, latent_channels, "--checkpoint", place, load_dtype, memory_format)
+        self.unet = build_unet(weights, base, latent_channels)
         if needing_variance and self.unet.config.out_channels == latent_channels:
             raise UserError(
-                f"{', '.join(needing_variance)}: {weights} is a stage 1 checkpoint ({self.unet.config.out_channels} output "
-                f"channels), a confidence takes one of stage 2 ({self.unet.config.out_channels + 1})"
+                f"{', '.join(needing_variance)}: {weights.file} is a stage 1 checkpoint ({latent_channels} output channels), "
+                f"a confidence takes one of stage 2 ({latent_channels + 1})"
             )
         self.prompt_embedding = cached_prompt(
             args.checkpoint, base, prompt, self.unet.config.cross_attention_dim, processes.place()[0] == 0
@@ -86,7 +95,7 @@ class Model:
         if args.compile:
             self.unet.compile()
         self.most, self.known_sizes = None, {}  # images that have turned out to fit; images together by padded size
-        print(f"{weights} on {self.device}, {args.precision}, base {base}, prompt {prompt!r}")
+        print(f"{weights.file} on {self.device}, {args.precision}, base {base}, prompt {prompt!r}")
 
     def stack(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """Images [H, W, 3] in 0-255 => [B, 3, H', W'] in [-1, 1] on the device, padded to multiples of the VAE's factor."""
@@ -185,19 +194,6 @@ def pad_to_multiple(pixels: np.ndarray, factor: int) -> np.ndarray:
     """[H, W, 3] => [H', W', 3] with sides that are multiples of `factor`, continued by reflection below and to the right."""
     height, width = pixels.shape[:2]
     return np.pad(pixels, ((0, -height % factor), (0, -width % factor), (0, 0)), mode="reflect")
-
-
-def pick_device(written: str | None) -> torch.device:
-    available = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if available == "cuda" and written is None:
-        written = f"cuda:{processes.local_rank() % torch.cuda.device_count()}"
-    try:
-        device = torch.device(written or available)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device: {written!r} is not to be had here ({reason}), available: {available}") from error
-    return device
 
 
 def decoder_bytes(vae: AutoencoderKL, height: int, width: int) -> int:

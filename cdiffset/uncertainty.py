@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import rankdata, spearmanr
 
 STEPS = 100  # of a sparsification curve
 
@@ -45,6 +44,8 @@ def spearman(variance: np.ndarray, error: np.ndarray) -> float:
 
     Source: scipy.stats.spearmanr. ValueError where one of the two is constant (the correlation is then undefined).
     """
+    from scipy.stats import spearmanr  # slow to import, and those who translate measure nothing
+
     variance, error = _paired(variance, error)
     for name, values in (("uncertainty", variance), ("error", error)):
         if np.ptp(values) == 0:
@@ -190,6 +191,8 @@ def auroc(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np.ndarra
     The Mann-Whitney statistic from average ranks, over the number of pairs: 0.5 for a score that knows nothing. Values in
     neither mask are ignored. The masks are boolean, of the score's shape, disjoint and not empty; else ValueError.
     """
+    from scipy.stats import rankdata
+
     positives, negatives = _under_masks(score, positive_mask, negative_mask)
     rank_sum = rankdata(np.concatenate([positives, negatives]))[: positives.size].sum()
     return float((rank_sum - positives.size * (positives.size + 1) / 2) / (positives.size * negatives.size))

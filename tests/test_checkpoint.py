@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,17 @@ from conftest import tiny_unet
 from safetensors.torch import load_file, save_file
 
 from cdiffset.checkpoint import (
+    Weights,
     list_checkpoints,
-    load_unet,
     prune,
     read_meta,
     read_state,
     require_state,
     write_checkpoint,
 )
+from cdiffset.device import Form
 from cdiffset.errors import UserError
-from cdiffset.model import patch_conv_in, patch_conv_out
+from cdiffset.model import build_unet, load_unet, patch_conv_in, patch_conv_out
 
 DIFFUSERS = "diffusion_pytorch_model.safetensors"
 
@@ -108,9 +110,18 @@ def test_half_precision_files_become_float32(tiny_base, tmp_path, dtype):
 
 def test_a_net_loads_straight_into_another_type(tiny_base, tmp_path):
     path, expected = prefixed("")(trained(), tmp_path), trained().to(torch.bfloat16).state_dict()
-    found = load_unet(str(path), tiny_base, 4, "checkpoint", dtype=torch.bfloat16)[0].state_dict()
+    form = Form(torch.device("cpu"), torch.bfloat16, torch.channels_last)
+    found = build_unet(Weights(str(path), "checkpoint", form), tiny_base, 4).state_dict()
     assert found.keys() == expected.keys()
     assert all(found[name].dtype == torch.bfloat16 and torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_weights_are_read_before_anyone_asks_for_them(tiny_base, tmp_path):
+    path = prefixed("")(trained(), tmp_path)
+    weights = Weights(str(path), "checkpoint")
+    wait([weights.reading, weights.listed], timeout=60)
+    path.unlink()
+    assert_same(build_unet(weights, tiny_base, 4), trained().state_dict())
 
 
 def test_the_average_is_preferred_where_there_is_one(tiny_base, tmp_path):
@@ -161,6 +172,14 @@ def add(tensors):
     tensors["surplus.weight"] = torch.zeros(3)
 
 
+def add_empty(tensors):
+    tensors["surplus.weight"] = torch.zeros(0, 4)
+
+
+def flatten(tensors):
+    tensors["conv_out.weight"] = tensors["conv_out.weight"].flatten(1)
+
+
 def cut(tensors):
     tensors["conv_in.bias"] = tensors["conv_in.bias"][:-1].clone()
 
@@ -201,6 +220,7 @@ def variance_bias_missing(tensors):
 REFUSED = {
     "missing tensor": (drop, ["expected 208 tensors, found 207", "1 missing (mid_block.attentions.0.norm.bias"]),
     "unexpected tensor": (add, ["expected 208 tensors, found 209", "1 unexpected (surplus.weight"]),
+    "unexpected and empty": (add_empty, ["expected 208 tensors, found 209", "1 unexpected (surplus.weight"]),
     "half of the names prefixed": (mix_prefixes, ["10 missing", "10 unexpected (module."]),
     "wrong shape": (cut, ["expected conv_in.bias of shape [16], found [15]"]),
     "transposed": (transpose, ["attn2.to_k.weight of shape [32, 64], found [64, 32]"]),
@@ -211,6 +231,7 @@ REFUSED = {
     "6 outputs": (outputs(6), ["4 (stage 1) or 5 (stage 2) output channels", "found 8 and 6"]),
     "weight and bias disagree": (variance_bias_missing, ["expected conv_out.bias of shape [5], found [4]"]),
     "no U-Net": (lambda tensors: tensors.pop("conv_in.weight"), ["is no U-Net", "207 tensors"]),
+    "no convolution": (flatten, ["is no U-Net", "208 tensors"]),
     "nothing in it": (lambda tensors: tensors.clear(), ["is no U-Net", "0 tensors"]),
 }
 

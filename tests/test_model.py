@@ -13,7 +13,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler,
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cdiffset.checkpoint import load_unet
 from cdiffset.diffusion import training_loss, translate
 from cdiffset.errors import UserError
 from cdiffset.model import (
@@ -24,6 +23,7 @@ from cdiffset.model import (
     encode,
     load_base_unet,
     load_scheduler,
+    load_unet,
     load_vae,
     patch_conv_in,
     patch_conv_out,

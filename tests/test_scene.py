@@ -21,6 +21,7 @@ from cdiffset import scene
 from cdiffset.diffusion import sample
 from cdiffset.images import to_signed, to_uint8
 from cdiffset.model import decode, encode
+from cdiffset.options import begin_reading
 from cdiffset.radiometry import Radiometry
 from cdiffset.scene import Field, gather_team, map_strips, translate_scene
 from cdiffset.tiles import blending_weights, fuse, make_grid, noise_field, strips
@@ -163,7 +164,7 @@ def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout
         blend=blend,
     )  # fmt: skip
     args = command.check(command.make_parser().parse_args(given))
-    model = Translator(args, with_fingerprint=True)
+    model = Translator(args, begin_reading(args, True), with_fingerprint=True)
     outputs = {kind: tmp_path / f"{kind}.tif" for kind in ("variance", "eo")}
     translate_scene(model, gather_team(model), tmp_path / "a.tif", outputs, args)
     padded = pad_to_multiple(np.repeat(pixels[..., None], 3, -1).astype(np.float32), 4)
@@ -385,7 +386,7 @@ def test_what_training_never_saw_is_told_and_recorded(checkpoints, tmp_path, cap
 def translate_alone(checkpoint, sar, out, **options):
     """Without the command around it, which goes on with the next scene after an error."""
     args = command.check(command.make_parser().parse_args(words(checkpoint, sar, out, maps=False, **options)))
-    model = Translator(args, with_fingerprint=True)
+    model = Translator(args, begin_reading(args, True), with_fingerprint=True)
     translate_scene(model, gather_team(model), sar, {"eo": out / "eo.tif"}, args)
 
 

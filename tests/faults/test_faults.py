@@ -19,6 +19,7 @@ import train
 from cdiffset import checkpoint, errors
 from cdiffset.config import load_config
 from cdiffset.errors import STOPPED, UserError
+from cdiffset.model import load_unet
 from feeders.feeder import PairedFolderFeeder
 from train import Trainer
 
@@ -230,12 +231,12 @@ def test_where_every_checkpoint_is_damaged_the_run_says_so(argv, begun, tmp_path
 def test_damaged_weights_are_not_trained_from_or_translated_with(argv, begun, tiny_base, tmp_path):
     shutil.copytree(begun[0] / "latest", tmp_path / "latest")
     weights = tmp_path / "latest" / "unet_ema" / "diffusion_pytorch_model.safetensors"
-    checkpoint.load_unet(str(tmp_path / "latest"), tiny_base, 4, "--checkpoint")
+    load_unet(str(tmp_path / "latest"), tiny_base, 4, "--checkpoint")
     content = bytearray(weights.read_bytes())
     content[-10] ^= 1  # a small change of one weight, which no other check would see
     weights.write_bytes(content)
     with pytest.raises(UserError, match="--checkpoint: .*is damaged: not as it was written"):
-        checkpoint.load_unet(str(tmp_path / "latest"), tiny_base, 4, "--checkpoint")
+        load_unet(str(tmp_path / "latest"), tiny_base, 4, "--checkpoint")
 
 
 def test_pruning_keeps_the_only_whole_checkpoint(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 COUNT_FAULTS = """
 import resource, torch
-from cdiffset.memory import keep_freed_memory
+from cdiffset.device import keep_freed_memory
 if {keep}:
     keep_freed_memory(torch.device("cpu"))
 def faults():

@@ -1,0 +1,66 @@
+"""The machine that computes: which device, in which precision, how much memory is free, and how a CPU gets it."""
+
+import argparse
+import ctypes
+import sys
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from cdiffset import processes
+from cdiffset.errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+NEVER = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
+
+
+class Form(NamedTuple):
+    """Where weights lie and how."""
+
+    device: torch.device
+    dtype: torch.dtype
+    memory_format: torch.memory_format  # of convolutions' weights
+
+
+AS_STORED = Form(torch.device("cpu"), torch.float32, torch.preserve_format)
+
+
+def form_of(args: argparse.Namespace) -> Form:
+    """What --device and --precision ask for."""
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
+    # Half precisions are computed with channels last, in which their kernels are at home; float32 stays as it is.
+    memory_format = torch.preserve_format if dtype == torch.float32 else torch.channels_last
+    return Form(pick_device(args.device), dtype, memory_format)
+
+
+def pick_device(written: str | None) -> torch.device:
+    available = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if available == "cuda" and written is None:
+        written = f"cuda:{processes.local_rank() % torch.cuda.device_count()}"
+    try:
+        device = torch.device(written or available)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device: {written!r} is not to be had here ({reason}), available: {available}") from error
+    return device
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Have the C library keep what is freed for the next tensors, where tensors lie in the machine's own memory.
+
+    By default it hands large blocks back to the system at once, which then clears each page of the next tensor before its
+    first use: that costs a training iteration on a CPU more than its backward pass. Does nothing without glibc.
+    """
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        for option, value in NEVER.items():
+            library.mallopt(option, value)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device, those included that PyTorch holds without using them."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
