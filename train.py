@@ -29,7 +29,7 @@ import utils
 from cdiffset import checkpoint
 from cdiffset.attention import share_prompt
 from cdiffset.config import Config, flatten
-from cdiffset.device import keep_freed_memory
+from cdiffset.device import keep_freed_memory, without_instructions
 from cdiffset.diffusion import training_loss, translate
 from cdiffset.errors import Stopped, UserError, message_of
 from cdiffset.evaluation import evaluate_folders
@@ -226,6 +226,8 @@ class Trainer:
         check_prompt_width(unet, self.prompt_embedding, base, option)
         stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
         self.train_log.info("%s: %s, U-Net from %s", config.phase, stage, origin)
+        if note := without_instructions(self.device, self.accelerator.mixed_precision):
+            self.train_log.info(note)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         share_prompt(unet)

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -435,7 +435,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     return args
 
 
-def chosen(parser: argparse.ArgumentParser, written: list[str] | None, rows: dict, headline) -> list[str]:
+def chosen(parser: argparse.ArgumentParser, written: list[str] | None, rows: Iterable[str], headline) -> list[str]:
     """The contestants asked for by --rows, the reference first."""
     names = list(rows) if written == ["all"] else written or list(headline)
     if unknown := [name for name in names if name not in rows]:

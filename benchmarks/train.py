@@ -21,21 +21,27 @@ from benchmarks.speed import REFERENCE, REPO, Parts, between, now, shown
 
 CACHE = "CACHE"
 CACHED, COPY, CHECKPOINTED = {"latent_cache": CACHE}, {"mixed_precision": "bf16_copy"}, {"gradient_checkpointing": True}
-COMPILED, EIGHT_BIT = {"torch_compile": True}, {"optimizer": "AdamW8bit"}
+COMPILED, EIGHT_BIT, AVERAGED = {"torch_compile": True}, {"optimizer": "AdamW8bit"}, {"ema_decay": 0.999}
 ROWS = {  # what each contestant changes in the configuration; CACHE stands for the latent cache's folder
     REFERENCE: {},
     "defaults": {},
     "cached": CACHED,
     "bf16": {"mixed_precision": "bf16"},
     "bf16_copy": COPY,
-    "gradient_checkpointing": CHECKPOINTED,
+    "fp16": {"mixed_precision": "fp16"},
     "tf32": {"tf32": True},
     "torch_compile": COMPILED,
+    "gradient_checkpointing": CHECKPOINTED,
+    "two accumulation steps": {"gradient_accumulation_steps": 2},
+    "AdamW8bit": EIGHT_BIT,
+    "ema": AVERAGED,
+    "ema_on_cpu": AVERAGED | {"ema_on_cpu": True},
     "bf16_copy, cached": COPY | CACHED,
     "bf16_copy, cached, torch_compile": COPY | CACHED | COMPILED,
     "bf16_copy, gradient_checkpointing": COPY | CHECKPOINTED,
     (LEAN := "bf16_copy, AdamW8bit, gradient_checkpointing"): COPY | EIGHT_BIT | CHECKPOINTED,
 }
+ON_GPUS = {"fp16", "tf32", "ema_on_cpu"}  # rows that a CPU cannot run, or that are another one on it
 HEADLINE = (REFERENCE, "bf16_copy", "bf16_copy, cached", LEAN)
 CURVE_SEEDS = (2024, 2025, 2026)
 CURVE_WINDOW = 50  # iterations whose mean loss is compared
@@ -330,7 +336,8 @@ def main(argv: list[str] | None = None) -> int:
         return speed.work(args.worker, measure)
     if args.processes is not None and args.processes < 2:
         parser.error(f"--processes: expected at least 2, found {args.processes}")
-    args.rows = speed.chosen(parser, args.rows, ROWS, (LEAN,) if args.processes else HEADLINE)
+    rows = [name for name in ROWS if args.device == "cuda" or name not in ON_GPUS]
+    args.rows = speed.chosen(parser, args.rows, rows, (LEAN,) if args.processes else HEADLINE)
     if args.curves:
         return compare_curves(args)
     on_gpu = args.device == "cuda" and not args.quick

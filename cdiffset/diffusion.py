@@ -84,12 +84,14 @@ def sample(
     index n // 2. Here it is read at the timestep of that step, however many steps there are. "decoded" is read there as well:
     `translate` carries it to pixels.
     """
-    scheduler.set_timesteps(num_inference_steps, device=z_sar.device)  # forgets earlier samplings, too
+    # On the CPU, since schedulers look at them, which would wait for a GPU in every step. Forgets earlier samplings, too.
+    scheduler.set_timesteps(num_inference_steps)
     weights, read = steps_read(readout, scheduler.timesteps.tolist()), {}
+    timesteps = scheduler.timesteps.to(z_sar.device)
     z_sar, prompt_embedding = z_sar.to(unet.dtype), prompt_embedding.to(unet.dtype)
     z_t = noise.float() * scheduler.init_noise_sigma  # float32 between the steps whatever the U-Net computes in
     for index, timestep in enumerate(scheduler.timesteps):
-        prediction, raw = predict(unet, z_sar, z_t.to(unet.dtype), timestep, prompt_embedding)
+        prediction, raw = predict(unet, z_sar, z_t.to(unet.dtype), timesteps[index], prompt_embedding)
         if raw is not None and index in weights:
             read[index] = variance(raw)
         z_t = scheduler.step(prediction.float(), timestep, z_t).prev_sample

@@ -18,7 +18,7 @@ from cdiffset import processes
 from cdiffset.attention import share_prompt
 from cdiffset.checkpoint import Weights, read_meta
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT
-from cdiffset.device import form_of, free_memory
+from cdiffset.device import form_of, free_memory, without_instructions
 from cdiffset.diffusion import ensemble, predict, reduce_samples
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar, to_signed, to_uint8
@@ -96,6 +96,8 @@ class Model:
             self.unet.compile()
         self.most, self.known_sizes = None, {}  # images that have turned out to fit; images together by padded size
         print(f"{weights.file} on {self.device}, {args.precision}, base {base}, prompt {prompt!r}")
+        if note := without_instructions(self.device, args.precision):
+            print(note)
 
     def stack(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """Images [H, W, 3] in 0-255 => [B, 3, H', W'] in [-1, 1] on the device, padded to multiples of the VAE's factor."""

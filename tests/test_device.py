@@ -1,9 +1,13 @@
-"""The C library's memory, kept once asked to."""
+"""What the CPU has instructions for, and the C library's memory, kept once asked to."""
 
+import platform
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from cdiffset.device import without_instructions
 
 COUNT_FAULTS = """
 import resource, torch
@@ -28,3 +32,22 @@ def test_freed_memory_is_used_again_without_being_cleared_by_the_system():
         for keep in (False, True)
     )
     assert kept < 20 and handed_back > 100
+
+
+@pytest.mark.parametrize(
+    ("has", "device", "precision", "noted"),
+    [
+        ([], "cpu", "bf16", True), (["avx512_fp16"], "cpu", "bf16", True), (["avx512_bf16"], "cpu", "bf16", False),
+        (["amx_bf16"], "cpu", "bf16", False), (["avx512_bf16"], "cpu", "fp16", True), (["avx512_fp16"], "cpu", "fp16", False),
+        ([], "cpu", "fp32", False), ([], "cpu", "no", False), ([], "cuda", "bf16", False),
+    ],
+)  # fmt: skip
+def test_a_precision_that_the_cpu_only_imitates_is_told(monkeypatch, has, device, precision, noted):
+    names = ("avx512_f", "f16c", "avx512_bf16", "amx_bf16", "avx512_fp16")  # as PyTorch calls them
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: name in ("avx512_f", "f16c", *has) for name in names})
+    note = without_instructions(torch.device(device), precision)
+    assert (f"no instructions for {precision}" in note) if noted else note is None
+
+
+def test_pytorch_knows_these_names():
+    assert {"avx512_bf16", "amx_bf16", "avx512_fp16"} <= torch.cpu.get_capabilities().keys() or platform.machine() != "x86_64"

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_unet, tiny_vae
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
+from cdiffset.attention import share_prompt
 from cdiffset.diffusion import (
     READOUTS,
     ensemble,
@@ -340,6 +341,34 @@ def test_the_starting_noise_is_a_function_of_seed_and_size():
     assert torch.equal(starting_noise(11, SIZE), expected) and torch.equal(starting_noise(11, SIZE), expected)
     assert torch.equal(torch.get_rng_state(), before)  # nothing global is drawn from
     assert not torch.equal(starting_noise(12, SIZE), expected)
+
+
+# ------------------------------------------------------------------------------------------------------- on another device
+def far_away() -> tuple:
+    """A stage 2 U-Net, latents and a prompt on a device beside the CPU: "meta", whose values nobody can read."""
+    unet = patch_conv_out(patch_conv_in(tiny_unet())).to("meta")
+    return unet, torch.empty(3, *SIZE, device="meta"), PROMPT.to("meta")
+
+
+@pytest.mark.parametrize("readout", ["midpoint", "mean", "renoise"])
+@pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
+def test_sampling_never_waits_for_the_device(tiny_base, name, spacing, readout):
+    unet, z, prompt = far_away()
+    share_prompt(unet, keep=True)
+    sampler = make_sampler(load_scheduler(tiny_base, "epsilon"), name, spacing)
+    z_eo, sigma2 = sample(unet, sampler, z, z, prompt, 5, readout)
+    assert z_eo.is_meta and z_eo.shape == z.shape and sigma2.is_meta and sigma2.shape == (3, 1, *SIZE[1:])
+    with pytest.raises(RuntimeError, match="meta"):
+        z_eo.max().item()  # as it would, had it looked
+
+
+@pytest.mark.parametrize("beta", ["timestep", 0.5])
+def test_neither_does_the_loss(tiny_base, beta):
+    unet, z, prompt = far_away()
+    scheduler, timesteps = load_scheduler(tiny_base, "epsilon"), torch.empty(3, dtype=torch.long, device="meta")
+    loss, sigma2 = training_loss(unet, scheduler, z, z, z, timesteps, prompt, beta)
+    loss.backward()
+    assert loss.is_meta and sigma2.shape == (3,) and all(parameter.grad.is_meta for parameter in unet.parameters())
 
 
 @pytest.mark.parametrize("stage", [1, 2])
