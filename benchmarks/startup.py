@@ -40,8 +40,7 @@ def first_image(command: list[str], image: Path, device: str, log: Path) -> dict
             time.sleep(POLL_S)
         ended = time.perf_counter() - started
     if process.returncode or not image.is_file():
-        said = log.read_text().strip().splitlines() or ["nothing"]
-        return {"failed": f"exit code {process.returncode}: {said[-1]}; see {log}"}
+        return {"failed": f"exit code {process.returncode}: {speed.last_words(log)}; see {log}"}
     return {"first_image_s": ended if there is None else there, "end_s": ended}
 
 

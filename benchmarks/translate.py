@@ -23,11 +23,12 @@ from benchmarks.speed import REFERENCE, Parts, shown
 ROWS = {  # test.py's options
     REFERENCE: [],
     "paper, fp32": ["--precision", "fp32"],
+    "fast, fp32": ["--preset", "fast", "--precision", "fp32"],
     "paper, bf16": ["--precision", "bf16"],
     "balanced, bf16": ["--preset", "balanced", "--precision", "bf16"],
     "fast, bf16": ["--preset", "fast", "--precision", "bf16"],
 }
-AT_OTHER_STEPS = ("balanced, bf16", "fast, bf16")  # whose files are not to be compared with the reference's
+AT_OTHER_STEPS = ("fast, fp32", "balanced, bf16", "fast, bf16")  # whose files are not to be compared with the reference's
 HEADLINE = (REFERENCE, "paper, bf16", "fast, bf16")
 
 

@@ -306,4 +306,6 @@ def test_a_contestant_that_fails_is_told_and_has_no_figures(tmp_path):
     log = tmp_path / "log.txt"
     result = startup.first_image([sys.executable, "-c", "raise SystemExit('no memory')"], tmp_path / "x.png", "cpu", log)
     assert result == {"failed": f"exit code 1: no memory; see {log}"}
+    log.write_text("first\n  Signal 9 (SIGKILL) received \n\n=====\n")
+    assert speed.last_words(log) == "Signal 9 (SIGKILL) received"
     assert speed.run_worker("nowhere.py", {"device": "cpu"}, tmp_path / "w")["failed"].startswith("exit code 2: ")
