@@ -29,7 +29,7 @@ import utils
 from cdiffset import checkpoint
 from cdiffset.attention import share_prompt
 from cdiffset.config import Config, flatten
-from cdiffset.device import keep_freed_memory, without_instructions
+from cdiffset.device import be_deterministic, keep_freed_memory, without_instructions
 from cdiffset.diffusion import training_loss, translate
 from cdiffset.errors import Stopped, UserError, message_of
 from cdiffset.evaluation import evaluate_folders
@@ -64,7 +64,8 @@ ORDER, NOISE = 1, 2  # purposes of random draws, so that no two share a stream
 FREE_TO_CHANGE = {
     "phase", "work_dir", "num_worker", "gpu", "num_inference_steps", "val_len", "test_batch_size", "test_feeder_args",
     "lpips", "eval_epoch", "eval_each_epoch_from", "log_iter", "save_iter", "save_epoch", "checkpoints_total_limit", "resume",
-    "report_to", "gradient_checkpointing", "gradient_accumulation_steps", "skip_nonfinite", "ema_on_cpu", "latent_cache",
+    "report_to", "deterministic", "gradient_checkpointing", "gradient_accumulation_steps", "skip_nonfinite", "ema_on_cpu",
+    "latent_cache",
 }  # fmt: skip
 
 
@@ -245,6 +246,7 @@ class Trainer:
 
     def prepare_training(self, resume_from: Path | None) -> None:
         config = self.config
+        be_deterministic(config.deterministic, self.device)
         # What is trained, averaged and saved is float32; what computes is the same network, or its bfloat16 copy.
         self.trained = self.unet.train()
         self.parameters = list(self.trained.parameters())

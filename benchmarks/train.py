@@ -30,6 +30,7 @@ ROWS = {  # what each contestant changes in the configuration; CACHE stands for 
     "bf16_copy": COPY,
     "fp16": {"mixed_precision": "fp16"},
     "tf32": {"tf32": True},
+    "not deterministic": {"deterministic": False},
     "torch_compile": COMPILED,
     "gradient_checkpointing": CHECKPOINTED,
     "two accumulation steps": {"gradient_accumulation_steps": 2},
@@ -41,7 +42,7 @@ ROWS = {  # what each contestant changes in the configuration; CACHE stands for 
     "bf16_copy, gradient_checkpointing": COPY | CHECKPOINTED,
     (LEAN := "bf16_copy, AdamW8bit, gradient_checkpointing"): COPY | EIGHT_BIT | CHECKPOINTED,
 }
-ON_GPUS = {"fp16", "tf32", "ema_on_cpu"}  # rows that a CPU cannot run, or that are another one on it
+ON_GPUS = {"fp16", "tf32", "not deterministic", "ema_on_cpu"}  # rows that a CPU cannot run, or that are another one on it
 HEADLINE = (REFERENCE, "bf16_copy", "bf16_copy, cached", LEAN)
 CURVE_SEEDS = (2024, 2025, 2026)
 CURVE_WINDOW = 50  # iterations whose mean loss is compared

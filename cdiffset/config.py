@@ -188,6 +188,9 @@ class Config:
         "autocast type; trained weights stay float32. bf16_copy: the network is a bfloat16 copy of them, fastest",
     )  # fmt: skip
     tf32: bool = knob(False, boolean, "TF32 for what is float32 on Nvidia GPUs: faster, 10 bits of mantissa")
+    deterministic: bool = knob(
+        True, boolean, "the same bits in every run on GPUs; false: quicker kernels too that add up in any order"
+    )
     torch_compile: bool = knob(False, boolean, "compile the U-Net: minutes at first, then faster; other rounding")
     ema_on_cpu: bool = knob(False, boolean, "keep the average in CPU memory: less GPU memory, more time")
     gradient_checkpointing: bool = knob(False, boolean, "recompute activations: less memory, more time")

@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import os
 import sys
 from typing import NamedTuple
 
@@ -54,6 +55,18 @@ def without_instructions(device: torch.device, precision: str) -> str | None:
     if any(has and precision in name for name, has in torch.cpu.get_capabilities().items()):
         return None
     return f"note: this CPU has no instructions for {precision}, float32 is several times faster on it"
+
+
+def be_deterministic(wanted: bool, device: torch.device) -> None:
+    """Have a GPU come to the same bits in every run, or allow it kernels that add up in any order: of gradients, above all.
+
+    CPUs have no such kernels. To be called before the first product of matrices.
+    """
+    wanted = wanted and device.type == "cuda"
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; without it PyTorch refuses
+    torch.utils.deterministic.fill_uninitialized_memory = False  # that is for finding mistakes, and takes time
+    torch.use_deterministic_algorithms(wanted)
 
 
 def keep_freed_memory(device: torch.device) -> None:

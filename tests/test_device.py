@@ -1,5 +1,6 @@
 """What the CPU has instructions for, and the C library's memory, kept once asked to."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from cdiffset.device import without_instructions
+from cdiffset.device import be_deterministic, without_instructions
 
 COUNT_FAULTS = """
 import resource, torch
@@ -51,3 +52,17 @@ def test_a_precision_that_the_cpu_only_imitates_is_told(monkeypatch, has, device
 
 def test_pytorch_knows_these_names():
     assert {"avx512_bf16", "amx_bf16", "avx512_fp16"} <= torch.cpu.get_capabilities().keys() or platform.machine() != "x86_64"
+
+
+@pytest.mark.parametrize(("wanted", "device", "expected"), [(True, "cuda", True), (False, "cuda", False), (True, "cpu", False)])
+def test_only_gpus_are_told_to_be_deterministic(monkeypatch, wanted, device, expected):
+    monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", ":0:0")  # so that it is taken back at the end
+    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    try:
+        be_deterministic(wanted, torch.device(device))
+        assert torch.are_deterministic_algorithms_enabled() is expected
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # flash attention's gradient would stay as it is
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is expected
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
