@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from tqdm import tqdm
 
 import utils
-from cdiffset import checkpoint
+from cdiffset import checkpoint, fsdp
 from cdiffset.attention import share_prompt
 from cdiffset.config import Config, flatten
 from cdiffset.device import be_deterministic, keep_freed_memory, without_instructions
@@ -64,8 +64,8 @@ ORDER, NOISE = 1, 2  # purposes of random draws, so that no two share a stream
 FREE_TO_CHANGE = {
     "phase", "work_dir", "num_worker", "gpu", "num_inference_steps", "val_len", "test_batch_size", "test_feeder_args",
     "lpips", "eval_epoch", "eval_each_epoch_from", "log_iter", "save_iter", "save_epoch", "checkpoints_total_limit", "resume",
-    "report_to", "deterministic", "gradient_checkpointing", "gradient_accumulation_steps", "skip_nonfinite", "ema_on_cpu",
-    "latent_cache",
+    "report_to", "deterministic", "fsdp", "gradient_checkpointing", "gradient_accumulation_steps", "skip_nonfinite",
+    "ema_on_cpu", "latent_cache",
 }  # fmt: skip
 
 
@@ -137,15 +137,14 @@ def build_feeder(config: Config, which: str):
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
-    """What places this process on its device among the others: each holds the whole model.
+    """What places this process on its device among the others.
 
     Batches go to the processes by BatchOrder, so Accelerate prepares the U-Net and the optimizer and nothing else.
     """
     if sharding := [name for variable, name in SHARDING.items() if os.environ.get(variable, "").lower() in ("1", "true")]:
         raise UserError(
-            f"accelerate launch: expected plain data parallelism, found {sharding[0]}: a checkpoint is written from the whole "
-            "model, which every process holds. Launch without it; optimizer: AdamW8bit, gradient_checkpointing and "
-            "ema_on_cpu save memory"
+            f"accelerate launch: expected plain data parallelism, found {sharding[0]}, which Accelerate leaves out on CPUs and "
+            "whose checkpoints would be parts. Launch without it and set fsdp: true, which divides the model everywhere"
         )
     try:
         # `cpu` also tells a launcher's processes to talk by gloo where there is nothing to accelerate on.
@@ -167,9 +166,12 @@ class Trainer:
         self.config = config
         self.accelerator = make_accelerator(config.mixed_precision)
         self.device = self.accelerator.device
-        keep_freed_memory(self.device)
+        if not config.fsdp:  # under which weights come and go all the time, and what is kept in between only grows
+            keep_freed_memory(self.device)
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if config.tf32 else "ieee"
         self.is_main = self.accelerator.is_main_process
+        if config.fsdp and config.phase == "train" and self.accelerator.num_processes == 1:
+            raise UserError("fsdp: divides the model among processes, expected several, found 1: launch more, or fsdp: false")
         self.work_dir, self.lock = Path(config.work_dir), None
         self.board = None  # TensorBoard, while training
         self.found_at_start: list[str] = []  # what an earlier run left behind, for the log
@@ -232,8 +234,8 @@ class Trainer:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         share_prompt(unet)
-        # bitsandbytes wants its weights contiguous, and would lay them out anew in the first step.
-        last = config.optimizer in FUSED
+        # fully_shard and bitsandbytes want their weights contiguous.
+        last = config.optimizer in FUSED and not config.fsdp
         self.unet = unet.to(self.device, memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def check_crops(self) -> None:
@@ -249,13 +251,16 @@ class Trainer:
         be_deterministic(config.deterministic, self.device)
         # What is trained, averaged and saved is float32; what computes is the same network, or its bfloat16 copy.
         self.trained = self.unet.train()
+        self.ema_unet = self.start_of_average(resume_from) if config.ema_decay else None
+        if config.fsdp:
+            for unet in filter(None, (self.trained, self.ema_unet)):
+                fsdp.divide(unet, self.device)
         self.parameters = list(self.trained.parameters())
         optimizer = make_optimizer(config.optimizer, self.parameters, config.learning_rate, config.weight_decay)
         # Not prepared by Accelerate, which would step it once per process.
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler, optimizer, num_warmup_steps=config.num_warmup, num_training_steps=config.num_iter
         )
-        self.ema_unet = copy.deepcopy(self.unet).requires_grad_(False).eval() if config.ema_decay else None
         self.ema_device = torch.device("cpu") if config.ema_on_cpu else self.device
         self.iteration, self.best_psnr, self.skipped = 0, -math.inf, 0
         self.unfinished = False  # whether validation and saving of the present iteration are still to be done
@@ -274,7 +279,9 @@ class Trainer:
             self.unet.compile()
         measure = getattr(self.train_feeder, "sar_statistics", None)  # a feeder of another origin may have none
         self.sar_statistics = measure() if measure and self.is_main else None
-        self.unet, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        if not config.fsdp:
+            self.unet = self.accelerator.prepare(self.unet)
         self.reads_at_once = self.device.type == "cpu"  # where it costs nothing to know at once that a step was left out
         self.guard = Guard(self.accelerator, config.skip_nonfinite - self.skipped)
         self.order = BatchOrder(
@@ -343,8 +350,17 @@ class Trainer:
         names = [name for name in {**before, **now} if name.split(".")[0] not in FREE_TO_CHANGE]
         return [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
 
+    def start_of_average(self, resume_from: Path | None):
+        """The average of the weights so far: a resumed run's, else that of the present weights alone."""
+        average = copy.deepcopy(self.unet).requires_grad_(False).eval()
+        if resume_from and (resume_from / "unet_ema").is_dir():
+            base, latent_channels = self.config.pretrained_model_name_or_path, self.vae.config.latent_channels
+            saved, _ = load_unet(str(resume_from / "unet_ema"), base, latent_channels, "resume")
+            average.load_state_dict(saved.state_dict())
+        return average
+
     def restore(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
-        """Optimizer, schedule, scaler, average and counters of a checkpoint; its U-Net is loaded already."""
+        """Optimizer, schedule, scaler and counters of a checkpoint; its U-Net and average are loaded already."""
         state, meta = checkpoint.read_state(folder)
         try:
             # The moments and the place in the schedule are the checkpoint's, all settings are this configuration's.
@@ -359,10 +375,6 @@ class Trainer:
                 self.window.restore(windows[self.accelerator.process_index])
         except (KeyError, ValueError) as error:
             raise UserError(f"resume: the optimizer state of {folder} does not fit this configuration: {error}") from error
-        if self.ema_unet and (folder / "unet_ema").is_dir():
-            base, latent_channels = self.config.pretrained_model_name_or_path, self.vae.config.latent_channels
-            average, _ = load_unet(str(folder / "unet_ema"), base, latent_channels, "resume")
-            self.ema_unet.load_state_dict(average.state_dict())
         self.iteration, self.best_psnr = meta["iteration"], -math.inf if meta["best_psnr"] is None else meta["best_psnr"]
         self.unfinished = meta["unfinished"]
         self.train_log.info("resumed from %s at iteration %d", folder, self.iteration)
@@ -379,9 +391,11 @@ class Trainer:
         """Write the present state under each name (one set of files)."""
         self.check_finite()
         windows = gather_object([self.window.state()])
+        optimizer = fsdp.whole(self.optimizer.state_dict(), self.is_main)
+        unet, ema_unet = (fsdp.whole_unet(unet, self.is_main) if unet else None for unet in (self.trained, self.ema_unet))
         if self.is_main:
             state = {
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 "windows": windows,
@@ -397,7 +411,7 @@ class Trainer:
                 "sar_statistics": self.sar_statistics,
                 "config": asdict(self.config),
             }
-            checkpoint.write_checkpoint(self.work_dir, names, self.trained, self.ema_unet, state, meta)
+            checkpoint.write_checkpoint(self.work_dir, names, unet, ema_unet, state, meta)
             checkpoint.prune(self.work_dir, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
         self.saved = self.iteration
@@ -560,6 +574,8 @@ class Trainer:
             parts.append((loss.detach(), timesteps[mine], sigma2))
         self.accelerator.unscale_gradients()
         grad_norm = gradient_norm(self.copies or self.parameters)
+        if self.config.fsdp:
+            grad_norm = torch.linalg.vector_norm(self.accelerator.gather(grad_norm))  # each had that of its parts
         loss = sum(loss for loss, *_ in parts) / len(parts)
         blocked = self.guard.watch(self.iteration + 1, loss, grad_norm, timesteps, names)
         self.window.add(
@@ -727,20 +743,21 @@ class Trainer:
         batches = self.batches(loader)
         share = math.ceil(len(indices) / self.accelerator.num_processes)  # the first process's, none has more
         rounds = range(math.ceil(share / self.config.test_batch_size))
-        for _ in tqdm(rounds, desc=what, unit="batch", disable=not self.is_main, leave=False, mininterval=1):
-            if self.config.phase == "train":
-                self.signals.stop_if_asked()
-            if (batch := next(batches, None)) is None:
-                continue
-            with self.accelerator.autocast():
-                generated, sigma2 = translate(
-                    translator, self.vae, self.scheduler, batch["sar"].to(self.device), self.prompt_embedding,
-                    self.config.num_inference_steps, self.config.seed,
-                )  # fmt: skip
-            if not generated.isfinite().all():
-                where = f"iteration {self.iteration}: " if self.config.phase == "train" else ""
-                raise UserError(f"{where}the generated images are not finite; {self.last_good()}")
-            yield batch, generated, sigma2
+        with fsdp.gathered(translator):
+            for _ in tqdm(rounds, desc=what, unit="batch", disable=not self.is_main, leave=False, mininterval=1):
+                if self.config.phase == "train":
+                    self.signals.stop_if_asked()
+                if (batch := next(batches, None)) is None:
+                    continue
+                with self.accelerator.autocast():
+                    generated, sigma2 = translate(
+                        translator, self.vae, self.scheduler, batch["sar"].to(self.device), self.prompt_embedding,
+                        self.config.num_inference_steps, self.config.seed,
+                    )  # fmt: skip
+                if not generated.isfinite().all():
+                    where = f"iteration {self.iteration}: " if self.config.phase == "train" else ""
+                    raise UserError(f"{where}the generated images are not finite; {self.last_good()}")
+                yield batch, generated, sigma2
         if self.config.phase == "train":
             translator.to(self.ema_device if translator is self.ema_unet else self.device)
             self.unet.train()

@@ -3,7 +3,7 @@
     python benchmarks/train.py                      # the full SD 2.1 architecture, random weights: the headline rows
     python benchmarks/train.py --rows all           # every option alone as well
     python benchmarks/train.py --curves             # what these rows do to the loss over 200 iterations
-    python benchmarks/train.py --processes 2        # how much faster two processes are than one
+    python benchmarks/train.py --processes 2        # how much faster two processes are than one; --rows fsdp: model divided
     python benchmarks/train.py --quick              # a tiny model, seconds
 
 An iteration is a whole optimizer step of stage 2 with the loss value on record. Time per part is that of the same iterations.
@@ -33,6 +33,7 @@ ROWS = {  # what each contestant changes in the configuration; CACHE stands for 
     "not deterministic": {"deterministic": False},
     "torch_compile": COMPILED,
     "gradient_checkpointing": CHECKPOINTED,
+    "fsdp": {"fsdp": True},
     "two accumulation steps": {"gradient_accumulation_steps": 2},
     "AdamW8bit": EIGHT_BIT,
     "ema": AVERAGED,
@@ -43,6 +44,7 @@ ROWS = {  # what each contestant changes in the configuration; CACHE stands for 
     (LEAN := "bf16_copy, AdamW8bit, gradient_checkpointing"): COPY | EIGHT_BIT | CHECKPOINTED,
 }
 ON_GPUS = {"fp16", "tf32", "not deterministic", "ema_on_cpu"}  # rows that a CPU cannot run, or that are another one on it
+OF_SEVERAL = {"fsdp"}  # rows that take several processes; one process runs them without
 HEADLINE = (REFERENCE, "bf16_copy", "bf16_copy, cached", LEAN)
 CURVE_SEEDS = (2024, 2025, 2026)
 CURVE_WINDOW = 50  # iterations whose mean loss is compared
@@ -208,7 +210,7 @@ def judge_processes(results: dict[str, list[dict]], processes: int) -> list[dict
 
     Efficiency is images/s of all processes over `processes` times that of one alone, of the same round.
     """
-    rows = []
+    rows, kept = [], ("images_per_s", "peak_ram_gib", "peak_gpu_gib")
     for name in dict.fromkeys(name.split(": ")[0] for name in results):
         alone, together = results[f"{name}: 1 process"], results[f"{name}: {processes} processes"]
         efficiency = [
@@ -219,7 +221,7 @@ def judge_processes(results: dict[str, list[dict]], processes: int) -> list[dict
         rows.append(
             {
                 "name": name,
-                "images_per_s": [speed.in_one(alone, "images_per_s"), speed.in_one(together, "images_per_s")],
+                **{key: [speed.in_one(alone, key), speed.in_one(together, key)] for key in kept},
                 "efficiency": speed.median_and_range(efficiency) if efficiency else None,
                 "parts_s": [speed.parts_of(alone), speed.parts_of(together)],
                 "failed": [result["failed"] for result in alone + together if "failed" in result],
@@ -228,9 +230,11 @@ def judge_processes(results: dict[str, list[dict]], processes: int) -> list[dict
     return rows
 
 
-def processes_tables(rows: list[dict], processes: int) -> str:
-    main = [[row["name"], *map(shown, row["images_per_s"]), shown(row["efficiency"])] for row in rows]
+def processes_tables(rows: list[dict], processes: int, device: str) -> str:
+    memory = "peak_gpu_gib" if device == "cuda" else "peak_ram_gib"
+    main = [[row["name"], *map(shown, row["images_per_s"]), shown(row["efficiency"]), *map(shown, row[memory])] for row in rows]
     columns = ["training", "images/s, 1 process", f"images/s, {processes} processes", "scaling efficiency"]
+    columns += ["peak memory, 1 process [GiB]", f"of each of {processes}"]
     names = list(dict.fromkeys(part for row in rows for parts in row["parts_s"] for part in parts))
     per_part = [
         [f"{row['name']}: {count}", *(f"{parts.get(part, 0):.3g}" for part in names)]
@@ -251,7 +255,8 @@ def compare_processes(args: argparse.Namespace) -> int:
     def one(name: str, round_: int) -> dict:
         job, count = contestants[name]
         folder = args.models / "processes" / speed.file_name(name) / str(round_)
-        job = {**job, "batch_size": count * args.batch_size, "work_dir": str(folder / "run")}
+        settings = {key: value for key, value in job["settings"].items() if count > 1 or key not in OF_SEVERAL}
+        job = {**job, "settings": settings, "batch_size": count * args.batch_size, "work_dir": str(folder / "run")}
         return speed.run_worker(__file__, job, folder, count, **threads)
 
     rows = judge_processes(speed.alternate(list(contestants), args.rounds, one), args.processes)
@@ -259,7 +264,7 @@ def compare_processes(args: argparse.Namespace) -> int:
     record |= {"processes": args.processes, "threads": threads, "settings": jobs, "rows": rows}
     each = f"{args.batch_size} pairs of {args.size} px" + "".join(f", {key}={value}" for key, value in threads.items())
     how = f"Each process: {each}; {args.iterations} iterations after {args.warmup} of warm-up, stage 2."
-    speed.report(record, f"{how}\n\n{processes_tables(rows, args.processes)}", args)
+    speed.report(record, f"{how}\n\n{processes_tables(rows, args.processes, args.device)}", args)
     return 1 if any(row["failed"] for row in rows) else 0
 
 
@@ -337,7 +342,8 @@ def main(argv: list[str] | None = None) -> int:
         return speed.work(args.worker, measure)
     if args.processes is not None and args.processes < 2:
         parser.error(f"--processes: expected at least 2, found {args.processes}")
-    rows = [name for name in ROWS if args.device == "cuda" or name not in ON_GPUS]
+    left_out = (ON_GPUS if args.device == "cpu" else set()) | (set() if args.processes else OF_SEVERAL)
+    rows = [name for name in ROWS if name not in left_out]
     args.rows = speed.chosen(parser, args.rows, rows, (LEAN,) if args.processes else HEADLINE)
     if args.curves:
         return compare_curves(args)

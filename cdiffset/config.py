@@ -18,6 +18,9 @@ from cdiffset.errors import Parser, UserError
 
 DEFAULT_BASE = "Manojb/stable-diffusion-2-1-base"
 DEFAULT_PROMPT = "electro-optical image"
+NOT_DIVIDED = {  # settings that `fsdp` cannot serve
+    "mixed_precision": ("fp16", "bf16_copy"), "optimizer": ("AdamW8bit",), "torch_compile": (True,), "ema_on_cpu": (True,),
+}  # fmt: skip
 MAX_VALUES = 10_000  # in a YAML, all aliases written out; a run has some fifty
 
 
@@ -193,6 +196,7 @@ class Config:
     )
     torch_compile: bool = knob(False, boolean, "compile the U-Net: minutes at first, then faster; other rounding")
     ema_on_cpu: bool = knob(False, boolean, "keep the average in CPU memory: less GPU memory, more time")
+    fsdp: bool = knob(False, boolean, "divide weights, gradients and moments among the processes: less memory, more time")
     gradient_checkpointing: bool = knob(False, boolean, "recompute activations: less memory, more time")
     gpu: list | None = knob(None, optional(gpu_ids), "GPUs a single process may see; null: all")
 
@@ -378,6 +382,9 @@ def check(values: dict) -> Config:
             f"gradient_accumulation_steps: expected a divisor of batch_size ({config.batch_size}), "
             f"found {config.gradient_accumulation_steps}"
         )
+    for name, unserved in NOT_DIVIDED.items():
+        if config.fsdp and (value := getattr(config, name)) in unserved:
+            raise UserError(f"fsdp: true cannot be had with {name}: {shown(value)}, expected another {name} or fsdp: false")
     if config.latent_cache_crops and not config.latent_cache:
         raise UserError(f"latent_cache_crops: {config.latent_cache_crops} crops of each pair, but latent_cache names no folder")
     if config.latent_cache_crops and config.latent_cache_crops > config.latent_cache_epochs:

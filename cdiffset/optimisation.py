@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from cdiffset.errors import UserError
+from cdiffset.fsdp import divided_as, part
 
 FUSED = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}  # told on the device to leave a step out
 FIRST_MOMENT = {"AdamW": "exp_avg", "Adam": "exp_avg", "AdamW8bit": "state1"}
@@ -29,21 +30,23 @@ def make_optimizer(name: str, parameters: list, learning_rate: float, weight_dec
 
 
 def load_moments(name: str, optimizer: Optimizer, state: dict) -> None:
-    """Take over an optimizer's state, not its settings, laid out in memory as the weights are: fused kernels rely on it.
+    """Take over an optimizer's state, not its settings, laid out as the weights are: fused kernels rely on it.
 
     ValueError where it is not one of these weights and this optimizer, of which the optimizer would learn in its next step.
     """
+    laid_out = {}
     for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        moment = flat(state["state"][index]).get(FIRST_MOMENT[name])
+        entries = state["state"][index]
+        moment = flat(entries).get(FIRST_MOMENT[name])
         if moment is None:
             raise ValueError(f"it is not of {name}")
         if moment.shape != parameter.shape:
             raise ValueError("it is of another stage; accelerator_path starts a stage from the weights of another")
-    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for parameter, entries in optimizer.state.items():
-        for key, value in entries.items():
-            if type(value) is torch.Tensor and value.shape == parameter.shape:
-                entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        laid_out[index] = {
+            key: divided_as(parameter, value) if type(value) is torch.Tensor and value.shape == parameter.shape else value
+            for key, value in entries.items()
+        }
+    optimizer.load_state_dict({"state": laid_out, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def flat(entries: dict) -> dict:
@@ -53,8 +56,8 @@ def flat(entries: dict) -> dict:
 
 
 def gradient_norm(parameters: list) -> torch.Tensor:
-    """Norm over all gradients, float32 on their device."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    """Norm over all gradients, float32 on their device; over this process's parts where they are divided."""
+    gradients = [part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if gradients[0].device.type != "cpu":
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
     norms = torch.empty(len(gradients))  # ahead: results between float32 copies of bfloat16 gradients would strew the memory

@@ -182,14 +182,14 @@ def test_utilisation_counts_the_encoder_only_where_it_runs(monkeypatch):
 
 def test_scaling_efficiency_is_of_the_same_round():
     def rounds(*speeds):
-        return [{"images_per_s": speed, "parts": {}} if speed else {"failed": "x"} for speed in speeds]
+        return [{"images_per_s": speed, "peak_ram_gib": 9.0, "parts": {}} if speed else {"failed": "x"} for speed in speeds]
 
     results = {"a: 1 process": rounds(1.0, 2.0, 5.0), "a: 2 processes": rounds(2.0, 3.0, None)}
     results |= {"b: 1 process": rounds(None), "b: 2 processes": rounds(1.0)}
     a, b = train.judge_processes(results, 2)
     assert a["efficiency"] == {"median": 0.875, "low": 0.75, "high": 1.0} and a["failed"] == ["x"]
     assert (b["name"], b["efficiency"], b["failed"]) == ("b", None, ["x"])
-    assert "| a | 2 (1 to 5) | 2.5 (2 to 3) | 0.875 (0.75 to 1) |" in train.processes_tables([a, b], 2)
+    assert "| a | 2 (1 to 5) | 2.5 (2 to 3) | 0.875 (0.75 to 1) | 9 | 9 |" in train.processes_tables([a, b], 2, "cpu")
 
 
 def test_cost_model_recovers_what_made_the_points():
@@ -245,14 +245,14 @@ def test_training_benchmark(work_dir):
 
 
 def test_benchmark_of_two_processes(work_dir):
-    record = run_script(train, work_dir, "--processes", "2", "--rows", "defaults", "--workers", "0")
+    record = run_script(train, work_dir, "--processes", "2", "--rows", "fsdp", "--workers", "0")
     (row,) = record["rows"]
     one, two = (spread["median"] for spread in row["images_per_s"])
     assert row["efficiency"]["median"] == pytest.approx(two / (2 * one))
     for parts, images_per_s, batch in zip(row["parts_s"], (one, two), (2, 4), strict=True):
         assert parts["backward"] > 0 and sum(parts.values()) * images_per_s == pytest.approx(batch)
-    sizes = [json.loads(file.read_text())["batch_size"] for file in sorted(work_dir.glob("tiny/processes/*/0/job.json"))]
-    assert sizes == [2, 4]
+    jobs = [json.loads(file.read_text()) for file in sorted(work_dir.glob("tiny/processes/*/0/job.json"))]
+    assert [(job["batch_size"], job["settings"]) for job in jobs] == [(2, {}), (4, {"fsdp": True})]
 
 
 def test_processes_below_two_are_refused(capsys):

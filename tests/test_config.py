@@ -281,6 +281,10 @@ def test_settings_are_checked_against_each_other(load):
     assert refusal(load, "num_iter: 50\n") == "num_warmup: expected at most num_iter (50), found 100"
     message = refusal(load, "batch_size: 8\ngradient_accumulation_steps: 3\n")
     assert message == "gradient_accumulation_steps: expected a divisor of batch_size (8), found 3"
+    for other in ("mixed_precision: bf16_copy", "mixed_precision: fp16", "optimizer: AdamW8bit", "torch_compile: true"):
+        name = other.partition(":")[0]
+        assert refusal(load, f"fsdp: true\n{other}\n").startswith(f"fsdp: true cannot be had with {name}: ")
+    assert load("fsdp: true\nmixed_precision: bf16\n").fsdp
 
 
 @pytest.mark.parametrize("key", ["accelerator_path", "pretrained_model_name_or_path", "work_dir"])
