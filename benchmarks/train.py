@@ -262,7 +262,7 @@ def compare_processes(args: argparse.Namespace) -> int:
     rows = judge_processes(speed.alternate(list(contestants), args.rounds, one), args.processes)
     record = speed.header("train", args, speed.matmul_ceiling(args.device))
     record |= {"processes": args.processes, "threads": threads, "settings": jobs, "rows": rows}
-    each = f"{args.batch_size} pairs of {args.size} px" + "".join(f", {key}={value}" for key, value in threads.items())
+    each = f"batch {args.batch_size} of {args.size} px" + "".join(f", {key}={value}" for key, value in threads.items())
     how = f"Each process: {each}; {args.iterations} iterations after {args.warmup} of warm-up, stage 2."
     speed.report(record, f"{how}\n\n{processes_tables(rows, args.processes, args.device)}", args)
     return 1 if any(row["failed"] for row in rows) else 0
