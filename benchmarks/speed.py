@@ -280,12 +280,13 @@ def run_worker(script: str, job: dict, folder: Path, processes: int = 1, **envir
         code = subprocess.run(command, stdout=log, stderr=log, env=environment(job["device"]) | environ).returncode
     if code == 0 and (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text())
-    return {"failed": f"exit code {code}: {last_words(folder / 'log.txt')}; see {folder / 'log.txt'}"}
+    return {"failed": f"exit code {code}: {last_words(folder / 'log.txt')}; see {os.path.relpath(folder / 'log.txt')}"}
 
 
 def last_words(log: Path) -> str:
-    """The last line that says something: torchrun ends its report by a rule."""
-    return next((line.strip() for line in reversed(log.read_text().splitlines()) if line.strip(" =-")), "nothing")
+    """The last line that says something: torchrun ends its report by a rule, and what is killed by a progress bar."""
+    said = (line.strip() for line in reversed(log.read_text().splitlines()) if "%|" not in line)
+    return next((line for line in said if line.strip(" =-")), "nothing")
 
 
 def work(folder: Path, measure: Callable[[dict], dict]) -> int:

@@ -8,6 +8,7 @@ the page cache then, and whatever a command keeps from its first run on a checkp
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def first_image(command: list[str], image: Path, device: str, log: Path) -> dict
             time.sleep(POLL_S)
         ended = time.perf_counter() - started
     if process.returncode or not image.is_file():
-        return {"failed": f"exit code {process.returncode}: {speed.last_words(log)}; see {log}"}
+        return {"failed": f"exit code {process.returncode}: {speed.last_words(log)}; see {os.path.relpath(log)}"}
     return {"first_image_s": ended if there is None else there, "end_s": ended}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 
@@ -305,7 +306,9 @@ def test_settings_of_the_contestants_are_the_configurations():
 def test_a_contestant_that_fails_is_told_and_has_no_figures(tmp_path):
     log = tmp_path / "log.txt"
     result = startup.first_image([sys.executable, "-c", "raise SystemExit('no memory')"], tmp_path / "x.png", "cpu", log)
-    assert result == {"failed": f"exit code 1: no memory; see {log}"}
+    assert result == {"failed": f"exit code 1: no memory; see {os.path.relpath(log)}"}
     log.write_text("first\n  Signal 9 (SIGKILL) received \n\n=====\n")
     assert speed.last_words(log) == "Signal 9 (SIGKILL) received"
+    log.write_text("step 1 is slow\ntraining:   0%|          | 0/3\rtraining:  33%|███▎      | 1/3 [00:45<01:30]")
+    assert speed.last_words(log) == "step 1 is slow"
     assert speed.run_worker("nowhere.py", {"device": "cpu"}, tmp_path / "w")["failed"].startswith("exit code 2: ")
