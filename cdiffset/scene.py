@@ -270,7 +270,7 @@ def blend_pixels(model: Model, tiles: Tiles, read_pixels: Callable, scratch: Scr
     def read(number: int) -> tuple[np.ndarray, np.ndarray]:
         return (*read_pixels(number), noise_field(model.args.seed, channels, *tiles.window(number)))
 
-    first = (scratch.done or 0) * across
+    first = first_tile(scratch, tiles.grid, tiles.batch_size)
     for number, tile in enumerate(tiles.run(translate_tiles, read, first=first, cost=steps + 1), start=first):
         own.write(number * height, tile)
         if (number + 1) % across == 0:
@@ -283,6 +283,12 @@ def blend_pixels(model: Model, tiles: Tiles, read_pixels: Callable, scratch: Scr
     for top, strip in strips(fuse(tiles.grid, (tile_of(number, slice(-1, None)) for number in every)), tiles.grid.width):
         sigma2.write(top, strip)
     return Translated(lambda number: (tile_of(number, slice(0, -1)),), sigma2)
+
+
+def first_tile(scratch: Scratch, grid: Grid, batch_size: int) -> int:
+    """Where a killed run goes on: with a batch as in a run in one go, since rounding may depend on how many share one."""
+    done = (scratch.done or 0) * len(grid.lefts)
+    return done - done % batch_size
 
 
 def tile_shapes(channels: int, grid: Grid) -> dict[str, tuple[int, int, int]]:
@@ -441,7 +447,7 @@ def progress(scratch: Scratch, options: argparse.Namespace, grid: Grid, megapixe
     if options.blend == "latents":
         stages, unit = (0 if done is None else count * (done + 1)), f"step {done} of {steps}"
     else:
-        stages, unit = (done or 0) * len(grid.lefts) * (steps + 1), f"row {done} of {len(grid.tops)} of tiles"
+        stages, unit = first_tile(scratch, grid, options.batch_size) * (steps + 1), f"row {done} of {len(grid.tops)} of tiles"
     bar = Progress(total=count * (steps + 2), initial=stages, desc=name, unit="tile", mininterval=1)
     bar.megapixels = megapixels
     if done is not None:

@@ -235,6 +235,27 @@ def test_a_killed_run_goes_on_to_the_same_bytes(checkpoints, tmp_path, monkeypat
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
+def test_a_killed_run_goes_on_with_the_batches_of_one_in_one_go(checkpoints, tmp_path, monkeypatch):
+    """Tiles may round otherwise in a batch of another size. 12 tiles in rows of 4, batches of 5, 5 and 2, two rows done."""
+    sar, batches = save(tmp_path / "a.tif", smooth(120, 130)), []
+
+    def seen(vae, pixels):
+        batches.append(pixels.clone())
+        if len(batches) == 6:
+            raise KeyboardInterrupt
+        return encode(vae, pixels)
+
+    monkeypatch.setattr(scene, "encode", seen)
+    settings = {"blend": "pixels", "batch_size": 5, "maps": False}
+    assert command.main(words(checkpoints[4], sar, tmp_path / "whole", **settings)) == 0
+    with pytest.raises(KeyboardInterrupt):
+        command.main(words(checkpoints[4], sar, tmp_path / "again", **settings))
+    assert command.main(words(checkpoints[4], sar, tmp_path / "again", **settings)) == 0
+    assert [len(batch) for batch in batches] == [5, 5, 2] + [5, 5, 2] + [5, 2]
+    assert all(torch.equal(a, b) for a, b in zip(batches[-2:], batches[1:3], strict=True))
+    assert (tmp_path / "whole/eo/a.tif").read_bytes() == (tmp_path / "again/eo/a.tif").read_bytes()
+
+
 def test_a_run_with_other_settings_does_not_go_on_from_the_one_killed(checkpoints, tmp_path, monkeypatch):
     sar = save(tmp_path / "a.tif", smooth(100, 70))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
