@@ -44,7 +44,7 @@ ROWS = {  # what each contestant changes in the configuration; CACHE stands for 
     (LEAN := "bf16_copy, AdamW8bit, gradient_checkpointing"): COPY | EIGHT_BIT | CHECKPOINTED,
 }
 ON_GPUS = {"fp16", "tf32", "not deterministic", "ema_on_cpu"}  # rows that a CPU cannot run, or that are another one on it
-OF_SEVERAL = {"fsdp"}  # rows that take several processes; one process runs them without
+OF_SEVERAL = {"fsdp"}  # rows, and settings of the same names, that take several processes; one process runs without them
 HEADLINE = (REFERENCE, "bf16_copy", "bf16_copy, cached", LEAN)
 CURVE_SEEDS = (2024, 2025, 2026)
 CURVE_WINDOW = 50  # iterations whose mean loss is compared

@@ -936,10 +936,10 @@ def no_network():
 def launch(argv, tmp_path):
     """Train in several processes => the work_dir."""
 
-    def make(work_dir, processes: int = 2, **changes) -> Path:
+    def make(work_dir, processes: int = 2, script: Path = REPO / "main.py", **changes) -> Path:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [*launcher, str(REPO / "main.py"), *argv(work_dir, **changes)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [*launcher, str(script), *argv(work_dir, **changes)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return Path(work_dir)
@@ -975,6 +975,36 @@ def test_a_divided_model_is_saved_whole_and_resumes_anywhere(launch, run, tiny_b
         file = Path("latest") / kind / "diffusion_pytorch_model.safetensors"
         assert (again / file).read_bytes() == (whole / file).read_bytes()
         assert deviation(weights_of(alone / "latest" / kind), weights_of(whole / "latest" / kind), tiny_base) < 1e-3
+
+
+SPOILT = """
+import math, sys
+import torch
+import main, train
+
+step, encode = train.Trainer.step, train.encode
+
+
+def watched(self, batches):
+    spoilt = self.iteration == 1 and self.accelerator.process_index == 1
+    train.encode = lambda vae, pixels: encode(vae, pixels) * (math.inf if spoilt else 1)
+    weights = [weight.to_local() for weight in (*self.parameters, *self.ema_unet.parameters())]
+    before = [weight.clone() for weight in weights]
+    step(self, batches)
+    assert all(map(torch.equal, weights, before)) == (self.iteration == 1), self.iteration
+
+
+train.Trainer.step = watched
+sys.exit(main.main())
+"""
+
+
+def test_a_step_that_is_not_finite_for_one_process_changes_no_part_of_a_divided_model(launch, tmp_path):
+    (tmp_path / "spoilt.py").write_text(SPOILT)
+    settings = {"num_iter": 3, "ema_decay": 0.9, "skip_nonfinite": 1, "fsdp": True}
+    folder = launch(tmp_path / "run", script=tmp_path / "spoilt.py", **settings)
+    assert "step left out (1 of 1): iteration 2: the gradient norm is nan" in (folder / "train_log.txt").read_text()
+    assert all(tensor.isfinite().all() for tensor in weights_of(folder / "latest" / "unet").values())
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
