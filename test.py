@@ -1,19 +1,20 @@
 """Translate a folder of SAR images: python test.py --sar-dir SAR --output-dir EO --checkpoint work_dir/run/best
 
-Every image under --sar-dir becomes an EO image of the same size and relative path; maps and overlays on request. GeoTIFFs
-with a side above --tile are scenes: read and written by windows, into GeoTIFFs on their own grid (cdiffset/scene.py).
+Every image under --sar-dir becomes an EO image of the same size and relative path; maps and overlays on request. Georeferenced
+rasters of any size are scenes, and so are large TIFFs: they become GeoTIFFs on their own grid (cdiffset/scene.py).
 """
 
 import argparse
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cdiffset import calibration, processes
+from cdiffset.checkpoint import read_meta
 from cdiffset.errors import Parser, UserError, run
-from cdiffset.geotiff import is_larger_than
-from cdiffset.images import list_images, require_inside, write_png, write_tiff
+from cdiffset.geotiff import find_sources, is_scene, open_scene
+from cdiffset.images import write_png, write_tiff
 from cdiffset.options import (
     add_scene_options,
     add_translation_options,
@@ -21,7 +22,10 @@ from cdiffset.options import (
     calibrated_settings,
     check_scene_options,
     check_translation_options,
+    radiometry_options,
+    scene_options_given,
 )
+from cdiffset.radiometry import RadiometryOptions, fits_one_tile, shared_stretch, wanted_polarisations
 
 OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO image last: it stands for a finished job
     ("--conf-dir", "confidence", ".png"),
@@ -32,16 +36,14 @@ OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO im
     ("--overlay-dir", "overlay", ".png"),
     ("--output-dir", "eo", ".png"),
 )
-SCENE_KINDS = ("confidence", "variance", "error", "eo")  # what there is of a scene, all of it .tif
-SCENE_READOUTS = ("midpoint", "mean", "first", "early", "late")  # the others need the whole latent at once
+SCENE_KINDS = ("confidence", "variance", "spread", "error", "overlay", "eo")  # what there is of a scene, all of it .tif
+FUSED_READOUTS = ("midpoint", "mean", "first", "early", "late")  # the others need the whole latent at once
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Translate SAR images to EO images, with confidence maps.", allow_abbrev=False)
     group = parser.add_argument_group("files")
-    group.add_argument(
-        "--sar-dir", type=Path, required=True, help="folder of SAR images, PNG, JPEG or TIFF, recursive, or one file"
-    )
+    group.add_argument("--sar-dir", type=Path, required=True, help="folder of SAR images and scenes, recursive, or one file")
     group.add_argument(
         "--output-dir", type=Path, required=True, help="EO images, 8-bit PNG, same relative paths; of scenes .tif"
     )
@@ -63,7 +65,6 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--overlay-threshold", type=float, metavar="X", help="for --overlay-dir, in 8-bit EO units (0-255)")
     group.add_argument("--calibration", type=Path, help="JSON file of calibrate.py [the one beside the checkpoint]")
     group.add_argument("--skip-existing", action="store_true", help="leave images alone whose outputs are all there")
-    group.add_argument("--follow-links", action="store_true", help="let symbolic links lead out of these folders")
     add_translation_options(parser)
     add_scene_options(parser)
     return parser
@@ -71,34 +72,44 @@ def make_parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Job:
-    """One image: where it comes from and where its outputs go, by what they hold; in the order of writing."""
+    """One image or scene: where it comes from and where its outputs go, by what they hold; in the order of writing."""
 
-    sar: Path
+    files: tuple[Path, ...]  # of a scene one for each polarisation, where they are separate
     outputs: dict[str, Path]
     is_scene: bool = False
+    is_fused: bool = False  # a scene of more than one tile
+
+    @property
+    def sar(self) -> Path:
+        return self.files[0]
 
     def is_done(self) -> bool:
         return all(path.is_file() for path in self.outputs.values())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 1 where single images could not be read."""
+    """Returns 0, or 1 where single images could not be translated."""
     args = check(make_parser().parse_args(argv))
     known = load_calibration(args)
-    jobs = make_jobs(
-        args, [Path(args.sar_dir.name)] if args.sar_dir.is_file() else list_images(args.sar_dir, args.follow_links)
-    )
-    check_scenes(args, jobs)
+    trained = read_meta(args.checkpoint)
+    radiometry = radiometry_options(args).completed(trained.get("radiometry"))
+    jobs, faulty = make_jobs(args, radiometry, trained)
+    check_fused(args, jobs)
+    radiometry = with_shared_stretch(radiometry, jobs, trained)
     mine = my_share(args, jobs)
     todo = [job for job in mine if not (args.skip_existing and job.is_done())]
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
-    failures = translate(args, todo, known) if todo else []
+    failures = faulty + (translate(args, radiometry, todo, known) if todo else [])
+    if failures:
+        print(f"{len(failures)} skipped: {', '.join(str(path) for path in failures[:3])}", file=sys.stderr)
     return 1 if processes.total(len(failures)) else 0
 
 
-def translate(args: argparse.Namespace, todo: list[Job], known: calibration.Calibration | None) -> list[Path]:
-    """Load the networks and do the jobs => those images that could not be read."""
+def translate(
+    args: argparse.Namespace, radiometry: RadiometryOptions, todo: list[Job], known: calibration.Calibration | None
+) -> list[Path]:
+    """Load the networks and do the jobs => those images that could not be translated."""
     with_fingerprint = known is not None or any(job.is_scene for job in todo)
     weights = begin_reading(args, with_fingerprint)
     from cdiffset.translator import Translator
@@ -111,26 +122,27 @@ def translate(args: argparse.Namespace, todo: list[Job], known: calibration.Cali
         raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
     started = time.monotonic()
     try:
-        failures = translate_all(translator, [job for job in todo if not job.is_scene], args, known)
-        failures += translate_scenes(translator, [job for job in todo if job.is_scene], args, known)
+        failures = translate_images(translator, [job for job in todo if not job.is_scene], args, known)
+        failures += translate_whole_scenes(
+            translator, [job for job in todo if job.is_scene and not job.is_fused], args, radiometry, known
+        )
+        failures += translate_fused_scenes(translator, [job for job in todo if job.is_fused], args, radiometry, known)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
     seconds, (rank, count) = time.monotonic() - started, processes.place()
-    done = sum(rank == 0 or not job.is_scene for job in todo) - len(failures)  # the first process counts the scenes of all
+    done = sum(rank == 0 or not job.is_fused for job in todo) - len(failures)  # the first process counts the scenes of all
     whose = f"process {rank + 1} of {count}: " if count > 1 else ""
     print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
-    if failures:
-        print(f"{len(failures)} skipped as unreadable: {', '.join(str(path) for path in failures[:3])}", file=sys.stderr)
     return failures
 
 
 def my_share(args: argparse.Namespace, jobs: list[Job]) -> list[Job]:
-    """The images that fall to this process of a launcher, and the scenes, each of which all processes share.
+    """The images that fall to this process of a launcher, and the fused scenes, each of which all processes share.
 
     Taken of all jobs, whether done or not, so that every process deals them out alike whenever it starts.
     """
     folder = source_folder(args)
-    images, scenes = ([job for job in jobs if job.is_scene is kind] for kind in (False, True))
+    images, scenes = ([job for job in jobs if job.is_fused is kind] for kind in (False, True))
     dealt = [images[index] for index in processes.share([job.sar.relative_to(folder).as_posix() for job in images])]
     return dealt + (scenes if processes.place()[0] == 0 or processes.can_talk() else [])
 
@@ -159,8 +171,16 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError("--overlay-dir and --overlay-threshold, an expected error in 8-bit units, need each other: give both")
     if args.overlay_threshold is not None and not 0 <= args.overlay_threshold <= 255:
         raise UserError(f"--overlay-threshold: expected 0 to 255, in 8-bit units, found {args.overlay_threshold}")
+    maps = [option for option, kind, _ in OUTPUTS if kind != "eo" and folder_of(args, option)]
+    if args.readout and not set(maps) - {"--spread-dir"}:
+        raise UserError(f"--readout {args.readout}: it changes maps alone, give --conf-dir or another folder of them")
+    if args.ensemble > 1 and args.ensemble_output in (None, "first") and not maps:
+        raise UserError(
+            f"--ensemble {args.ensemble}: nothing shows it; give --ensemble-output mean or median, --spread-dir or other maps"
+        )
     if args.calibration and not (args.error_dir or args.overlay_dir):
         raise UserError("--calibration: it serves --error-dir and --overlay-dir, found neither")
+    args.scene_options = scene_options_given(args)
     check_scene_options(args)
     check_translation_options(args)
     return args
@@ -169,22 +189,6 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 def source_folder(args: argparse.Namespace) -> Path:
     """--sar-dir, or where the one file lies that it names."""
     return args.sar_dir.parent if args.sar_dir.is_file() else args.sar_dir
-
-
-def check_scenes(args: argparse.Namespace, jobs: list[Job]) -> None:
-    """Refuse what scenes do not have, before the networks are loaded."""
-    scenes = [job for job in jobs if job.is_scene]
-    if not scenes:
-        return
-    refused = [option for option in ("--overlay-dir", "--spread-dir") if folder_of(args, option)]
-    refused += ["--ensemble"] if args.ensemble > 1 else []
-    refused += [f"--scheduler {args.scheduler}"] if args.scheduler != "ddim" else []  # the others remember earlier steps
-    refused += [f"--readout {args.readout}"] if args.readout not in SCENE_READOUTS else []
-    if refused:
-        raise UserError(
-            f"{', '.join(refused)}: not to be had of scenes, and {scenes[0].sar} has a side above --tile {args.tile}: "
-            f"leave it out, or raise --tile"
-        )
 
 
 def calibration_path(args: argparse.Namespace) -> Path:
@@ -202,59 +206,124 @@ def load_calibration(args: argparse.Namespace) -> calibration.Calibration | None
         raise UserError(f"{option}: {error}") from error
 
 
-def make_jobs(args: argparse.Namespace, images: list[Path]) -> list[Job]:
-    """Relative image paths => jobs; two images that differ in suffix alone would overwrite each other and are refused."""
-    wanted = [(folder, kind, suffix) for option, kind, suffix in OUTPUTS if (folder := folder_of(args, option))]
-    jobs, taken = [], {}
-    for image in images:
-        if (other := taken.setdefault(image.with_suffix(""), image)) != image:
-            raise UserError(f"--sar-dir: {other} and {image} would both become {image.with_suffix('.png')}: rename one")
-        sar = source_folder(args) / image
-        outputs = {kind: folder / image.with_suffix(suffix) for folder, kind, suffix in wanted}
-        is_scene = is_larger_than(sar, args.tile)
-        if is_scene:
-            outputs = {kind: path.with_suffix(".tif") for kind, path in outputs.items() if kind in SCENE_KINDS}
-        jobs.append(Job(sar, outputs, is_scene))
-    for folder, kind, _ in wanted:  # a file that is itself a link is replaced, not written through
-        require_inside(folder, {job.outputs[kind].parent for job in jobs if kind in job.outputs}, args.follow_links)
-    return jobs
+def make_jobs(args: argparse.Namespace, radiometry: RadiometryOptions, trained: dict) -> tuple[list[Job], list[Path]]:
+    """=> (the jobs, files that cannot be translated, which are told), before the networks are loaded.
+
+    UserError where none can be, and where two inputs would have one output.
+    """
+    folder, taken = source_folder(args), {}
+    jobs, faults = [], {}
+    for name, files in find_sources(args.sar_dir, wanted_polarisations(radiometry.bands)).items():
+        stem = (folder / name).with_suffix("")
+        if (other := taken.setdefault(stem, name)) != name:
+            raise UserError(f"--sar-dir: {other} and {name} would both become {name.with_suffix('.png')}: rename one")
+        try:
+            jobs.append(make_job(args, radiometry, trained, name, tuple(folder / file for file in files)))
+        except UserError as error:
+            faults[folder / files[0]] = error
+    if not jobs:
+        raise next(iter(faults.values()))
+    for error in faults.values():
+        print(f"skipped: {error}", file=sys.stderr)
+    return jobs, list(faults)
 
 
-def translate_all(translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None) -> list[Path]:
-    """Read, translate and write every job => the images that could not be read."""
+def make_job(
+    args: argparse.Namespace, radiometry: RadiometryOptions, trained: dict, name: Path, files: tuple[Path, ...]
+) -> Job:
+    """UserError where a scene cannot be opened, or lacks what is asked for."""
+    wanted = {
+        kind: folder / name.with_suffix(suffix) for option, kind, suffix in OUTPUTS if (folder := folder_of(args, option))
+    }
+    if files[0].suffix.lower() == ".npy" and args.scene_options:
+        raise UserError(
+            f"{', '.join(args.scene_options)}: {files[0]} is an array, read as it is: leave it out, or make it a GeoTIFF"
+        )
+    if not (args.scene_options or len(files) > 1 or is_scene(files[0], args.tile)):
+        return Job(files, wanted)
+    with open_scene(files, args.max_pixels) as scene:
+        is_fused = not fits_one_tile(scene, radiometry, trained, args.tile)
+    outputs = {kind: wanted[kind].with_suffix(".tif") for kind in SCENE_KINDS if kind in wanted}
+    return Job(files, outputs, is_scene=True, is_fused=is_fused)
+
+
+def check_fused(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """Refuse what scenes of several tiles do not have."""
+    fused = [job for job in jobs if job.is_fused]
+    refused = [option for option in ("--overlay-dir", "--spread-dir") if folder_of(args, option)]
+    refused += ["--ensemble"] if args.ensemble > 1 else []
+    refused += [f"--scheduler {args.scheduler}"] if args.scheduler != "ddim" else []  # the others remember earlier steps
+    refused += [f"--readout {args.readout}"] if args.readout not in FUSED_READOUTS else []
+    if fused and refused:
+        raise UserError(
+            f"{', '.join(refused)}: not available for scenes of more than one tile, and {fused[0].sar} has a side above --tile "
+            f"{args.tile}: leave it out"
+        )
+
+
+def with_shared_stretch(radiometry: RadiometryOptions, jobs: list[Job], trained: dict) -> RadiometryOptions:
+    """--stretch folder, measured over all scenes of the folder, whether they are done or not."""
+    scenes = [job.files for job in jobs if job.is_scene]
+    if radiometry.stretch != "folder" or not scenes:
+        return radiometry
+    stretch = shared_stretch(scenes, radiometry, trained)
+    print(f"--stretch folder: {stretch} of {len(scenes)} scenes")
+    return replace(radiometry, stretch=stretch)
+
+
+def translate_images(
+    translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None
+) -> list[Path]:
+    """Read, translate and write images => those that could not be."""
     if not jobs:
         return []
     from cdiffset.pipeline import WriteBehind, file_threads
     from cdiffset.translator import translate_files
 
-    unreadable = []
+    failed = []
     with WriteBehind(file_threads(translator.device)) as later:
-        for index, translation in translate_files(translator, [job.sar for job in jobs], unreadable):
+        for index, translation in translate_files(translator, [job.sar for job in jobs], failed):
             later(write, jobs[index], translation, known, args.overlay_threshold)
-    return unreadable
+    return failed
 
 
-def translate_scenes(
-    translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None
+def translate_whole_scenes(
+    translator, jobs: list[Job], args: argparse.Namespace, radiometry: RadiometryOptions, known: calibration.Calibration | None
 ) -> list[Path]:
-    """Translate every scene => those that could not be read. Processes of a launcher share each scene; the first one tells."""
+    """Scenes of one tile, batched as images are => those that could not be translated."""
+    if not jobs:
+        return []
+    from cdiffset.pipeline import WriteBehind, file_threads
+    from cdiffset.scene import WholeScenes
+
+    with WriteBehind(file_threads(translator.device)) as later:
+        scenes = WholeScenes(translator, args, radiometry, known)
+        for index, translation in scenes.translate([job.files for job in jobs]):
+            later(scenes.write, index, translation, jobs[index].outputs)
+    return [job.sar for job in jobs if job.files in scenes.failed]
+
+
+def translate_fused_scenes(
+    translator, jobs: list[Job], args: argparse.Namespace, radiometry: RadiometryOptions, known: calibration.Calibration | None
+) -> list[Path]:
+    """Translate every scene => those that could not be. Processes of a launcher share each scene; the first one tells."""
     if not jobs:
         return []
     from cdiffset.scene import gather_team, translate_scene
 
     args.batch_size = translator.images_together(args.tile, args.tile)
-    team, unreadable = gather_team(translator), []
+    team, failed = gather_team(translator), []
     if team.rank > 0:
         team.help()
         return []
     for job in jobs:
         try:
-            translate_scene(translator, team, job.sar, job.outputs, args, known)
+            translate_scene(translator, team, job.files, job.outputs, args, radiometry, known)
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
-            unreadable.append(job.sar)
+            failed.append(job.sar)
     team.dismiss()
-    return unreadable
+    return failed
 
 
 def write(job: Job, translation, known: calibration.Calibration | None, threshold: float | None) -> None:

@@ -1,8 +1,10 @@
-"""Scenes on disk: GeoTIFFs read by windows, Cloud-Optimized GeoTIFFs written by strips on the very grid of their scene."""
+"""Scenes on disk: rasters read by windows, Cloud-Optimized GeoTIFFs written by strips on the very grid of their scene."""
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -13,30 +15,159 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from cdiffset.errors import UserError
-from cdiffset.images import open_alone, require_size, without_georeference, write_png, written_whole
-from cdiffset.radiometry import MAX_PIXELS
+from cdiffset.images import (
+    IMAGE_SUFFIXES,
+    complex_message,
+    list_images,
+    open_raster,
+    read_bands,
+    require_size,
+    without_georeference,
+    write_png,
+    written_whole,
+)
 
-SUFFIXES = (".tif", ".tiff")
+MAX_PIXELS = 2**32  # of a scene, unless --max-pixels allows more: a few bytes may claim any size
 CACHE_MB = 256  # GDAL would take 5 % of the machine's memory
 QUICKLOOK_PX = 1024
+RASTER_SUFFIXES = (".bil", ".img", ".j2k", ".jp2", ".nc", ".nitf", ".ntf", ".vrt")  # read as scenes alone, by GDAL
+SUFFIXES = (*IMAGE_SUFFIXES, *RASTER_SUFFIXES)
+# A suffix that names a format is taken at its word; GDAL tells what the others are.
+DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".vrt": "VRT", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+SIDECARS = {  # of pictures: their georeference lies beside them
+    ".png": ("{stem}.pgw", "{stem}.pngw"), ".jpg": ("{stem}.jgw", "{stem}.jpgw"), ".jpeg": ("{stem}.jgw", "{stem}.jpegw"),
+    ".bmp": ("{stem}.bpw",), ".gif": ("{stem}.gfw",), ".webp": ("{stem}.wpw",),
+}  # fmt: skip
+POLARISATIONS = ("HH", "HV", "VH", "VV")
+POLARISATION = re.compile(r"(?<![A-Za-z0-9])(HH|HV|VH|VV)(?![A-Za-z0-9])", re.IGNORECASE)
+AUXILIARY = re.compile(  # bands and files that go with the backscatter and are none
+    r"angle|incid|layover|shadow|mask|(?<![a-z0-9])(inc|lia|ls|theta|dem|elevation)(?![a-z0-9])", re.IGNORECASE
+)
+TIMES = (  # acquisition times in product names: Sentinel-1, OPERA, HyP3; Umbra; Capella
+    (r"(?<![0-9])[0-9]{8}[tT][0-9]{6}(?![0-9])", "%Y%m%dT%H%M%S"),
+    (r"(?<![0-9])[0-9]{4}(?:-[0-9]{2}){5}(?![0-9])", "%Y-%m-%d-%H-%M-%S"),
+    (r"(?<![0-9])[0-9]{14}(?![0-9])", "%Y%m%d%H%M%S"),
+)
+TIME_TAGS = ("datetime", "acquisition_datetime", "acquisitiondatetime", "acquisition_start_time", "tifftag_datetime")
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+class Scene:
+    """A SAR scene of one raster, or of several on one grid (one for each polarisation). Bands are numbered from 1 over all."""
+
+    def __init__(self, rasters: Sequence[DatasetReader]):
+        self.rasters, first = rasters, rasters[0]
+        self.name, self.paths = first.name, [Path(raster.name) for raster in rasters]
+        self.height, self.width = self.shape = first.shape
+        self.crs, self.transform, self.gcps, self.rpcs = first.crs, first.transform, first.gcps, first.rpcs
+        for other in rasters[1:]:
+            if grid_of(other) != grid_of(first):
+                raise UserError(f"{first.name} and {other.name} lie on different grids, expected one for all polarisations")
+        self.places = [(raster, index) for raster in rasters for index in raster.indexes]
+        self.indexes = tuple(range(1, len(self.places) + 1))
+        self.descriptions = tuple(
+            raster.descriptions[index - 1] or (polarisation_of(Path(raster.name)) if raster.count == 1 else None)
+            for raster, index in self.places
+        )
+        self.units = tuple(raster.units[index - 1] for raster, index in self.places)
+        self.dtypes = tuple(raster.dtypes[index - 1] for raster, index in self.places)
+        self.colorinterp = tuple(raster.colorinterp[index - 1] for raster, index in self.places)
+
+    @property
+    def count(self) -> int:
+        return len(self.places)
+
+    @property
+    def is_georeferenced(self) -> bool:
+        return is_georeferenced(self.rasters[0])
+
+    def has_scale(self, index: int) -> bool:
+        """Whether a band declares a scale or an offset of its numbers."""
+        raster, place = self.places[index - 1]
+        return (raster.scales[place - 1], raster.offsets[place - 1]) != (1, 0)
+
+    def tags(self, index: int | None = None) -> dict[str, str]:
+        """Of a band, or of all files."""
+        if index is not None:
+            raster, place = self.places[index - 1]
+            return raster.tags(place)
+        return {name: value for raster in reversed(self.rasters) for name, value in raster.tags().items()}
+
+    def read(self, indexes: Sequence[int], window: Window, nodata: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """A window => (bands [n, h, w], valid [h, w]: in every one of these bands, see `images.read_bands`)."""
+        chosen: dict[DatasetReader, list[int]] = {}
+        for index in indexes:
+            raster, place = self.places[index - 1]
+            chosen.setdefault(raster, []).append(place)
+        try:
+            read = {raster: read_bands(raster, places, window, nodata) for raster, places in chosen.items()}
+        except Exception as error:  # GDAL's decoders raise many kinds
+            where = f"rows {window.row_off} to {window.row_off + window.height}"
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(f"{self.name}: truncated or damaged in {where} ({reason}); copy or download it again") from error
+        bands, valid = [], np.ones((window.height, window.width), bool)
+        for index in indexes:
+            raster, place = self.places[index - 1]
+            values, valid_bands = (part[chosen[raster].index(place)] for part in read[raster])
+            bands.append(values)
+            valid &= valid_bands
+        return np.stack(bands), valid
+
+    def acquired(self) -> str | None:
+        """When the scene was taken, ISO 8601, from the product's name or from its tags; None where they do not say."""
+        for pattern, form in TIMES:
+            if found := re.search(pattern, self.paths[0].stem):
+                try:
+                    return datetime.strptime(found[0].upper(), form).isoformat()
+                except ValueError:
+                    continue
+        tags = {name.lower(): value for name, value in self.tags().items()}
+        value = next((tags[name] for name in TIME_TAGS if tags.get(name)), None)
+        if value and re.match(r"[0-9]{4}:[0-9]{2}:[0-9]{2} ", value):  # as the TIFF standard has it
+            value = value.replace(":", "-", 2).replace(" ", "T")
+        return value
+
+
+def is_georeferenced(raster: DatasetReader) -> bool:
+    """By CRS, geotransform or world file, GCPs or RPCs."""
+    return bool(raster.crs or raster.gcps[0] or raster.rpcs or not raster.transform.is_identity)
+
+
+def grid_of(raster: DatasetReader) -> tuple:
+    """What two rasters share that lie pixel on pixel."""
+    return raster.shape, raster.crs, raster.transform, [(p.row, p.col, p.x, p.y, p.z) for p in raster.gcps[0]]
 
 
 @contextmanager
-def open_scene(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[DatasetReader]:
-    """Open a GeoTIFF for reading by windows; UserError where it is none, or holds what cannot be translated."""
+def open_scene(path: Path | Sequence[Path], max_pixels: int = MAX_PIXELS) -> Iterator[Scene]:
+    """Open a raster, or one for each polarisation, for reading by windows.
+
+    UserError where it is none, or holds what cannot be translated.
+    """
+    paths = [path] if isinstance(path, Path) else path
     with rasterio.Env(GDAL_CACHEMAX=CACHE_MB), ExitStack() as stack:
+        rasters = [stack.enter_context(_open_checked(each, max_pixels)) for each in paths]
+        yield Scene(rasters)
+
+
+@contextmanager
+def _open_checked(path: Path, max_pixels: int) -> Iterator[DatasetReader]:
+    with ExitStack() as stack:
         try:
-            source = stack.enter_context(open_alone(path, "GTiff"))
+            source = stack.enter_context(open_raster(path, DRIVERS.get(path.suffix.lower())))
         except rasterio.errors.RasterioIOError as error:
-            raise UserError(f"{path}: unreadable, truncated or no GeoTIFF ({str(error).splitlines()[0]})") from error
-        require_size(path, source.height, source.width, 1, max(max_pixels, MAX_PIXELS))
-        if any("complex" in dtype for dtype in source.dtypes):
+            what = "GeoTIFF" if path.suffix.lower() in (".tif", ".tiff") else "raster that GDAL reads"
+            raise UserError(f"{path}: unreadable, truncated or no {what} ({str(error).splitlines()[0]})") from error
+        if source.subdatasets and source.count == 0:
+            shown = ", ".join(source.subdatasets[:3])
             raise UserError(
-                f"{path}: complex pixels ({source.dtypes[0]}); write the amplitude to a GeoTIFF first: gdal_calc.py "
-                f"-A {path.name} --calc='abs(A)' --type=Float32 --outfile=amplitude.tif"
+                f"{path}: {len(source.subdatasets)} rasters in one file; take one out first: gdal_translate '{shown}' one.tif"
             )
         if source.subdatasets:
             raise UserError(f"{path}: {len(source.subdatasets)} images in one file; take one out by gdal_translate")
+        require_size(path, source.height, source.width, 1, max(max_pixels, MAX_PIXELS))
+        if any("complex" in dtype for dtype in source.dtypes):
+            raise UserError(complex_message(path, source.dtypes[0]))
         if ColorInterp.palette in source.colorinterp:
             raise UserError(
                 f"{path}: a colour table, not SAR data; gdal_translate -expand gray {path.name} grey.tif resolves it"
@@ -44,22 +175,103 @@ def open_scene(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[DatasetRead
         yield source
 
 
-def is_larger_than(path: Path, side: int) -> bool:
-    """Whether a file is a GeoTIFF with a side of more pixels; what cannot be opened is left to the reader of all images."""
-    if path.suffix.lower() not in SUFFIXES or not path.is_file():
+def is_scene(path: Path, side: int) -> bool:
+    """Whether a file takes the scene path by itself: a georeferenced raster, or a TIFF with a side above `side` px.
+
+    What cannot be opened is left to the reader that names the fault.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
+        return True
+    if suffix == ".npy" or not path.is_file():
+        return False
+    is_tiff = suffix in (".tif", ".tiff")
+    if not is_tiff and not _has_sidecar(path):
         return False
     try:
-        with open_alone(path, "GTiff") as source:
-            return max(source.height, source.width) > side
+        with open_raster(path, DRIVERS.get(suffix)) as source:
+            return is_georeferenced(source) or (is_tiff and max(source.shape) > side)
     except rasterio.errors.RasterioIOError:
         return False
 
 
+def _has_sidecar(path: Path) -> bool:
+    names = (*SIDECARS[path.suffix.lower()], "{stem}.wld", "{name}.aux.xml")
+    return any(path.with_name(name.format(stem=path.stem, name=path.name)).is_file() for name in names)
+
+
+# --------------------------------------------------------------------------------------- polarisations in separate files
+def polarisation_of(path: Path) -> str | None:
+    """HH, HV, VH or VV where a file's name has it as a word; of several the last."""
+    found = POLARISATION.findall(path.stem)
+    return found[-1].upper() if found else None
+
+
+def is_auxiliary(name: str | None) -> bool:
+    """Whether the name of a band or a file says incidence angle, mask, layover and so on."""
+    return bool(AUXILIARY.search(name or ""))
+
+
+def renamed(path: Path, polarisation: str) -> Path:
+    """A path with its file's polarisation replaced."""
+    start, end = list(POLARISATION.finditer(path.stem))[-1].span()
+    return path.with_name(path.name[:start] + polarisation + path.name[end:])
+
+
+def find_sources(source: Path, wanted: Sequence[str]) -> dict[Path, tuple[Path, ...]]:
+    """A folder or a file => {relative path that names a scene or an image: its files}, relative to the folder, in its order.
+
+    Where several polarisations are wanted, their separate files are grouped; files that are auxiliary by their names are then
+    left out, and that is said. Of a file the others of its product are looked for beside it.
+    """
+    if len(wanted) < 2:
+        images = list_images(source, SUFFIXES) if source.is_dir() else [Path(source.name)]
+        return {image: (image,) for image in images}
+    if source.is_file():
+        beside = sorted(Path(path.name) for path in source.parent.iterdir() if path.suffix.lower() == source.suffix.lower())
+        groups = group_polarisations(beside, wanted)
+        return {name: files for name, files in groups.items() if Path(source.name) in files}
+    images = list_images(source, SUFFIXES)
+    if auxiliary := [image for image in images if is_auxiliary(image.stem)]:
+        shown = ", ".join(map(str, auxiliary[:3]))
+        print(f"note: {len(auxiliary)} auxiliary files are left out by their names: {shown}")
+    return group_polarisations([image for image in images if image not in auxiliary], wanted)
+
+
+def group_polarisations(images: Sequence[Path], wanted: Sequence[str]) -> dict[Path, tuple[Path, ...]]:
+    """Relative paths of files => {relative path of a scene: its files, in the order of the polarisations wanted}.
+
+    The files of one product differ in the polarisation alone, in Sentinel-1's own naming also in the number at the end
+    (…-vv-…-001.tiff, …-vh-…-002.tiff). A product that lacks a wanted polarisation is left as the single files that it has.
+    A scene is named as its first file, with all its polarisations.
+    """
+    products: dict[Path, dict[str, Path]] = {}
+    for image in images:
+        if polarisation := polarisation_of(image):
+            products.setdefault(_product_of(image), {})[polarisation] = image
+    scenes: dict[Path, tuple[Path, ...]] = {}
+    for image in images:
+        files = products[_product_of(image)] if polarisation_of(image) in wanted else {}
+        if len(wanted) > 1 and all(name in files for name in wanted):
+            scenes[renamed(files[wanted[0]], "_".join(wanted))] = tuple(files[name] for name in wanted)
+        else:
+            scenes[image] = (image,)
+    return scenes
+
+
+def _product_of(image: Path) -> Path:
+    product = renamed(image, "*")
+    is_sentinel_1 = re.match(r"s1[a-d]-", image.name, re.IGNORECASE)
+    return product.with_name(re.sub(r"-[0-9]{3}(?=\.)", "", product.name)) if is_sentinel_1 else product
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
 def write_cog(
     path: Path,
     scratch: Path,  # folder for the uncooked file
-    like: DatasetReader,  # whose size, CRS, transform, GCPs and RPCs are carried over
+    like: Scene,  # whose size, CRS, transform, GCPs and RPCs are carried over
     names: Sequence[str],  # of the bands; a last one named "alpha" is declared as such
+    units: Sequence[str],  # of the bands
     dtype: str,
     strips: Iterator[tuple[int, np.ndarray]],  # (first row, [bands, rows, W]) from top to bottom
     tags: dict[str, str],
@@ -74,7 +286,7 @@ def write_cog(
     with rasterio.Env(GDAL_CACHEMAX=CACHE_MB), without_georeference():
         with rasterio.open(raw, "w", **profile, **({"nodata": np.nan} if is_float else {"photometric": "rgb"})) as target:
             copy_georeference(like, target)
-            target.descriptions = tuple(names)
+            target.descriptions, target.units = tuple(names), tuple(units)
             target.update_tags(**tags)
             if names[-1] == "alpha":
                 target.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
@@ -91,7 +303,7 @@ def write_cog(
     raw.unlink()
 
 
-def copy_georeference(source: DatasetReader, target) -> None:
+def copy_georeference(source: Scene, target) -> None:
     """CRS, transform, GCPs and RPCs, each where the source has it."""
     gcps, gcp_crs = source.gcps
     if gcps:

@@ -18,6 +18,7 @@ import rasterio
 from PIL import Image, ImageOps
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
+from rasterio.windows import Window
 
 from cdiffset.errors import UserError
 
@@ -156,7 +157,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def list_images(folder: str | Path, follow_links: bool = False) -> list[Path]:
+def list_images(folder: str | Path, suffixes: Sequence[str] | None = None, follow_links: bool = False) -> list[Path]:
     """Images under a folder, relative to it, numbers in names in counting order; hidden files and folders are skipped.
 
     A folder is listed once however many links lead to it, under its own name if it has one here. UserError names a link that
@@ -165,9 +166,9 @@ def list_images(folder: str | Path, follow_links: bool = False) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = []
+    found, wanted = [], suffixes or IMAGE_SUFFIXES
     for parent, files in _walk(folder, follow_links):
-        names = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        names = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in wanted]
         found += [parent / name for name in names]
     if not found:
         raise UserError(f"{folder}: holds no images ({' '.join(IMAGE_SUFFIXES)})")
@@ -238,7 +239,7 @@ def _read(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
     if bands.dtype == bool:
         bands = bands.astype(np.uint8) * 255
     if bands.dtype.kind not in "uif":
-        raise UserError(f"{path}: pixels of type {bands.dtype}; expected real numbers, for complex SAR its amplitude")
+        raise UserError(f"{path}: pixels of type {bands.dtype}; expected real numbers")
     valid = unmasked & np.isfinite(bands)
     if bands.dtype != np.uint8 and not valid.any(axis=(0, 1)).all():
         raise UserError(f"{path}: a band without a single valid pixel (all NaN, infinite, nodata or masked)")
@@ -278,33 +279,68 @@ def _plain_mode(image: Image.Image) -> Image.Image:
 
 
 def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np.ndarray, np.ndarray]:
-    with open_alone(path, driver) as source:
+    with open_raster(path, driver) as source:
         require_size(path, source.height, source.width, source.count, max_pixels)
         if source.subdatasets:
             raise UserError(f"{path}: {len(source.subdatasets)} pages; expected one image")
+        if any("complex" in dtype for dtype in source.dtypes):
+            raise UserError(complex_message(path, source.dtypes[0]))
         kept = [k for k in source.indexes if source.colorinterp[k - 1] != ColorInterp.alpha]
-        bands, unmasked = source.read(kept), source.read_masks(kept) > 0
         if source.colorinterp[0] == ColorInterp.palette:
+            bands, unmasked = source.read(kept), source.read_masks(kept) > 0
             bands, unmasked = _expand_palette(bands[0], source.colormap(1)), np.repeat(unmasked, 3, axis=0)
-        elif bands.dtype == np.uint8:
+        else:
+            bands, unmasked = read_bands(source, kept)
+        if bands.dtype == np.uint8:
             bits = int(source.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
             bands = np.round(bands * (255 / (2**bits - 1))).astype(np.uint8)  # GDAL unpacks 1 to 7 bits without scaling them
     return np.moveaxis(bands, 0, -1), np.moveaxis(unmasked, 0, -1)
 
 
 @contextmanager
-def open_alone(path: Path, driver: str) -> Iterator[rasterio.DatasetReader]:
-    """Open a raster and nothing but its own file.
+def open_raster(path: Path, driver: str | None = None, **options) -> Iterator[rasterio.DatasetReader]:
+    """Open a raster with the files that belong to it: mask (.msk), overviews (.ovr), .aux.xml, world file with .prj.
 
-    GDAL would take a mask from PATH.msk, which may be of any format, those included that name other files or addresses in the
-    network. The path is absolute, because GDAL reads beginnings like `GTIFF_DIR:1:` as more than a name.
+    `driver` None leaves the format to GDAL; options are the driver's own. The path is absolute, because GDAL reads beginnings
+    like `GTIFF_DIR:1:` as more than a name.
     """
-    with (
-        without_georeference(),
-        rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
-        rasterio.open(path.absolute(), driver=driver) as source,
-    ):
+    with without_georeference(), rasterio.open(path.absolute(), driver=driver, **options) as source:
         yield source
+
+
+def read_bands(
+    source: rasterio.DatasetReader, indexes: Sequence[int], window: Window | None = None, nodata: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bands of a raster, or of a window of it => (values [n, h, w], valid [n, h, w]).
+
+    The one rule of what is data: neither declared as nodata, masked or transparent, nor NaN or infinite, nor equal to `nodata`,
+    which is a value as it stands in the file. Undeclared zeros are data. Values are in the file's type; a band with a declared
+    scale or offset becomes float64, scale * number + offset.
+    """
+    indexes = list(indexes)
+    values, valid = source.read(indexes, window=window), source.read_masks(indexes, window=window) > 0
+    if values.dtype.kind == "f":
+        valid &= np.isfinite(values)
+    if (alpha := alpha_band(source)) is not None:  # GDAL's masks overlook the alpha band of floating-point rasters
+        valid &= source.read(alpha, window=window) > 0
+    if nodata is not None:
+        valid &= values != float(nodata)  # in the type of float bands, exactly for integers
+    scales, offsets = (np.array(each)[np.array(indexes) - 1, None, None] for each in (source.scales, source.offsets))
+    if (scales != 1).any() or (offsets != 0).any():
+        values = values * scales + offsets
+    return values, valid
+
+
+def alpha_band(source: rasterio.DatasetReader) -> int | None:
+    """Number of the alpha band, from 1."""
+    return next((k for k in source.indexes if source.colorinterp[k - 1] == ColorInterp.alpha), None)
+
+
+def complex_message(path: Path, dtype: str) -> str:
+    return (
+        f"{path}: complex pixels ({dtype}), expected real ones; write the amplitude to a GeoTIFF first: "
+        f"gdal_translate DERIVED_SUBDATASET:AMPLITUDE:{path.name} amplitude.tif"
+    )
 
 
 def _expand_palette(indices: np.ndarray, colormap: dict[int, tuple]) -> np.ndarray:

@@ -44,16 +44,21 @@ def error_view(expected: np.ndarray) -> np.ndarray:
 
 
 def overlay(eo: np.ndarray, expected: np.ndarray, threshold: float) -> np.ndarray:
-    """EO uint8 [H, W, 3], outlined and hatched where its expected error [H, W] is above `threshold` => uint8 [H', W', 3]."""
+    """As `hatched`, small images enlarged => uint8 [H', W', 3]."""
+    return hatched(enlarged(eo), enlarged(expected), threshold)
+
+
+def hatched(eo: np.ndarray, expected: np.ndarray, threshold: float) -> np.ndarray:
+    """EO uint8 [H, W, 3], outlined and hatched where its expected error [H, W] is above `threshold` => uint8 [H, W, 3]."""
     from scipy.ndimage import binary_erosion  # slow to import
 
-    picture, high = enlarged(eo).astype(np.float64), enlarged(expected > threshold)
+    high = expected > threshold
     thickness = max(1, max(high.shape) // 512)
     outline = high & ~binary_erosion(high, iterations=thickness, border_value=1)
     rows, columns = np.indices(high.shape)
     lines = (rows + columns) % HATCH_PX < 2
     share = np.where(outline, 1.0, np.where(lines, LINE, TINT)) * high
-    return (picture + share[..., None] * (HATCH_COLOUR - picture)).round().astype(np.uint8)
+    return (eo + share[..., None] * (HATCH_COLOUR - eo)).round().astype(np.uint8)
 
 
 def colours(expected: np.ndarray) -> np.ndarray:

@@ -1,28 +1,28 @@
 """What a scene's numbers mean: which bands, on which scale and grid, stretched how. Measured once per scene, never per tile.
 
-Files of ordinary size are read by `images.read_sar`; a scene without options is stretched by the same rule.
+Plain images are read by `images.read_sar`; a scene without options is stretched by the same rule.
 """
 
-import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from rasterio.enums import ColorInterp
-from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from cdiffset.errors import UserError
+from cdiffset.geotiff import MAX_PIXELS, POLARISATIONS, Scene, is_auxiliary, open_scene
 from cdiffset.images import PIXEL_PERCENTILES, STRETCH_PERCENTILES
 from cdiffset.resampling import apply_weights, gsd_of, require_gsd, resampled_size, steps_to, weights
 
 SAMPLE_PX = 2**22  # what percentiles are taken of; a scene of at most so many pixels is read whole
 SAMPLE_SIDE = 256  # px of a sampled block
+FOLDER_SAMPLE_PX = 2**18  # of each scene, where a folder shares one stretch
 READ_PX = 2**22  # about so many pixels are read at once where a scene is resampled to a coarser grid
 MAX_BANDS = 4
-MAX_PIXELS = 2**32  # of a scene, unless --max-pixels allows more: a few bytes may claim any size
 MAX_SIDE = 31  # px
 GSD_RANGE = (0.8, 1.25)  # of the training GSD, that pass without a warning
 RANGE_FACTOR = 2.5  # by which the spread of brightness may differ without a warning
@@ -40,6 +40,10 @@ SCALE_WORDS = {  # how products name their numbers, in units, descriptions and t
     "intensity": {"intensity", "power", "linear", "sigma0", "beta0", "gamma0"},
 }
 LIKELY_DB = (-60, 20)  # backscatter
+POSSIBLE_DB = (-100, 100)  # of numbers that were never calibrated, too
+MIN_DB_SPREAD = 1.0  # dB between the 1st and the 99th percentile of anything that was taken by radar
+HEAVY_TAIL = 2.4  # 99th percentile / median: power of several looks is above, amplitude of several looks below
+FILL_SHARE = 0.05  # of the pixels that have one extreme value, from which on they may mean that there is no data
 CHANNELS = {  # preset => how many bands it takes
     "single": (1, "the band, repeated"),
     "pair": (2, "b1, (b1 + b2) / 2, b2"),
@@ -48,6 +52,37 @@ CHANNELS = {  # preset => how many bands it takes
     "spacenet6": (4, "HH, (HV + VH) / 2, VV"),
 }
 BY_COUNT = {1: "single", 2: "pair", 3: "three", 4: "spacenet6"}
+
+
+@dataclass(frozen=True)
+class RadiometryOptions:
+    """How a SAR scene is to be read; None: not given. The options of test.py and data/make_chips.py, see their help."""
+
+    bands: str | None = None
+    channels: str | None = None
+    scale: str | None = None
+    stretch: str | None = None
+    despeckle: str | None = None
+    nodata: float | None = None
+    gsd: float | None = None  # metres
+    resample_gsd: float | bool | None = None  # metres; True: those of the training images
+    max_pixels: int = MAX_PIXELS
+
+    KEPT = ("bands", "channels", "scale", "stretch", "despeckle")  # with a data set, and with the checkpoint trained on it
+
+    def __post_init__(self):
+        parse_stretch(self.stretch)
+        parse_despeckle(self.despeckle)
+
+    def given(self) -> list[str]:
+        """Names of the options that are given."""
+        named = (*self.KEPT, "nodata", "gsd", "resample_gsd")
+        return [f"--{name.replace('_', '-')}" for name in named if getattr(self, name) is not None]
+
+    def completed(self, recorded: dict[str, str] | None) -> "RadiometryOptions":
+        """What is not given is as the training images' scenes were read, by the checkpoint's record."""
+        missing = {name: value for name, value in (recorded or {}).items() if name in self.KEPT and getattr(self, name) is None}
+        return replace(self, **missing)
 
 
 @dataclass(frozen=True)
@@ -60,15 +95,16 @@ class Radiometry:
     limits: tuple[tuple[float, float], ...]  # (low, high) that become 0 and 255, one for each band, the ratio last
     steps: tuple[float, float] = (1.0, 1.0)  # pixels of the scene, down and along, per pixel that is translated
     despeckle: tuple[int, float | None] | None = None  # side of the window in px of the scene; looks, None for their mean
+    nodata: float | None = None  # a value of the file that means no data, besides those that it declares
     scale_reason: str | None = None  # why --scale auto took this one
 
-    def size(self, source: DatasetReader) -> tuple[int, int]:
+    def size(self, scene: Scene) -> tuple[int, int]:
         """(height, width) of the grid that is translated; windows are of that grid."""
-        return resampled_size(source.shape, self.steps)
+        return resampled_size(scene.shape, self.steps)
 
-    def read(self, source: DatasetReader, window: Window) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, scene: Scene, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """A window => (float32 [3, h, w] in 0-255, valid [h, w]); what is not valid is filled smoothly from around it."""
-        bands, valid = self.scaled(source, window)
+        bands, valid = self.scaled(scene, window)
         return fill(self.stretched(bands), valid).astype(np.float32), valid
 
     def stretched(self, bands: list[np.ndarray]) -> np.ndarray:
@@ -79,33 +115,35 @@ class Radiometry:
             stretched.append((np.clip(values, low, high) - low) / span * 255 if span > 0 else np.zeros_like(values))
         return np.stack(mixed(self.channels, stretched))
 
-    def scaled(self, source: DatasetReader, window: Window) -> tuple[list[np.ndarray], np.ndarray]:
+    def scaled(self, scene: Scene, window: Window) -> tuple[list[np.ndarray], np.ndarray]:
         """A window => (bands, float64 [h, w] each, before the stretch, 0 where not valid; valid [h, w])."""
-        bands, valid = self.resampled(source, window)
+        bands, valid = self.resampled(scene, window)
         if self.channels == "ratio":
             valid = valid & (bands[1] > 0)
             bands.append(np.divide(bands[0], bands[1], out=np.zeros_like(bands[0]), where=valid))
         return bands, valid
 
-    def resampled(self, source: DatasetReader, window: Window) -> tuple[list[np.ndarray], np.ndarray]:
+    def resampled(self, scene: Scene, window: Window) -> tuple[list[np.ndarray], np.ndarray]:
         """`scaled` without the ratio. A coarser pixel is valid where half of its weight is; "dn" is averaged as it is."""
         if self.steps == (1, 1):
-            return self.native(source, window)
+            return self.native(scene, window)
         if window.height > 1 and window.height * window.width * math.prod(self.steps) > READ_PX:
             half = window.height // 2
-            upper, there = self.resampled(source, Window(window.col_off, window.row_off, window.width, half))
+            upper, there = self.resampled(scene, Window(window.col_off, window.row_off, window.width, half))
             below = Window(window.col_off, window.row_off + half, window.width, window.height - half)
-            lower, below_there = self.resampled(source, below)
+            lower, below_there = self.resampled(scene, below)
             return [np.concatenate(parts) for parts in zip(upper, lower, strict=True)], np.concatenate([there, below_there])
         (row, down), (column, along) = (
             weights(first, first + count, step, length)
             for first, count, step, length in zip(
-                (window.row_off, window.col_off), (window.height, window.width), self.steps, source.shape, strict=True
+                (window.row_off, window.col_off), (window.height, window.width), self.steps, scene.shape, strict=True
             )
         )
-        bands, valid = self.native(source, Window(column, row, along.shape[1], down.shape[1]))
+        bands, valid = self.native(scene, Window(column, row, along.shape[1], down.shape[1]))
         share = apply_weights(down, along, valid.astype(np.float64))
         power = 1 if self.scale == "dn" else 2  # looks are averaged as intensity
+        if power == 2:
+            self.refuse_negative(scene, bands, "--resample-gsd")
         means = (
             np.divide(apply_weights(down, along, band**power), share, out=np.zeros_like(share), where=share > 0)
             for band in bands
@@ -113,19 +151,28 @@ class Radiometry:
         kept = share >= 0.5
         return [np.where(kept, mean ** (1 / power), 0) for mean in means], kept
 
-    def native(self, source: DatasetReader, window: Window) -> tuple[list[np.ndarray], np.ndarray]:
+    def native(self, scene: Scene, window: Window) -> tuple[list[np.ndarray], np.ndarray]:
         """A window of the scene's own grid => (bands, float64 [h, w] each, 0 where not valid; valid [h, w]), despeckled."""
         margin = self.despeckle[0] // 2 if self.despeckle else 0
         row, column = max(0, window.row_off - margin), max(0, window.col_off - margin)
-        last_row = min(source.height, window.row_off + window.height + margin)
-        last_column = min(source.width, window.col_off + window.width + margin)
-        bands, valid = read_valid(source, self.indexes, Window(column, row, last_column - column, last_row - row))
+        last_row = min(scene.height, window.row_off + window.height + margin)
+        last_column = min(scene.width, window.col_off + window.width + margin)
+        bands, valid = scene.read(self.indexes, Window(column, row, last_column - column, last_row - row), self.nodata)
         bands = [np.where(valid, SCALES[self.scale](np.where(valid, band, 0).astype(np.float64)), 0) for band in bands]
         if self.despeckle:
+            self.refuse_negative(scene, bands, "--despeckle")
             bands = [np.sqrt(despeckled(band**2, valid, *self.despeckle)) for band in bands]
         top, left = window.row_off - row, window.col_off - column
         inner = np.s_[top : top + window.height, left : left + window.width]
         return [band[inner] for band in bands], valid[inner]
+
+    def refuse_negative(self, scene: Scene, bands: list[np.ndarray], option: str) -> None:
+        """Filters and averages of intensities square the amplitudes: decibels would come out upside down."""
+        if (lowest := min(float(band.min(initial=0)) for band in bands)) < 0:
+            raise UserError(
+                f"{option}: {scene.name} holds negative values (down to {lowest:g}), which no amplitude has; "
+                f"for decibels give --scale db"
+            )
 
 
 def despeckled(intensity: np.ndarray, valid: np.ndarray, side: int, looks: float | None) -> np.ndarray:
@@ -169,17 +216,6 @@ def mixed(channels: str, bands: list[np.ndarray]) -> list[np.ndarray]:
             raise ValueError(f"{channels!r} does not take {len(bands)} bands")
 
 
-def read_valid(source: DatasetReader, indexes: tuple[int, ...], window: Window) -> tuple[np.ndarray, np.ndarray]:
-    """A window => (bands [n, h, w] in the file's type, valid [h, w]): finite, and neither nodata nor masked in any band."""
-    try:
-        bands, masks = source.read(indexes, window=window), source.read_masks(indexes, window=window)
-    except Exception as error:  # GDAL's decoders raise many kinds
-        where = f"rows {window.row_off} to {window.row_off + window.height}"
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"{source.name}: truncated or damaged in {where} ({reason}); copy or download it again") from error
-    return bands, ((masks > 0) & np.isfinite(bands)).all(0)
-
-
 def fill(pixels: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Pixels [C, h, w] with what is not valid [h, w] replaced by ever coarser means of what is; 0 where nothing is valid."""
     if valid.all():
@@ -207,46 +243,229 @@ def doubled(coarse: np.ndarray) -> np.ndarray:
     return coarse
 
 
+# ------------------------------------------------------------------------------------------------------------ measuring
 @np.errstate(over="ignore", invalid="ignore")  # refused below
-def measure(source: DatasetReader, args: argparse.Namespace, trained: dict | None = None) -> Radiometry:
-    """The radiometry of a scene by the scene options; UserError where bands are missing or nothing is valid.
+def measure(scene: Scene, options: RadiometryOptions, trained: dict | None = None) -> tuple[Radiometry, list[str]]:
+    """The radiometry of a scene by its options, and notes for the user.
 
+    UserError where bands are missing, nothing is valid, the numbers contradict the scale, or there is no contrast.
     trained: the checkpoint's record of its training images, `gsd_m` and `sar_statistics`, as far as it has them.
     """
     trained = trained or {}
-    indexes = chosen_bands(source, args.bands)
-    channels = args.channels or BY_COUNT[len(indexes)]
+    indexes, notes = chosen_bands(scene, options.bands)
+    channels = options.channels or BY_COUNT[len(indexes)]
     if CHANNELS[channels][0] != len(indexes):
         raise UserError(
-            f"--channels {channels}: it takes {CHANNELS[channels][0]} bands, {source.name} gives {len(indexes)}: "
+            f"--channels {channels}: it takes {CHANNELS[channels][0]} bands, {scene.name} gives {len(indexes)}: "
             f"choose them by --bands"
         )
-    scale, reason = tell_scale(source, indexes) if args.scale == "auto" else (args.scale, None)
-    steps = chosen_steps(source, args, trained.get("gsd_m"))
-    unstretched = Radiometry(indexes, channels, scale, (), steps, parse_despeckle(args.despeckle), reason)
-    values = sample(source, unstretched)  # even where it sets no limits: it finds a scene without a valid pixel
-    limits = chosen_limits(source, unstretched, args.stretch, values, trained.get("sar_statistics"))
+    numbers = sample(scene, Radiometry(indexes, "", "dn", (), nodata=options.nodata))
+    fill_value, note = likely_fill(numbers)
+    notes += [note] if note else []
+    # A border of one value does not speak for the scene.
+    judged = numbers.ravel() if fill_value is None else numbers[numbers != fill_value]
+    scale, reason = tell_scale(scene, indexes, judged) if options.scale == "auto" else (options.scale or "dn", None)
+    check_scale(scene, scale, numbers, judged, note)
+    if options.scale is None and (proposed := scale_of_numbers(judged, all_float(scene, indexes))):
+        notes.append(f"{proposed[1]}: this looks like {WORDS[proposed[0]]}, which --scale {proposed[0]} stretches as amplitude")
+    steps = chosen_steps(scene, options, trained.get("gsd_m"))
+    despeckle = parse_despeckle(options.despeckle)
+    unstretched = Radiometry(indexes, channels, scale, (), steps, despeckle, options.nodata, reason)
+    values = sample(scene, unstretched)
+    limits = chosen_limits(scene, unstretched, options.stretch, values, trained.get("sar_statistics"))
     if not all(math.isfinite(high - low) for low, high in limits):
-        raise UserError(
-            f"{source.name}: its values overflow as --scale {scale}; give the scale that they have, or rescale them"
+        raise UserError(f"{scene.name}: its values overflow as --scale {scale}; give the scale that they have, or rescale them")
+    radiometry = replace(unstretched, limits=limits)
+    require_contrast(scene, radiometry, numbers, values)
+    return radiometry, notes
+
+
+WORDS = {"intensity": "power", "db": "decibels"}
+
+
+def chosen_bands(scene: Scene, wanted: str | None) -> tuple[tuple[int, ...], list[str]]:
+    """--bands => (indexes from 1, notes): numbers, or names as descriptions and file names have them.
+
+    None: all but alpha and auxiliary bands (incidence angle, mask, layover), which are named in a note.
+    """
+    if wanted is not None:
+        words = [word.strip() for word in wanted.split(",")]
+        if not 1 <= len(words) <= MAX_BANDS:
+            raise UserError(f"--bands: expected 1 to {MAX_BANDS} numbers or names with commas between, found {wanted!r}")
+        return tuple(index_of(scene, word) for word in words), []
+    alpha = [k for k in scene.indexes if scene.colorinterp[k - 1] == ColorInterp.alpha]
+    others = [k for k in scene.indexes if k not in alpha]
+    auxiliary = [k for k in others if is_auxiliary(scene.descriptions[k - 1])] if len(others) > 1 else []
+    indexes = tuple(k for k in others if k not in auxiliary)
+    if not 1 <= len(indexes) <= MAX_BANDS:
+        raise UserError(f"{scene.name}: {len(indexes)} bands, expected 1 to {MAX_BANDS}: choose them by --bands")
+    notes = [f"band {k} is declared as alpha: it says where there is data, and is no SAR band" for k in alpha]
+    if auxiliary:
+        left_out = ", ".join(f"{k} ({scene.descriptions[k - 1]})" for k in auxiliary)
+        notes.append(f"auxiliary bands left out: {left_out}; --bands chooses others")
+    return indexes, notes
+
+
+def index_of(scene: Scene, word: str) -> int:
+    names = [(description or "").strip().upper() for description in scene.descriptions]
+    if word.isdecimal() and 1 <= int(word) <= scene.count:
+        return int(word)
+    if names.count(word.upper()) == 1 and word:
+        return names.index(word.upper()) + 1
+    known = ", ".join(f"{k} ({name})" if name else str(k) for k, name in zip(scene.indexes, names, strict=True))
+    raise UserError(f"--bands: {scene.name} has no single band {word!r}, its bands are {known}")
+
+
+def likely_fill(numbers: np.ndarray) -> tuple[float | None, str | None]:
+    """Values [bands, n] as in the file => (an extreme value of more than FILL_SHARE of them, a note), or (None, None)."""
+    for extreme, word in ((float(numbers.min()), "smallest"), (float(numbers.max()), "largest")):
+        share = float(np.mean(numbers == extreme))
+        if FILL_SHARE < share < 1:
+            found = f"{share:.0%} of the values are exactly {extreme:g}, the {word}"
+            return extreme, f"{found}: if that means no data, give --nodata {extreme:g}"
+    return None, None
+
+
+def tell_scale(scene: Scene, indexes: tuple[int, ...], values: np.ndarray) -> tuple[str, str]:
+    """--scale auto => (the scale, why): by what units, descriptions and tags say, unless the numbers contradict it, else by the
+    numbers [n] alone."""
+    by_numbers = scale_of_numbers(values, all_float(scene, indexes))
+    if (told := scale_of_words(scene, indexes)) is None:
+        return by_numbers or ("dn", f"nothing names another; {range_of(values)}")
+    scale, words = told
+    if scale == "db":
+        fault = why_no_db(values)
+    else:
+        negative = float(np.mean(values < 0))
+        fault = f"{negative:.0%} of the values are negative" if negative > 0.01 else None
+    if fault is None:
+        return scale, words
+    if scale != "db" and why_no_db(values) is None and likely_db_share(values) >= 0.98:
+        return "db", f"{words}, but {fault}, as decibels are; {range_of(values)}"
+    return "dn", f"{words}, but {fault}"
+
+
+def scale_of_words(scene: Scene, indexes: tuple[int, ...]) -> tuple[str, str] | None:
+    """The scale that units, descriptions and tags name, and where."""
+    places = {
+        "unit": [scene.units[k - 1] for k in indexes],
+        "description": [scene.descriptions[k - 1] for k in indexes],
+        "tags": [text for k in indexes for text in scene.tags(k).values()] + list(scene.tags().values()),
+    }
+    for place, texts in places.items():
+        for scale, words in SCALE_WORDS.items():
+            if named := [text for text in texts if text and words & set(re.split(r"[^a-z0-9]+", text.lower()))]:
+                return scale, f"{place} {named[0][:60]!r}"
+    return None
+
+
+def scale_of_numbers(values: np.ndarray, is_float: bool) -> tuple[str, str] | None:
+    """The scale that values [n] have by themselves, and why; None where they do not tell.
+
+    Decibels: half or more are negative, and 98 % lie where backscatter does. Power: floats that are not negative, whose tail is
+    heavier than that of an amplitude of several looks. Amplitude in float of a single look has the tail of power, too.
+    """
+    negative = float(np.mean(values < 0)) if values.size else 0.0
+    if negative >= 0.5 and likely_db_share(values) >= 0.98:
+        return (
+            "db",
+            f"{likely_db_share(values):.0%} of the values from {LIKELY_DB[0]} to {LIKELY_DB[1]}, {negative:.0%} negative",
         )
-    return replace(unstretched, limits=limits)
+    if is_float and values.size and not negative:
+        middle, high = np.percentile(values, (50, 99))
+        if middle > 0 and high / middle > HEAVY_TAIL:
+            return "intensity", f"floats from 0, 99th percentile {high / middle:.2g} times the median (power from {HEAVY_TAIL})"
+    return None
+
+
+def likely_db_share(values: np.ndarray) -> float:
+    return float(np.mean((values >= LIKELY_DB[0]) & (values <= LIKELY_DB[1])))
+
+
+def range_of(values: np.ndarray) -> str:
+    low, middle, high = np.percentile(values, (1, 50, 99)) if values.size else (math.nan,) * 3
+    return f"percentiles 1, 50, 99: {low:.3g}, {middle:.3g}, {high:.3g}"
+
+
+def why_no_db(values: np.ndarray) -> str | None:
+    """Why values [n] cannot be decibels; None where they can."""
+    low, high = POSSIBLE_DB
+    if (beyond := float(np.mean((values < low) | (values > high)))) > 0.01:
+        return f"{beyond:.0%} of the values are beyond {low} to {high} dB"
+    spread = float(np.subtract(*np.percentile(values, (99, 1)))) if values.size else 0.0
+    if not (values < 0).any() and spread < MIN_DB_SPREAD:
+        return f"no value is negative, and 98 % of them lie within {spread:.3g} dB"
+    return None
+
+
+def check_scale(scene: Scene, scale: str, numbers: np.ndarray, judged: np.ndarray, note: str | None) -> None:
+    """Refuse a scale that the numbers contradict; `judged` are those that can mean backscatter."""
+    negative = float(np.mean(judged < 0)) if judged.size else 0.0
+    fault = None
+    if scale == "db":
+        fault = why_no_db(numbers)
+    elif scale in ("intensity", "amplitude") and negative > 0.5:
+        fault = f"{negative:.0%} of the values are negative, as decibels are"
+    if fault:
+        hint = f"; {note}" if note else "; give the scale that they have, or --scale auto"
+        raise UserError(f"--scale {scale}: {scene.name} does not hold that: {fault} ({range_of(judged)}){hint}")
+
+
+def all_float(scene: Scene, indexes: tuple[int, ...]) -> bool:
+    return all(scene.dtypes[k - 1].startswith("float") or scene.has_scale(k) for k in indexes)
+
+
+def all_8_bit(scene: Scene, indexes: tuple[int, ...]) -> bool:
+    return all(scene.dtypes[k - 1] == "uint8" and not scene.has_scale(k) for k in indexes)
 
 
 def chosen_limits(
-    source: DatasetReader, unstretched: Radiometry, stretch: str | None, values: np.ndarray, statistics: dict | None
+    scene: Scene, unstretched: Radiometry, stretch: str | None, values: np.ndarray, statistics: dict | None
 ) -> tuple[tuple[float, float], ...]:
     """What becomes 0 and 255 by --stretch, for each band and the ratio; values: `sample`."""
     kind, numbers = parse_stretch(stretch)
     if kind == "fixed":
-        limits = [numbers] * len(values)
+        if len(numbers) not in (2, 2 * len(values)):
+            raise UserError(
+                f"--stretch {stretch}: expected MIN,MAX for all bands or for each of {len(values)}, a ratio counts as one"
+            )
+        pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+        limits = pairs * (len(values) // len(pairs))
     elif kind == "dataset":
         limits = dataset_limits(unstretched, statistics)
+    elif kind == "folder":
+        raise UserError("--stretch folder: it takes all scenes of a folder, see shared_stretch")
     else:
         limits = [tuple(np.percentile(band, numbers)) for band in values]
-        if stretch is None and unstretched.scale in ("dn", "amplitude") and all_8_bit(source, unstretched.indexes):
+        if stretch is None and unstretched.scale in ("dn", "amplitude") and all_8_bit(scene, unstretched.indexes):
             limits[: len(unstretched.indexes)] = [(0.0, 255.0)] * len(unstretched.indexes)
     return tuple((float(low), float(high)) for low, high in limits)
+
+
+def shared_stretch(files: Sequence[Sequence[Path]], options: RadiometryOptions, trained: dict | None = None) -> str:
+    """--stretch folder => the `fixed:` stretch of percentiles 1 and 99 of all scenes together, equally many pixels of each.
+
+    files: those of each scene. A scene that cannot be measured is left out; it is refused when its own turn comes.
+    """
+    samples: list[np.ndarray] = []
+    for paths in files:
+        with open_scene(paths, options.max_pixels) as scene:
+            try:
+                radiometry, _ = measure(scene, replace(options, stretch=None), trained)
+            except UserError:
+                continue
+            values = sample(scene, radiometry)
+        samples.append(values[:, :: -(-values.shape[1] // FOLDER_SAMPLE_PX)])
+    if not samples:
+        raise UserError("--stretch folder: no scene of it can be measured")
+    if len(counts := {len(values) for values in samples}) > 1:
+        raise UserError(
+            f"--stretch folder: the scenes have {' and '.join(map(str, sorted(counts)))} bands: choose them by --bands"
+        )
+    least = min(values.shape[1] for values in samples)
+    pooled = np.concatenate([values[:, :: max(1, values.shape[1] // least)] for values in samples], axis=1)
+    limits = np.percentile(pooled, STRETCH_PERCENTILES, axis=1).T
+    return "fixed:" + ",".join(f"{limit:.9g}" for limit in limits.ravel())
 
 
 def dataset_limits(unstretched: Radiometry, statistics: dict | None) -> list[tuple[float, float]]:
@@ -269,77 +488,79 @@ def dataset_limits(unstretched: Radiometry, statistics: dict | None) -> list[tup
     return [(0.0, 255.0)] * len(limits) if statistics["dtype"] == "uint8" else limits
 
 
-def chosen_steps(source: DatasetReader, args: argparse.Namespace, trained_gsd: float | None) -> tuple[float, float]:
+def require_contrast(scene: Scene, radiometry: Radiometry, numbers: np.ndarray, values: np.ndarray) -> None:
+    """Refuse a scene of one value, which would be translated for hours into nothing."""
+    stretched = radiometry.stretched(list(values))
+    if np.ptp(stretched):
+        return
+    if np.ptp(numbers):
+        limits = ", ".join(f"{low:g} to {high:g}" for low, high in radiometry.limits)
+        raise UserError(
+            f"{scene.name}: without contrast as it is stretched: values of {numbers.min():g} to {numbers.max():g} all become "
+            f"{stretched.flat[0]:.0f} of 255 ({radiometry.scale}, {limits} => 0 to 255); see --scale and --stretch"
+        )
+    raise UserError(f"{scene.name}: without contrast, every valid pixel is {numbers.flat[0]:g}: there is nothing to translate")
+
+
+def chosen_steps(scene: Scene, options: RadiometryOptions, trained_gsd: float | None) -> tuple[float, float]:
     """Pixels of the scene per pixel that is translated, by --resample-gsd."""
-    if args.resample_gsd is None:
+    if options.resample_gsd is None:
         return 1.0, 1.0
-    wanted = trained_gsd if args.resample_gsd is True else args.resample_gsd
+    wanted = trained_gsd if options.resample_gsd is True else options.resample_gsd
     if not wanted:
         raise UserError("--resample-gsd: the checkpoint does not tell its training GSD; give it: --resample-gsd METRES")
-    steps = steps_to(require_gsd(source, args.gsd, "--resample-gsd"), wanted)
-    height, width = resampled_size(source.shape, steps)
-    if height * width > max(args.max_pixels, MAX_PIXELS):
+    steps = steps_to(require_gsd(scene, options.gsd, "--resample-gsd"), wanted)
+    height, width = resampled_size(scene.shape, steps)
+    if height * width > max(options.max_pixels, MAX_PIXELS):
         raise UserError(
-            f"{source.name}: {width} x {height} px when resampled to {wanted:g} m, more than {MAX_PIXELS}; is the GSD right? "
+            f"{scene.name}: {width} x {height} px when resampled to {wanted:g} m, more than {MAX_PIXELS}; is the GSD right? "
             f"Cut the scene, or raise --max-pixels"
         )
     return steps
 
 
-def describe(source: DatasetReader, radiometry: Radiometry) -> str:
-    """One line for the user: size, bands, scale and stretch, and what may surprise."""
+def fits_one_tile(scene: Scene, options: RadiometryOptions, trained: dict, tile: int) -> bool:
+    """Whether the grid that is translated is no larger than a tile of `tile` px."""
+    return max(resampled_size(scene.shape, chosen_steps(scene, options, trained.get("gsd_m")))) <= tile
+
+
+def wanted_polarisations(bands: str | None) -> list[str]:
+    """--bands => the polarisations that it asks for; [] where it asks for anything else."""
+    words = [word.strip().upper() for word in (bands or "").split(",")]
+    return words if all(word in POLARISATIONS for word in words) else []
+
+
+def describe(scene: Scene, radiometry: Radiometry) -> str:
+    """One line for the user: size, bands, scale and stretch."""
     limits = ", ".join(f"{low:g} to {high:g}" for low, high in radiometry.limits)
-    bands = ", ".join(source.descriptions[k - 1] or str(k) for k in radiometry.indexes)
+    bands = ", ".join(scene.descriptions[k - 1] or str(k) for k in radiometry.indexes)
     scale = radiometry.scale + (f" (auto: {radiometry.scale_reason})" if radiometry.scale_reason else "")
-    text = f"{source.width} x {source.height} px, bands {bands} as {radiometry.channels}, {scale}, {limits} => 0 to 255"
+    text = f"{scene.width} x {scene.height} px, bands {bands} as {radiometry.channels}, {scale}, {limits} => 0 to 255"
     if radiometry.steps != (1, 1):
-        height, width = radiometry.size(source)
+        height, width = radiometry.size(scene)
         text += f"; translated as {width} x {height} px, then back on its own grid"
-    if source.crs is None and not source.gcps[0]:
+    if not scene.is_georeferenced:
         text += "; no coordinate system, so neither has the result"
-    if radiometry.scale == "dn" and all(high <= 10 and low < 0 for low, high in radiometry.limits):
-        text += "; these look like decibels: --scale db stretches amplitudes instead"
     return text
 
 
-def tell_scale(source: DatasetReader, indexes: tuple[int, ...]) -> tuple[str, str]:
-    """--scale auto => (the scale, why), from units, descriptions and tags, else from the numbers themselves.
-
-    Numbers tell decibels alone: floats, or integers with a sign, of which half or more are negative and 98 % lie where
-    backscatter does. Amplitude and intensity do not look different, and stay as they are in the file.
-    """
-    places = {
-        "unit": [source.units[k - 1] for k in indexes],
-        "description": [source.descriptions[k - 1] for k in indexes],
-        "tags": [text for k in indexes for text in source.tags(k).values()] + list(source.tags().values()),
-    }
-    for place, texts in places.items():
-        for scale, words in SCALE_WORDS.items():
-            if named := [text for text in texts if text and words & set(re.split(r"[^a-z0-9]+", text.lower()))]:
-                return scale, f"{place} {named[0][:60]!r}"
-    values = sample(source, Radiometry(indexes, "", "dn", ()))
-    low, high = LIKELY_DB
-    inside, negative = float(np.mean((values >= low) & (values <= high))), float(np.mean(values < 0))
-    told = f"{inside:.0%} of the values from {low} to {high}, {negative:.0%} negative"
-    return ("db", told) if inside >= 0.98 and negative >= 0.5 else ("dn", f"nothing names another; {told}")
-
-
-def out_of_domain(source: DatasetReader, radiometry: Radiometry, stated_gsd: float | None, trained: dict) -> list[str]:
+def out_of_domain(scene: Scene, radiometry: Radiometry, stated_gsd: float | None, trained: dict) -> list[str]:
     """What of a scene, as it is translated, is far from the checkpoint's training images: a line each."""
     found = []
-    gsd, trained_gsd = (stated_gsd, stated_gsd) if stated_gsd else gsd_of(source), trained.get("gsd_m")
+    gsd, trained_gsd = (stated_gsd, stated_gsd) if stated_gsd else gsd_of(scene), trained.get("gsd_m")
     if gsd and trained_gsd:
         translated = math.sqrt(math.prod(gsd) * math.prod(radiometry.steps))
         if not GSD_RANGE[0] < translated / trained_gsd < GSD_RANGE[1]:
             found.append(f"{translated:.3g} m per pixel, the checkpoint was trained at {trained_gsd:g} m: see --resample-gsd")
     if (statistics := trained.get("sar_statistics")) is None:
         return found
-    dtype, trained_dtype = source.dtypes[radiometry.indexes[0] - 1], statistics["dtype"]
-    if (dtype == "uint8") != (trained_dtype == "uint8"):
-        found.append(f"pixels of {dtype}, the training images had {trained_dtype}")
-    if len(radiometry.indexes) != len(statistics["limits"]):
-        found.append(f"{len(radiometry.indexes)} bands, the training images had {len(statistics['limits'])}")
-    low, middle, high = np.percentile(radiometry.stretched(list(sample(source, radiometry))), PIXEL_PERCENTILES)
+    if not trained.get("radiometry"):  # else the training images are 8-bit chips of such scenes
+        dtype, trained_dtype = scene.dtypes[radiometry.indexes[0] - 1], statistics["dtype"]
+        if (dtype == "uint8") != (trained_dtype == "uint8"):
+            found.append(f"pixels of {dtype}, the training images had {trained_dtype}")
+        if len(radiometry.indexes) != len(statistics["limits"]):
+            found.append(f"{len(radiometry.indexes)} bands, the training images had {len(statistics['limits'])}")
+    low, middle, high = np.percentile(radiometry.stretched(list(sample(scene, radiometry))), PIXEL_PERCENTILES)
     least, usual, greatest = statistics["pixels"]
     if not least <= middle <= greatest:
         found.append(
@@ -354,28 +575,52 @@ def out_of_domain(source: DatasetReader, radiometry: Radiometry, stated_gsd: flo
     return found
 
 
-def all_8_bit(source: DatasetReader, indexes: tuple[int, ...]) -> bool:
-    return all(source.dtypes[index - 1] == "uint8" for index in indexes)
+def sample(scene: Scene, radiometry: Radiometry) -> np.ndarray:
+    """Valid values [bands, n], not yet stretched, of blocks spread evenly over the scene, the same ones every time.
+
+    Where they hold nothing valid or one value alone, as in a scene that is nearly all border, ever denser blocks are read.
+    """
+    height, width = radiometry.size(scene)
+    step = math.ceil(math.sqrt(height * width / SAMPLE_PX))
+    while step >= 1:
+        found = []
+        for row in range(0, height, SAMPLE_SIDE * step):
+            for column in range(0, width, SAMPLE_SIDE * step):
+                window = Window(column, row, min(SAMPLE_SIDE, width - column), min(SAMPLE_SIDE, height - row))
+                bands, valid = radiometry.scaled(scene, window)
+                found.append(np.stack(bands)[:, valid])
+        values = np.concatenate(found, axis=1)
+        if values.shape[1] and (step == 1 or np.ptp(values)):
+            return values
+        step //= 2
+    raise UserError(f"{scene.name}: not a single valid pixel (all NaN, infinite, nodata or masked)")
 
 
-def parse_stretch(text: str | None) -> tuple[str, tuple[float, float]]:
-    """ "percentile:1,99", "fixed:MIN,MAX" or "dataset" => (kind, its numbers); None is the percentiles of all other reading."""
+# -------------------------------------------------------------------------------------------------------------- options
+def parse_stretch(text: str | None) -> tuple[str, tuple[float, ...]]:
+    """ "percentile:1,99", "fixed:MIN,MAX" (or a pair for each band), "dataset" or "folder" => (kind, its numbers).
+
+    None is the percentiles of all other reading.
+    """
     if text is None:
         return "percentile", STRETCH_PERCENTILES
-    if text == "dataset":
-        return "dataset", ()
+    if text in ("dataset", "folder"):
+        return text, ()
     kind, _, rest = text.partition(":")
     try:
-        low, high = (float(number) for number in rest.split(","))
-        if kind not in ("percentile", "fixed") or not low < high or not np.isfinite([low, high]).all():
+        numbers = tuple(float(number) for number in rest.split(","))
+        lows, highs = numbers[::2], numbers[1::2]
+        if kind not in ("percentile", "fixed") or not all(low < high for low, high in zip(lows, highs, strict=True)):
             raise ValueError
-        if kind == "percentile" and not 0 <= low < high <= 100:
+        if not np.isfinite(numbers).all() or (
+            kind == "percentile" and (len(numbers) != 2 or min(lows) < 0 or max(highs) > 100)
+        ):
             raise ValueError
     except ValueError:
         raise UserError(
-            f"--stretch: expected percentile:LOW,HIGH (0 to 100) or fixed:MIN,MAX, each rising, or dataset, found {text!r}"
+            f"--stretch: expected percentile:LOW,HIGH (0 to 100), fixed:MIN,MAX, each rising, dataset or folder, found {text!r}"
         ) from None
-    return kind, (low, high)
+    return kind, numbers
 
 
 def parse_despeckle(text: str | None) -> tuple[int, float | None] | None:
@@ -393,47 +638,3 @@ def parse_despeckle(text: str | None) -> tuple[int, float | None] | None:
             f"number of looks of the product, e.g. lee:7,4.4, found {text!r}"
         ) from None
     return side, looks
-
-
-def chosen_bands(source: DatasetReader, wanted: str | None) -> tuple[int, ...]:
-    """--bands => indexes from 1: numbers, or names as the bands' descriptions have them; None: all but alpha."""
-    if wanted is None:
-        indexes = tuple(k for k in source.indexes if source.colorinterp[k - 1] != ColorInterp.alpha)
-        if not 1 <= len(indexes) <= MAX_BANDS:
-            raise UserError(f"{source.name}: {len(indexes)} bands, expected 1 to {MAX_BANDS}: choose them by --bands")
-        return indexes
-    words = [word.strip() for word in wanted.split(",")]
-    if not 1 <= len(words) <= MAX_BANDS:
-        raise UserError(f"--bands: expected 1 to {MAX_BANDS} numbers or names with commas between, found {wanted!r}")
-    return tuple(index_of(source, word) for word in words)
-
-
-def index_of(source: DatasetReader, word: str) -> int:
-    names = [(description or "").strip().upper() for description in source.descriptions]
-    if word.isdecimal() and 1 <= int(word) <= source.count:
-        return int(word)
-    if names.count(word.upper()) == 1 and word:
-        return names.index(word.upper()) + 1
-    known = ", ".join(f"{k} ({name})" if name else str(k) for k, name in zip(source.indexes, names, strict=True))
-    raise UserError(f"--bands: {source.name} has no single band {word!r}, its bands are {known}")
-
-
-def sample(source: DatasetReader, radiometry: Radiometry) -> np.ndarray:
-    """Valid values [bands, n], not yet stretched, of blocks spread evenly over the scene, the same ones every time.
-
-    Where they hold nothing valid, as in a scene that is nearly all border, ever denser blocks are read.
-    """
-    height, width = radiometry.size(source)
-    step = math.ceil(math.sqrt(height * width / SAMPLE_PX))
-    while step >= 1:
-        found = []
-        for row in range(0, height, SAMPLE_SIDE * step):
-            for column in range(0, width, SAMPLE_SIDE * step):
-                window = Window(column, row, min(SAMPLE_SIDE, width - column), min(SAMPLE_SIDE, height - row))
-                bands, valid = radiometry.scaled(source, window)
-                found.append(np.stack(bands)[:, valid])
-        values = np.concatenate(found, axis=1)
-        if values.shape[1]:
-            return values
-        step //= 2
-    raise UserError(f"{source.name}: not a single valid pixel (all NaN, infinite, nodata or masked)")

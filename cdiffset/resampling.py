@@ -10,42 +10,61 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rasterio.io import DatasetReader
-from rasterio.transform import from_gcps
+import rasterio.warp
+from rasterio.transform import RPCTransformer, from_gcps
 
 from cdiffset.errors import UserError
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array  # slow to import, and few resample
 
-EARTH_RADIUS = 6_371_008.8  # m, the mean one: metres per degree are right within 0.6 %
+    from cdiffset.geotiff import Scene
+
+SEMI_MAJOR_AXIS, E2 = 6_378_137.0, 6.694379990141e-3  # m; squared eccentricity: WGS 84
 SAME_GSD = 0.02  # a relative difference that is not worth resampling
 
 
-def gsd_of(source: DatasetReader) -> tuple[float, float] | None:
-    """Metres per pixel (down the rows, along the columns) at the centre of a scene; None where the file does not tell.
+def gsd_of(scene: "Scene") -> tuple[float, float] | None:
+    """Metres on the ground per pixel (down the rows, along the columns) at the centre of a scene; None where it does not tell.
 
-    Told by CRS and transform, rotated or not, or by GCPs, whose best affine transform is taken; degrees are converted at the
-    centre's latitude.
+    The distances are those on the WGS 84 ellipsoid, whatever the CRS: pixels of Web Mercator or a polar projection have other
+    sizes on the ground than in its units. Places are told by CRS and transform, by GCPs, whose best affine transform is taken,
+    or by RPCs at their mean height.
     """
-    gcps, gcp_crs = source.gcps
-    if gcps:
-        crs, transform = gcp_crs, from_gcps(gcps)
-    else:
-        crs, transform = source.crs, source.transform
-    if crs is None or transform.is_identity:
+    row, column = scene.height / 2, scene.width / 2
+    rows, columns = [row - 0.5, row + 0.5, row, row], [column, column, column - 0.5, column + 0.5]
+    try:
+        longitudes, latitudes = _lon_lat(scene, rows, columns)
+    except Exception:  # a georeference that makes no sense raises errors of many kinds in GDAL and PROJ
         return None
-    if crs.is_geographic:
-        _, latitude = transform @ (source.width / 2, source.height / 2)
-        metres_y = math.radians(EARTH_RADIUS)
-        metres_x = metres_y * math.cos(math.radians(latitude))
-    elif crs.is_projected:
-        metres_x = metres_y = crs.linear_units_factor[1]
-    else:
+    if not np.isfinite([longitudes, latitudes]).all():
         return None
-    down = math.hypot(transform.b * metres_x, transform.e * metres_y)
-    along = math.hypot(transform.a * metres_x, transform.d * metres_y)
+    down, along = (_metres(longitudes[k : k + 2], latitudes[k : k + 2]) for k in (0, 2))
     return (down, along) if 0 < min(down, along) and max(down, along) < math.inf else None
+
+
+def _lon_lat(scene: "Scene", rows: list[float], columns: list[float]) -> tuple[list[float], list[float]]:
+    """Places in pixels, 0 at the upper left corner => degrees in WGS 84; NaN where the scene does not tell."""
+    gcps, gcp_crs = scene.gcps
+    crs, transform = (gcp_crs, from_gcps(gcps)) if gcps else (scene.crs, scene.transform)
+    if not gcps and scene.rpcs is not None and (crs is None or transform.is_identity):
+        with RPCTransformer(scene.rpcs) as to_ground:  # of the centres of pixels
+            return to_ground.xy([each - 0.5 for each in rows], [each - 0.5 for each in columns], offset="center")
+    if crs is None or transform.is_identity or not (crs.is_geographic or crs.is_projected):
+        return [math.nan], [math.nan]
+    x, y = zip(*(transform @ (column, row) for row, column in zip(rows, columns, strict=True)), strict=True)
+    return rasterio.warp.transform(crs, "EPSG:4326", x, y)[:2]
+
+
+def _metres(longitudes: list[float], latitudes: list[float]) -> float:
+    """Distance of two near places in degrees, by the ellipsoid's radii of curvature between them."""
+    latitude = math.radians(sum(latitudes) / 2)
+    w = math.sqrt(1 - E2 * math.sin(latitude) ** 2)
+    east = (longitudes[1] - longitudes[0] + 180) % 360 - 180  # the shorter way around
+    return math.hypot(
+        math.radians(latitudes[1] - latitudes[0]) * SEMI_MAJOR_AXIS * (1 - E2) / w**3,
+        math.radians(east) * SEMI_MAJOR_AXIS / w * math.cos(latitude),
+    )
 
 
 def steps_to(gsd: tuple[float, float], wanted: float) -> tuple[float, float]:
@@ -109,10 +128,10 @@ def resample_strips(
             held, top = held[:, begin - top :], begin
 
 
-def require_gsd(source: DatasetReader, stated: float | None, option: str) -> tuple[float, float]:
+def require_gsd(source: "Scene", stated: float | None, option: str) -> tuple[float, float]:
     """`gsd_of`, or what the user states; UserError where neither tells."""
     if stated:
         return stated, stated
     if (found := gsd_of(source)) is None:
-        raise UserError(f"{option}: {source.name} does not tell its GSD (no CRS in metres or degrees): give it by --gsd METRES")
+        raise UserError(f"{option}: {source.name} does not tell its GSD (no CRS, GCPs or RPCs): give it by --gsd METRES")
     return found

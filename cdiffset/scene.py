@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import diffusers
 import numpy as np
 import torch
-from rasterio.io import DatasetReader
+from diffusers import AutoencoderKL
 from rasterio.windows import Window
 from tqdm import tqdm
 
@@ -31,18 +31,19 @@ from cdiffset.calibration import Calibration
 from cdiffset.checkpoint import read_meta
 from cdiffset.diffusion import predict, sample
 from cdiffset.errors import UserError
-from cdiffset.geotiff import open_scene, write_cog, write_quicklook
+from cdiffset.geotiff import Scene, open_scene, write_cog, write_quicklook
 from cdiffset.images import to_signed, to_uint8, written_whole
 from cdiffset.losses import variance
-from cdiffset.model import decode, encode
+from cdiffset.model import decode, encode, vae_factor
 from cdiffset.options import Sampling
-from cdiffset.radiometry import Radiometry, describe, measure, out_of_domain, read_valid
+from cdiffset.overlay import hatched
+from cdiffset.radiometry import Radiometry, RadiometryOptions, describe, measure, out_of_domain
 from cdiffset.readouts import steps_read
-from cdiffset.resampling import resample_strips
+from cdiffset.resampling import gsd_of, resample_strips
 from cdiffset.sharing import Team
 from cdiffset.swipe import write_swipe
 from cdiffset.tiles import Grid, fuse, make_grid, noise_field, strips
-from cdiffset.translator import Model
+from cdiffset.translator import Model, Translation, Translator, translate_files
 
 STRIP = 256  # rows of pixels written together
 MARGIN = 3  # latent rows that bicubic interpolation may look at beyond its own
@@ -301,11 +302,11 @@ BLENDS = {"latents": (fuse_latents, latent_shapes), "pixels": (blend_pixels, til
 
 
 # ------------------------------------------------------------------------------------------------------- reading, writing
-def read_padded(source: DatasetReader, radiometry: Radiometry, rows: slice, columns: slice) -> np.ndarray:
+def read_padded(scene: Scene, radiometry: Radiometry, rows: slice, columns: slice) -> np.ndarray:
     """A window that may end beyond the scene => [3, h, w] in 0-255, continued there by reflection as ordinary images are."""
-    height, width = radiometry.size(source)
+    height, width = radiometry.size(scene)
     window = Window.from_slices((rows.start, min(rows.stop, height)), (columns.start, min(columns.stop, width)))
-    pixels, _ = radiometry.read(source, window)
+    pixels, _ = radiometry.read(scene, window)
     beyond = [(0, 0), (0, max(0, rows.stop - height)), (0, max(0, columns.stop - width))]
     return np.pad(pixels, beyond, mode="reflect")
 
@@ -319,40 +320,42 @@ def decoded_strips(model: Model, tiles: Tiles, z_eo: Callable) -> Iterator[tuple
 
 
 def onto_scene(
-    source: DatasetReader, radiometry: Radiometry, translated: Iterator[tuple[int, np.ndarray]]
+    scene: Scene, radiometry: Radiometry, translated: Iterator[tuple[int, np.ndarray]]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Strips of the grid that is translated, and what pads it => strips [C, n, W] of the scene's own, of at most STRIP rows."""
-    size = radiometry.size(source)
+    size = radiometry.size(scene)
     if radiometry.steps != (1, 1):
         back = tuple(1 / step for step in radiometry.steps)
-        yield from resample_strips(translated, size, back, source.shape, STRIP)
+        yield from resample_strips(translated, size, back, scene.shape, STRIP)
         return
     for first, strip in translated:
         for top in range(0, min(strip.shape[1], size[0] - first), STRIP):
             yield first + top, strip[:, top : min(top + STRIP, size[0] - first), : size[1]]
 
 
-def eo_strips(source: DatasetReader, radiometry: Radiometry, decoded: Iterator) -> Iterator[tuple[int, np.ndarray]]:
+def eo_strips(scene: Scene, radiometry: Radiometry, decoded: Iterator) -> Iterator[tuple[int, np.ndarray]]:
     """Decoded strips => (first row, uint8 RGBA [4, n, W]) of the scene's size, black and transparent where it is not valid."""
-    for top, strip in onto_scene(source, radiometry, decoded):
-        valid = valid_rows(source, radiometry.indexes, top, top + strip.shape[1])
+    for top, strip in onto_scene(scene, radiometry, decoded):
+        valid = valid_rows(scene, radiometry, top, top + strip.shape[1])
         pixels = np.rint(strip).clip(0, 255).astype(np.uint8)  # resampling makes floats of them
         yield top, np.concatenate([pixels * valid, 255 * valid[None].astype(np.uint8)])
 
 
-def valid_rows(source: DatasetReader, indexes: tuple[int, ...], top: int, bottom: int) -> np.ndarray:
-    return read_valid(source, indexes, Window(0, top, source.width, bottom - top))[1]
+def valid_rows(scene: Scene, radiometry: Radiometry, top: int, bottom: int) -> np.ndarray:
+    return scene.read(radiometry.indexes, Window(0, top, scene.width, bottom - top), radiometry.nodata)[1]
+
+
+MapOf = Callable[[dict[str, np.ndarray]], np.ndarray]  # maps by name, each [n, W] => a map
 
 
 def map_strips(
-    source: DatasetReader, radiometry: Radiometry, sigma2: Field, factor: int, known: list[Calibration | None]
+    scene: Scene, radiometry: Radiometry, translated: Iterator[tuple[int, np.ndarray]], names: Sequence[str], bands: list[MapOf]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """σ² [.., h, w], the last channel => (first row, float32 [bands, n, W]): σ² where `known` is None, else the expected error
-    by it; NaN: nodata."""
-    for top, (values,) in onto_scene(source, radiometry, variance_strips(sigma2, factor)):
-        bands = [values if each is None else each.expected_error({"variance": values}) for each in known]
-        valid = valid_rows(source, radiometry.indexes, top, top + len(values))
-        yield top, np.where(valid, np.stack(bands), np.nan).astype(np.float32)
+    """Strips of maps [names, n, W'] => (first row, float32 [bands, n, W]): what `bands` make of the maps; NaN: nodata."""
+    for top, values in onto_scene(scene, radiometry, translated):
+        maps = dict(zip(names, values, strict=True))
+        valid = valid_rows(scene, radiometry, top, top + values.shape[1])
+        yield top, np.where(valid, np.stack([band(maps) for band in bands]), np.nan).astype(np.float32)
 
 
 def variance_strips(sigma2: Field, factor: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -377,56 +380,221 @@ def variance_strips(sigma2: Field, factor: int) -> Iterator[tuple[int, np.ndarra
         yield first * factor, strip.clamp(low, high).numpy()
 
 
-def maps_of(kind: str, known: Calibration | None) -> dict[str, Calibration | None]:
-    """The bands of a map: name => None for σ², or what makes the expected error of it."""
-    expected = {} if known is None else {"expected error, 8-bit units": known}
-    return {"confidence": {"variance": None} | expected, "variance": {"variance": None}, "error": expected}[kind]
+def maps_of(kind: str, known: Calibration | None) -> dict[tuple[str, str], MapOf]:
+    """The bands of a map: (name, unit) => what makes it of the maps of a translation."""
+    variance = {("variance", "1"): lambda maps: maps["variance"]}
+    expected = {} if known is None else {("expected error, 8-bit units", "DN"): known.expected_error}
+    match kind:
+        case "confidence":
+            return variance | expected
+        case "variance":
+            return variance
+        case "spread":
+            return {("spread, 8-bit units", "DN"): lambda maps: maps["spread"]}
+        case "error":
+            return expected
+        case other:
+            raise ValueError(f"unknown map {other!r}")
 
 
-# -------------------------------------------------------------------------------------------------------- one whole scene
+# ------------------------------------------------------------------------------------------------------ a scene's outputs
+@dataclass(frozen=True)
+class Look:
+    """How a scene is read, and what its outputs say of it."""
+
+    radiometry: Radiometry
+    settings: dict  # all that the pixels depend on, besides the scene itself
+    gsd: tuple[float, float] | None  # metres down the rows, along the columns
+    acquired: str | None  # ISO 8601
+    warnings: list[str]  # what is far from the training images
+
+
+def look_at(model: Model, scene: Scene, args: argparse.Namespace, options: RadiometryOptions) -> Look:
+    """Measure a scene, and print what was found."""
+    trained = read_meta(args.checkpoint)
+    radiometry, notes = measure(scene, options, trained)
+    warnings = out_of_domain(scene, radiometry, options.gsd, trained)
+    lines = [describe(scene, radiometry), *(f"note: {note}" for note in notes), *(f"WARNING: {each}" for each in warnings)]
+    tqdm.write("\n".join(f"{scene.name}: {line}" for line in lines))
+    names = ("seed", *Sampling._fields, "readout", "ensemble", "ensemble_output", "precision", "tile", "overlap", "blend")
+    settings = {
+        "checkpoint": model.fingerprint, **{name: getattr(args, name) for name in names},
+        "prediction_type": model.scheduler.config.prediction_type, "radiometry": asdict(radiometry),
+    }  # fmt: skip
+    gsd = (options.gsd, options.gsd) if options.gsd else gsd_of(scene)
+    return Look(radiometry, settings, gsd, scene.acquired(), warnings)
+
+
+def facts_of(scene: Scene, look: Look) -> dict[str, str]:
+    """What a person wants to know of a scene's translation, for the page."""
+    crs, gcps = scene.crs or scene.gcps[1], scene.gcps[0]
+    georeference = "GCPs" if gcps else "RPCs" if scene.rpcs is not None and crs is None else "geotransform"
+    named = crs.to_string() if crs else "none"
+    radiometry, settings = look.radiometry, look.settings
+    channels = [scene.descriptions[k - 1] or f"band {k}" for k in radiometry.indexes]
+    stretch = ", ".join(f"{low:.4g} to {high:.4g}" for low, high in radiometry.limits)
+    facts = {
+        "scene": ", ".join(path.name for path in scene.paths),
+        "size": f"{scene.width} x {scene.height} px",
+        "CRS": f"{named if len(named) < 40 else crs.to_dict().get('proj', named)} ({georeference})" if crs else georeference,
+        "GSD": " x ".join(f"{each:.3g}" for each in dict.fromkeys(look.gsd)) + " m" if look.gsd else None,
+        "acquired": look.acquired,
+        "bands": f"{', '.join(channels)} ({radiometry.channels})",
+        "scale and stretch": f"{radiometry.scale}, {stretch} => 0 to 255",
+        "sampling": f"{settings['scheduler']} {settings['timestep_spacing']}, {settings['num_inference_steps']} steps, "
+        f"seed {settings['seed']}, {settings['precision']}",
+        "tiles": f"{settings['tile']} px, {settings['overlap']} px overlap, {settings['blend']} blended",
+        "checkpoint": settings["checkpoint"],
+        "far from the training images": "; ".join(look.warnings),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def tags_of(scene: Scene, look: Look) -> dict[str, str]:
+    units = [scene.units[k - 1] for k in look.radiometry.indexes]
+    optional = {
+        "CDIFFSET_ACQUIRED": look.acquired,
+        "CDIFFSET_GSD_M": look.gsd and " ".join(f"{each:.6g}" for each in look.gsd),
+        "CDIFFSET_SOURCE_UNITS": ", ".join(units) if all(units) else None,
+        "CDIFFSET_OUT_OF_DOMAIN": "; ".join(look.warnings),
+    }
+    others = {name: value for name, value in look.settings.items() if name not in ("checkpoint", "radiometry")}
+    return {
+        "TIFFTAG_SOFTWARE": f"C-DiffSET, torch {torch.__version__}, diffusers {diffusers.__version__}",
+        "CDIFFSET_SOURCE": ", ".join(path.name for path in scene.paths),
+        "CDIFFSET_CHECKPOINT": look.settings["checkpoint"],
+        "CDIFFSET_STRETCH": json.dumps(look.settings["radiometry"]),
+        "CDIFFSET_SETTINGS": json.dumps(others),
+    } | {name: value for name, value in optional.items() if value}
+
+
+def write_map(
+    path: Path, scratch: Path, scene: Scene, look: Look, translated: Iterator, names: Sequence[str], bands: dict
+) -> None:
+    """A float32 GeoTIFF of maps; translated, names: as for `map_strips`; bands: `maps_of`."""
+    maps = map_strips(scene, look.radiometry, translated, names, list(bands.values()))
+    titles, units = zip(*bands, strict=True)
+    write_cog(path, scratch, scene, titles, units, "float32", maps, tags_of(scene, look))
+
+
+def write_picture(path: Path, scratch: Path, scene: Scene, look: Look, translated: Iterator) -> None:
+    """An RGBA GeoTIFF of strips [3, n, W'] in 0-255."""
+    pictures = eo_strips(scene, look.radiometry, translated)
+    titles, units = ("red", "green", "blue", "alpha"), ("DN", "DN", "DN", "")
+    write_cog(path, scratch, scene, titles, units, "uint8", pictures, tags_of(scene, look))
+
+
+def write_views(outputs: dict[str, Path], scene: Scene, look: Look) -> None:
+    """What is there to look at: a quicklook and the page with the slider."""
+    write_quicklook(outputs["eo"].with_suffix(".quicklook.png"), outputs["eo"])
+    write_swipe(outputs, scene, look.radiometry, facts_of(scene, look), look.gsd and look.gsd[1])
+
+
+def scratch_folder(outputs: dict[str, Path]) -> Path:
+    return outputs["eo"].with_name(f".{outputs['eo'].stem}.scene")
+
+
+# ------------------------------------------------------------------------------------------------------- scenes of one tile
+class WholeScenes:
+    """Scenes that fit into one tile: read and written as scenes, translated in batches as images, from the noise of places."""
+
+    def __init__(self, translator: Translator, args: argparse.Namespace, options: RadiometryOptions, known: Calibration | None):
+        self.translator, self.args, self.options, self.known = translator, args, options, known
+        self.files: Sequence[Sequence[Path]] = []
+        self.looks: dict[Sequence[Path], Look] = {}
+        self.failed: list[Sequence[Path]] = []
+
+    def translate(self, files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, Translation]]:
+        """Files of each scene => (index, its translation on the grid that is translated), in no fixed order."""
+        self.files = files
+        yield from translate_files(self.translator, files, self.failed, self.read, place_noise)
+
+    def read(self, files: Sequence[Path]) -> tuple[np.ndarray]:
+        """=> float32 [H, W, 3] in 0-255."""
+        with open_scene(files, self.args.max_pixels) as scene:
+            look = self.looks[files] = look_at(self.translator, scene, self.args, self.options)
+            height, width = look.radiometry.size(scene)
+            pixels, _ = look.radiometry.read(scene, Window(0, 0, width, height))
+        return (np.ascontiguousarray(np.moveaxis(pixels, 0, -1)),)
+
+    def write(self, index: int, translation: Translation, outputs: dict[str, Path]) -> None:
+        files, maps = self.files[index], translation.uncertainties
+        look, scratch = self.looks.pop(files), scratch_folder(outputs)
+        scratch.mkdir(parents=True, exist_ok=True)
+        with open_scene(files, self.args.max_pixels) as scene:
+            for kind, path in outputs.items():
+                if kind in ("eo", "overlay"):
+                    picture = self.overlay(translation) if kind == "overlay" else translation.eo
+                    write_picture(path, scratch, scene, look, iter([(0, np.moveaxis(picture, -1, 0))]))
+                else:
+                    stacked = iter([(0, np.stack(list(maps.values())))])
+                    write_map(path, scratch, scene, look, stacked, list(maps), maps_of(kind, self.known))
+            write_views(outputs, scene, look)
+        shutil.rmtree(scratch)
+
+    def overlay(self, translation: Translation) -> np.ndarray:
+        return hatched(translation.eo, self.known.expected_error(translation.uncertainties), self.args.overlay_threshold)
+
+
+def place_noise(vae: AutoencoderKL, seed: int, images: Sequence[np.ndarray]) -> torch.Tensor:
+    """The noise [B, C, h, w] of scenes that start at place 0, 0; `diffusion.image_noise` is its counterpart."""
+    factor = vae_factor(vae)
+    shapes = [[slice(0, -(-side // factor)) for side in pixels.shape[:2]] for pixels in images]
+    return torch.from_numpy(np.stack([noise_field(seed, vae.config.latent_channels, *shape) for shape in shapes]))
+
+
+# -------------------------------------------------------------------------------------------------------- one fused scene
 def translate_scene(
     model: Model,
     team: Team,
-    path: Path,
+    files: Sequence[Path],
     outputs: dict[str, Path],
-    options: argparse.Namespace,
+    args: argparse.Namespace,
+    options: RadiometryOptions,
     known: Calibration | None = None,
 ) -> None:
-    """Translate a GeoTIFF into GeoTIFFs on its own grid, the EO image last; continues where an earlier run was killed.
+    """Translate a raster, or one for each polarisation, into GeoTIFFs on its own grid, the EO image last.
 
     outputs: "eo", and "confidence" (σ² and, given the Calibration `known`, the expected error), "variance" or "error".
+    Continues where an earlier run was killed.
     """
     started = time.monotonic()
-    translate, shapes_of = BLENDS[options.blend]
-    with open_scene(path, options.max_pixels) as source:
-        trained = read_meta(model.args.checkpoint)
-        radiometry = measure(source, options, trained)
-        warnings = out_of_domain(source, radiometry, options.gsd, trained)
-        print("\n".join([f"{path}: {describe(source, radiometry)}", *(f"{path}: WARNING: {each}" for each in warnings)]))
-        settings = settings_of(model, options, radiometry)
-        height, width = (-(-side // model.factor) for side in radiometry.size(source))
-        grid = make_grid(height, width, options.tile // model.factor, options.overlap // model.factor)
-        origin = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, *grid]
+    translate, shapes_of = BLENDS[args.blend]
+    with open_scene(files, args.max_pixels) as scene:
+        look = look_at(model, scene, args, options)
+        radiometry = look.radiometry
+        height, width = (-(-side // model.factor) for side in radiometry.size(scene))
+        grid = make_grid(height, width, args.tile // model.factor, args.overlap // model.factor)
+        origin = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         shapes = shapes_of(model.vae.config.latent_channels, grid)
-        folder = outputs["eo"].with_name(f".{outputs['eo'].stem}.scene")
-        scratch = Scratch(folder, {"origin": origin, "settings": settings}, shapes)
-        megapixels = source.height * source.width / 1e6
-        with progress(scratch, options, grid, megapixels, path.name) as bar:
-            tiles = Tiles(team, options.batch_size, grid, bar)
+        folder = scratch_folder(outputs)
+        scratch = Scratch(folder, {"origin": origin, "grid": grid, "settings": look.settings}, shapes)
+        megapixels = scene.height * scene.width / 1e6
+        with progress(scratch, args, grid, megapixels, outputs["eo"].name) as bar:
+            tiles = Tiles(team, args.batch_size, grid, bar)
 
             def read_pixels(number: int) -> tuple[np.ndarray]:
-                return (to_signed(read_padded(source, radiometry, *tiles.window(number, model.factor))),)
+                return (to_signed(read_padded(scene, radiometry, *tiles.window(number, model.factor))),)
 
             try:
                 translated = translate(model, tiles, read_pixels, scratch)
-                write_outputs(model, source, radiometry, tiles, translated, outputs, known, tags_of(settings, warnings), folder)
+                write_fused(model, scene, look, tiles, translated, outputs, known, folder)
             except UserError:  # the same again would end the same way
                 shutil.rmtree(folder)
                 raise
             megapixels *= 1 - bar.initial / bar.total
     shutil.rmtree(folder)
     seconds = time.monotonic() - started
-    print(f"{path}: {megapixels:.1f} Mpx in {seconds:.1f} s, {megapixels / seconds:.3f} Mpx/s, into {outputs['eo']}")
+    print(f"{files[0]}: {megapixels:.1f} Mpx in {seconds:.1f} s, {megapixels / seconds:.3f} Mpx/s, into {outputs['eo']}")
+
+
+def write_fused(model, scene, look, tiles, translated, outputs, known, folder: Path) -> None:
+    for kind, path in outputs.items():
+        if kind != "eo":
+            sigma2 = variance_strips(translated.sigma2, model.factor)
+            write_map(path, folder, scene, look, sigma2, ["variance"], maps_of(kind, known))
+    write_picture(outputs["eo"], folder, scene, look, decoded_strips(model, tiles, translated.z_eo))
+    write_views(outputs, scene, look)
 
 
 class Progress(tqdm):
@@ -453,35 +621,3 @@ def progress(scratch: Scratch, options: argparse.Namespace, grid: Grid, megapixe
     if done is not None:
         bar.write(f"{name}: goes on after {unit}")
     return bar
-
-
-def write_outputs(model, source, radiometry, tiles, translated, outputs, known, tags: dict[str, str], folder: Path) -> None:
-    for kind, path in outputs.items():
-        if kind != "eo":
-            bands = maps_of(kind, known)
-            maps = map_strips(source, radiometry, translated.sigma2, model.factor, list(bands.values()))
-            write_cog(path, folder, source, list(bands), "float32", maps, tags)
-    pictures = eo_strips(source, radiometry, decoded_strips(model, tiles, translated.z_eo))
-    write_cog(outputs["eo"], folder, source, ("red", "green", "blue", "alpha"), "uint8", pictures, tags)
-    write_quicklook(outputs["eo"].with_suffix(".quicklook.png"), outputs["eo"])
-    write_swipe(outputs, source, radiometry, tags)
-
-
-def settings_of(model: Model, options: argparse.Namespace, radiometry: Radiometry) -> dict:
-    """All that the pixels depend on, besides the scene itself."""
-    names = ("seed", *Sampling._fields, "readout", "precision", "tile", "overlap", "blend")
-    return {
-        "checkpoint": model.fingerprint, **{name: getattr(options, name) for name in names},
-        "prediction_type": model.scheduler.config.prediction_type, "radiometry": asdict(radiometry),
-    }  # fmt: skip
-
-
-def tags_of(settings: dict, warnings: list[str]) -> dict[str, str]:
-    return {
-        "TIFFTAG_SOFTWARE": f"C-DiffSET, torch {torch.__version__}, diffusers {diffusers.__version__}",
-        "CDIFFSET_CHECKPOINT": settings["checkpoint"],
-        "CDIFFSET_STRETCH": json.dumps(settings["radiometry"]),
-        "CDIFFSET_SETTINGS": json.dumps(
-            {name: settings[name] for name in settings if name not in ("checkpoint", "radiometry")}
-        ),
-    } | ({"CDIFFSET_OUT_OF_DOMAIN": "; ".join(warnings)} if warnings else {})

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -9,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from PIL import Image
-from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
-from cdiffset.geotiff import quicklook
+from cdiffset.geotiff import Scene, quicklook
 from cdiffset.images import without_georeference, written_whole
 from cdiffset.overlay import ERROR_VIEW_MAX, colours
 from cdiffset.radiometry import Radiometry
@@ -38,8 +38,13 @@ h1 {{ font-size: 1.2rem; overflow-wrap: anywhere; }}
 .frame span {{ position: absolute; top: .5rem; padding: 0 .4rem; background: #000a; color: #fff; }}
 .frame:focus-within #line {{ background: #fd0; }}
 .tools {{ display: flex; flex-wrap: wrap; gap: 1rem; margin: .6rem 0; }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }}
-dd {{ margin: 0; overflow-wrap: anywhere; }}
+#bar {{ position: absolute; left: .5rem; bottom: .5rem; padding-bottom: 2px; box-sizing: border-box; text-align: center;
+  border: solid #fff; border-width: 0 2px 3px; color: #fff; text-shadow: 0 0 3px #000, 0 0 3px #000; white-space: nowrap;
+  filter: drop-shadow(0 0 1px #000); pointer-events: none; }}
+table {{ border-collapse: collapse; margin-top: 1rem; }}
+th, td {{ padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-top: 1px solid #ddd; }}
+td {{ overflow-wrap: anywhere; }}
+th {{ font-weight: 600; white-space: nowrap; }}
 </style>
 </head>
 <body>
@@ -48,12 +53,12 @@ dd {{ margin: 0; overflow-wrap: anywhere; }}
 <img src="{sar}" alt="SAR">
 <img src="{eo}" alt="EO, translated" id="eo">
 {overlay}<div id="line"></div>
-<span style="left: .5rem">EO, translated</span><span style="right: .5rem">SAR</span>
+{bar}<span style="left: .5rem">EO, translated</span><span style="right: .5rem">SAR</span>
 <input type="range" min="0" max="100" step="0.1" value="50" id="place" aria-label="EO to the left, SAR to the right of it">
 </div>
-{tools}<dl>
+{tools}<table>
 {facts}
-</dl>
+</table>
 <script>
 const find = name => document.getElementById(name);
 function swipe() {{
@@ -82,33 +87,45 @@ TOOLS = """<div class="tools">
 """
 
 
-def write_swipe(outputs: dict[str, Path], source: DatasetReader, radiometry: Radiometry, tags: dict[str, str]) -> None:
+def write_swipe(
+    outputs: dict[str, Path],
+    scene: Scene,
+    radiometry: Radiometry,
+    facts: dict[str, str],  # rows of the table
+    metres_along: float | None,  # size of a pixel of the scene along its rows, for the scale bar
+) -> None:
     """Write the page beside the EO image of a scene, from the images and maps that are written already."""
     eo = quicklook(outputs["eo"])
     height, width = eo.shape[:2]
     found = next((kind for kind in ("error", "confidence", "variance") if kind in outputs), None)
     picture, legend = uncertainty_view(outputs[found]) if found else (None, "")
-    facts = {"scene": Path(source.name).name, "size": f"{source.width} x {source.height} px"} | {
-        name.removeprefix("CDIFFSET_").removeprefix("TIFFTAG_").replace("_", " ").lower(): value for name, value in tags.items()
-    }
     page = PAGE.format(
         title=escape(outputs["eo"].name), width=width, height=height,
-        sar=embedded(sar_view(source, radiometry, (height, width))), eo=embedded(eo),
+        sar=embedded(sar_view(scene, radiometry, (height, width))), eo=embedded(eo),
         overlay=f'<img src="{embedded(picture)}" alt="uncertainty" id="map">\n' if found else "",
+        bar=scale_bar(scene.width * metres_along) if metres_along else "",
         tools=TOOLS.format(legend=escape(legend)) if found else "",
-        facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items()),
+        facts="\n".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items()),
     )  # fmt: skip
     with written_whole(outputs["eo"].with_suffix(".swipe.html")) as temporary:
         temporary.write_text(page, "utf-8")
 
 
-def sar_view(source: DatasetReader, radiometry: Radiometry, size: tuple[int, int]) -> np.ndarray:
+def scale_bar(metres: float) -> str:
+    """A bar of a round length, at most a quarter of a picture that is so many metres wide."""
+    power = 10 ** math.floor(math.log10(metres / 4))
+    length = next(step * power for step in (5, 2, 1) if step * power <= metres / 4)
+    label = f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m"
+    return f'<div id="bar" style="width: {100 * length / metres:.3f}%">{label}</div>\n'
+
+
+def sar_view(scene: Scene, radiometry: Radiometry, size: tuple[int, int]) -> np.ndarray:
     """The SAR as the network sees it, at the size of a quicklook => uint8 [h, w, 4], transparent where it is not valid."""
-    steps = tuple(side / wanted for side, wanted in zip(source.shape, size, strict=True))
+    steps = tuple(side / wanted for side, wanted in zip(scene.shape, size, strict=True))
     smaller = replace(radiometry, steps=steps)
     strips = []
     for top in range(0, size[0], STRIP):
-        pixels, valid = smaller.read(source, Window(0, top, size[1], min(STRIP, size[0] - top)))
+        pixels, valid = smaller.read(scene, Window(0, top, size[1], min(STRIP, size[0] - top)))
         strips.append(np.concatenate([pixels.round(), 255.0 * valid[None]]))
     return np.moveaxis(np.concatenate(strips, 1), 0, -1).astype(np.uint8)
 

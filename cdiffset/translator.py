@@ -5,7 +5,7 @@ import cdiffset.lean  # noqa: F401  first: it imports diffusers quickly
 # isort: split
 import argparse
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from cdiffset.attention import share_prompt
 from cdiffset.checkpoint import Weights, read_meta
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT
 from cdiffset.device import form_of, free_memory, without_instructions
-from cdiffset.diffusion import ensemble, predict, reduce_samples
+from cdiffset.diffusion import ensemble, image_noise, predict, reduce_samples
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar, to_signed, to_uint8
 from cdiffset.model import (
@@ -153,16 +153,19 @@ class Translator(Model):
         self.scheduler = make_sampler(self.scheduler, args.scheduler, args.timestep_spacing)
         print(f"{args.scheduler}, {args.timestep_spacing} timesteps, {args.num_inference_steps} steps")
 
-    def __call__(self, images: Sequence[np.ndarray]) -> list[Translation]:
+    def __call__(self, images: Sequence[np.ndarray], noise_of: Callable = image_noise) -> list[Translation]:
         """SAR images, float32 [H, W, 3] in 0-255, that have one size when padded => their translations.
 
+        noise_of(vae, seed, images) => the noise [B, C, h, w] that they start from.
         Where the device's memory does not hold as many as are to be computed together, half as many are, from then on.
         """
         sar = self.stack(images)
+        seeds = range(self.args.seed, self.args.seed + self.args.ensemble)
+        noise = torch.stack([noise_of(self.vae, seed, images) for seed in seeds])  # [N,B,C,h,w]
         while True:
             together = self.images_together(*sar.shape[-2:])
             try:
-                return self.translations(images, sar, together)
+                return self.translations(images, sar, noise, together)
             except torch.OutOfMemoryError as error:
                 if together == 1:
                     size = f"{sar.shape[-1]} x {sar.shape[-2]} px"
@@ -170,10 +173,12 @@ class Translator(Model):
             self.most = together // 2
             tqdm.write(f"{together} images together do not fit into the memory of {self.device}: from now on {self.most}")
 
-    def translations(self, images: Sequence[np.ndarray], sar: torch.Tensor, together: int) -> list[Translation]:
+    def translations(
+        self, images: Sequence[np.ndarray], sar: torch.Tensor, noise: torch.Tensor, together: int
+    ) -> list[Translation]:
         samples, sigma2, spread = ensemble(
-            self.unet, self.vae, self.scheduler, sar, self.prompt_embedding, self.args.num_inference_steps,
-            range(self.args.seed, self.args.seed + self.args.ensemble), self.args.readout, together,
+            self.unet, self.vae, self.scheduler, sar, noise, self.prompt_embedding, self.args.num_inference_steps,
+            self.args.readout, together,
         )  # [N,B,3,H',W'], [B,1,h,w], [B,1,H',W']  # fmt: skip
         if not samples.isfinite().all():
             raise UserError("the translation is not finite: this precision does not suit the checkpoint, try --precision fp32")
@@ -214,15 +219,21 @@ def fingerprint(tensors: dict[str, torch.Tensor], settings: str) -> str:
     return digest.hexdigest()
 
 
-def translate_files(translator: Translator, paths: Sequence[Path], unreadable: list[Path]) -> Iterator[tuple[int, Translation]]:
-    """Read and translate files => (index of the path, translation), in no fixed order; see `batches_of_one_size`."""
+def translate_files(
+    translator: Translator,
+    items: Sequence,
+    failed: list,  # takes the items that cannot be read
+    read: Callable | None = None,  # item => (float32 [H, W, 3] in 0-255,); None: items are paths of plain images
+    noise_of: Callable = image_noise,  # (vae, seed, images) => the noise [B, C, h, w] that they start from
+) -> Iterator[tuple[int, Translation]]:
+    """Read and translate files => (index of the item, translation), in no fixed order; see `batches_of_one_size`."""
 
-    def read(path: Path) -> tuple[np.ndarray]:
+    def read_image(path: Path) -> tuple[np.ndarray]:
         return (read_sar(path, translator.args.max_pixels),)
 
     threads = file_threads(translator.device)
     batches = batches_of_one_size(
-        paths, read, translator.factor, translator.images_together, unreadable, "translating", threads
+        items, read or read_image, translator.factor, translator.images_together, failed, "translating", threads
     )
     for indices, (images,) in batches:
-        yield from zip(indices, translator(images), strict=True)
+        yield from zip(indices, translator(images, noise_of), strict=True)

@@ -4,8 +4,9 @@
     python data/make_chips.py --sar SAR-Intensity --eo PS-RGB --output chips     # folders of scenes or of SpaceNet6's tiles
 
 writes {train,test}/{sar,eo}/SCENE_rROW_cCOL.png, the lists train_list.csv and test_list.csv (`sar,eo`, for PairedFolderFeeder)
-and chips.json. ROW and COL are the chip's upper left pixel in the SAR scene, whose grid every chip has: the SAR is never
-resampled, and an EO raster of another grid or CRS is warped onto it (bilinear). Scenes are read window by window.
+and chips.json, which keeps how the SAR was read: for the checkpoint, and so for test.py. ROW and COL are the chip's upper left
+pixel in the SAR scene, whose grid every chip has: the SAR is never resampled, and an EO raster of another grid or CRS is warped
+onto it (bilinear). Scenes are read window by window.
 
 The ground is divided into square blocks, the same ones for all scenes that have a CRS, so that scenes of the same ground agree.
 Chips centred in test blocks are for testing; training chips nearer than the guard band to any of them are dropped (Chebyshev
@@ -15,19 +16,18 @@ distance, in px of the first scene).
 import csv
 import json
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import rasterio
 import rasterio.warp
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio.enums import ColorInterp, Resampling
+from rasterio.errors import CRSError, RasterioError, RasterioIOError
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 from scipy.spatial import cKDTree
@@ -36,17 +36,22 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from cdiffset.errors import Parser, UserError, run  # noqa: E402
-from cdiffset.images import STRETCH_PERCENTILES, list_images, write_png, written_whole  # noqa: E402
-from feeders.feeder import SPLITS, Pair, SpaceNetFeeder, match_folders  # noqa: E402
+from cdiffset.geotiff import DRIVERS, SUFFIXES, Scene, find_sources, open_scene, renamed  # noqa: E402
+from cdiffset.images import (  # noqa: E402
+    STRETCH_PERCENTILES,
+    alpha_band,
+    complex_message,
+    list_images,
+    open_raster,
+    write_png,
+    written_whole,
+)
+from cdiffset.options import add_radiometry_options  # noqa: E402
+from cdiffset.radiometry import Radiometry, RadiometryOptions, measure, shared_stretch, wanted_polarisations  # noqa: E402
+from cdiffset.resampling import gsd_of  # noqa: E402
+from feeders.feeder import SPLITS, SpaceNetFeeder  # noqa: E402
 
-DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".jp2": "JP2OpenJPEG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-SAMPLED_SIDE = 2048  # px: the stretch is taken from every n-th pixel of larger scenes
-SAR_CHANNELS = {  # bands => channels, the rule of cdiffset.images.read_sar; one grey channel stays one
-    1: np.eye(1),
-    2: np.array([[1, 0], [0.5, 0.5], [0, 1]]),
-    3: np.eye(3),
-    4: np.array([[1, 0, 0, 0], [0, 0.5, 0.5, 0], [0, 0, 0, 1]]),
-}
+SAMPLED_SIDE = 2048  # px: the EO's stretch is taken from every n-th pixel of larger scenes
 REASONS = ("no_overlap", "nodata", "cloud", "blank", "guard")  # why chips are dropped, the first that applies
 
 
@@ -64,7 +69,8 @@ class Options:
     max_cloud: float = 0.05
     min_std: float = 2.0
     eo_bands: tuple[int, ...] | None = None
-    keep_zeros: bool = False
+    eo_nodata: float | None = None
+    radiometry: RadiometryOptions = field(default_factory=RadiometryOptions)  # of the SAR
 
     def __post_init__(self):
         for name in ("size", "stride", "block"):
@@ -80,12 +86,18 @@ class Options:
             raise UserError(f"--test-share is {self.test_share}; expected a share between 0 and 1")
 
 
+class Pair(NamedTuple):
+    name: str
+    sar: tuple[Path, ...]  # one file, or one for each polarisation
+    eo: Path
+
+
 @dataclass(frozen=True)
-class Scene:
-    """What is known of a pair before its chips are read. Limits are [low, high] of the stretch, None for 8-bit data."""
+class Surveyed:
+    """What is known of a pair of scenes before its chips are read."""
 
     name: str
-    sar: Path
+    sar: tuple[Path, ...]
     eo: Path
     cloud_mask: Path | None
     crs: rasterio.CRS | None
@@ -93,17 +105,9 @@ class Scene:
     width: int
     height: int
     registration: str
-    sar_limits: list[list[float]] | None  # one for each band
-    eo_limits: list[float] | None  # one for all bands, which keeps the colours
-
-    @property
-    def gsd(self) -> dict | None:
-        """Size of a pixel along columns and rows, and its unit."""
-        if self.crs is None:
-            return None
-        a, b, _, d, e, _ = self.transform[:6]
-        unit, factor = ("degree", 1.0) if self.crs.is_geographic else ("metre", self.crs.linear_units_factor[1])
-        return {"x": float(np.hypot(a, d) * factor), "y": float(np.hypot(b, e) * factor), "unit": unit}
+    gsd: tuple[float, float] | None  # metres down the rows, along the columns
+    radiometry: Radiometry  # of the SAR
+    eo_limits: list[float] | None  # [low, high] of the stretch of all bands, which keeps the colours; None for 8-bit data
 
 
 class Chip(NamedTuple):
@@ -114,28 +118,50 @@ class Chip(NamedTuple):
     cloud: np.ndarray
 
 
-def find_pairs(sar: Path, eo: Path, follow_links: bool) -> list[Pair]:
-    """Two files, or two folders matched by relative path without suffix or by SpaceNet6's names."""
+def find_pairs(sar: Path, eo: Path, bands: str | None) -> list[Pair]:
+    """Two files, or two folders matched by relative path without suffix or by SpaceNet6's names.
+
+    Polarisations in separate files are one scene where --bands asks for them; its EO may be named without them.
+    """
+    wanted = wanted_polarisations(bands)
     if sar.is_file() and eo.is_file():
-        return [Pair(eo.stem, sar, eo)]
+        (files,) = find_sources(sar, wanted).values()
+        return [Pair(eo.stem, tuple(sar.parent / file for file in files), eo)]
     if not (sar.is_dir() and eo.is_dir()):
         found = ", ".join(f"{path} ({_kind(path)})" for path in (sar, eo))
         raise UserError(f"--sar and --eo must be two files or two folders; found {found}")
-    names = list_images(eo, follow_links)
-    if not any("_PS-RGB_" in name.name for name in names):
-        return match_folders(sar, eo, follow_links)
-    there = set(list_images(sar, follow_links))
-    twins = [Path(*SpaceNetFeeder.eo_to_sar(PurePosixPath("PS-RGB", name)).parts[1:]) for name in names]
-    if lonely := [str(name) for name, twin in zip(names, twins, strict=True) if twin not in there]:
-        raise UserError(f"{len(lonely)} of {len(names)} EO tiles of {eo} have no SAR tile in {sar}: {', '.join(lonely[:3])}")
-    return [Pair(name.with_suffix("").as_posix(), sar / twin, eo / name) for name, twin in zip(names, twins, strict=True)]
+    scenes = {names_of(name, files, wanted): files for name, files in find_sources(sar, wanted).items()}
+    pairs, lonely = [], []
+    for image in list_images(eo, SUFFIXES):
+        name = image.with_suffix("").as_posix()
+        twin = name
+        if "_PS-RGB_" in image.name:
+            twin = PurePosixPath(*SpaceNetFeeder.eo_to_sar(PurePosixPath("PS-RGB", image)).parts[1:]).with_suffix("").as_posix()
+        key = next((key for key in scenes if twin in key), None)
+        if key is None:
+            lonely.append(str(image))
+        else:
+            pairs.append(Pair(name, tuple(sar / file for file in scenes.pop(key)), eo / image))
+    lonely += [str(files[0]) for files in scenes.values()]
+    if lonely:
+        raise UserError(f"{len(lonely)} scenes of {sar} and {eo} have no twin of the same name: {', '.join(lonely[:3])}")
+    return pairs
 
 
-def find_masks(cloud_mask: Path | None, pairs: list[Pair], follow_links: bool) -> list[Path | None]:
+def names_of(name: Path, files: tuple[Path, ...], wanted: list[str]) -> tuple[str, ...]:
+    """What the EO of a SAR scene may be called."""
+    plain = name.with_suffix("").as_posix()
+    if len(files) == 1:
+        return (plain,)
+    bare = renamed(files[0], "").with_suffix("").as_posix().rstrip("_-")
+    return (plain, bare.replace("__", "_").replace("--", "-"))
+
+
+def find_masks(cloud_mask: Path | None, pairs: list[Pair]) -> list[Path | None]:
     """The cloud mask of every pair: one file for all, or the file of a folder that is named as the EO scene."""
     if cloud_mask is None or cloud_mask.is_file():
         return [cloud_mask] * len(pairs)
-    masks = {path.with_suffix("").as_posix(): cloud_mask / path for path in list_images(cloud_mask, follow_links)}
+    masks = {path.with_suffix("").as_posix(): cloud_mask / path for path in list_images(cloud_mask, SUFFIXES)}
     if lonely := [pair.name for pair in pairs if pair.name not in masks]:
         raise UserError(f"--cloud-mask: {cloud_mask} has no mask for {len(lonely)} EO scenes: {', '.join(lonely[:3])}")
     return [masks[pair.name] for pair in pairs]
@@ -146,67 +172,42 @@ def _kind(path: Path) -> str:
 
 
 @contextmanager
-def open_raster(path: Path) -> Iterator[rasterio.DatasetReader]:
-    """Open a raster and nothing but its own file, without its overviews: they are averages, and SAR speckle is not."""
+def open_eo(path: Path) -> Iterator[rasterio.DatasetReader]:
+    """Open a raster of EO or clouds, without its overviews, which may have been made of other pixels."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if (driver := DRIVERS.get(path.suffix.lower())) is None:
-        raise UserError(f"{path}: unsupported scene type; supported are {' '.join(DRIVERS)}")
-    with warnings.catch_warnings(), rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    with ExitStack() as stack:
         try:
-            source = rasterio.open(path.absolute(), driver=driver, OVERVIEW_LEVEL="NONE")
+            source = stack.enter_context(open_raster(path, DRIVERS.get(path.suffix.lower()), OVERVIEW_LEVEL="NONE"))
         except RasterioIOError as error:
-            raise UserError(f"{path}: unreadable, truncated or not a {driver} raster ({error})") from error
-        with source:
-            if np.dtype(source.dtypes[0]).kind not in "uif":
-                raise UserError(
-                    f"{path}: pixels of type {source.dtypes[0]}; expected real numbers, for complex SAR its amplitude"
-                )
-            if source.colorinterp[0] == ColorInterp.palette:
-                raise UserError(f"{path}: colours in a palette; expected bands (gdal_translate -expand rgb)")
-            yield source
+            raise UserError(f"{path}: unreadable, truncated or no raster ({str(error).splitlines()[0]})") from error
+        if not source.count or np.dtype(source.dtypes[0]).kind == "c":
+            raise UserError(
+                complex_message(path, source.dtypes[0]) if source.count else f"{path}: a container of several rasters"
+            )
+        if source.colorinterp[0] == ColorInterp.palette:
+            raise UserError(f"{path}: colours in a palette; expected bands (gdal_translate -expand rgb)")
+        yield source
 
 
 class Layer(NamedTuple):
-    """What is read of an open raster: some bands, and the value that means nodata where all of them have it."""
+    """What is read of an open EO raster: some bands, and a value that means no data where all of them have it."""
 
     raster: rasterio.DatasetReader | WarpedVRT
     bands: list[int]
-    fill: float | None
-
-
-def alpha_of(raster) -> int | None:
-    """Index of the alpha band."""
-    return next((k for k in raster.indexes if raster.colorinterp[k - 1] == ColorInterp.alpha), None)
-
-
-def sar_layer(raster, options: Options) -> Layer:
-    return Layer(raster, bands_of(raster, (1, 2, 3, 4)), fill_value(raster, options.keep_zeros))
+    nodata: float | None
 
 
 def eo_layer(raster, options: Options) -> Layer:
     if options.eo_bands is None:
-        bands = bands_of(raster, (1, 3))
+        bands = [k for k in raster.indexes if k != alpha_band(raster)]
+        if len(bands) not in (1, 3):
+            raise UserError(f"{raster.name}: {len(bands)} bands besides alpha; expected 1 or 3, or --eo-bands")
     elif set(options.eo_bands) <= set(raster.indexes):
         bands = list(options.eo_bands)
     else:
         raise UserError(f"{raster.name}: --eo-bands {' '.join(map(str, options.eo_bands))} of {raster.count} bands")
-    return Layer(raster, bands, fill_value(raster, options.keep_zeros))
-
-
-def bands_of(raster, allowed: tuple[int, ...]) -> list[int]:
-    """Indexes of all bands but alpha."""
-    bands = [k for k in raster.indexes if k != alpha_of(raster)]
-    if len(bands) not in allowed:
-        raise UserError(f"{raster.name}: {len(bands)} bands besides alpha; expected {' or '.join(map(str, allowed))}")
-    return bands
-
-
-def fill_value(raster, keep_zeros: bool) -> float | None:
-    """The declared nodata value, or 0 where the file declares neither that nor a mask nor alpha."""
-    declares_nothing = alpha_of(raster) is None and all(MaskFlags.all_valid in flags for flags in raster.mask_flag_enums)
-    return 0.0 if declares_nothing and not keep_zeros else raster.nodata
+    return Layer(raster, bands, raster.nodata if options.eo_nodata is None else options.eo_nodata)
 
 
 @contextmanager
@@ -221,44 +222,47 @@ def read_valid(
     layer: Layer, window: Window | None = None, shape: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bands [H, W, C] and where they hold data [H, W], of a window and sampled to a shape (H, W)."""
-    raster, bands, fill = layer
+    raster, bands, nodata = layer
     with damage_named(raster):
         values = raster.read(bands, window=window, out_shape=shape and (len(bands), *shape))
-        if alpha := alpha_of(raster):
+        if alpha := alpha_band(raster):
             # dataset_mask() overlooks the alpha of floating-point rasters.
             valid = raster.read(alpha, window=window, out_shape=shape) > 0
         else:
             valid = raster.dataset_mask(window=window, out_shape=shape) > 0
-    if fill is not None:
-        valid &= (values != fill).any(axis=0)
+    if nodata is not None:
+        valid &= (values != nodata).any(axis=0)
     return np.moveaxis(values, 0, -1), valid & np.isfinite(values).all(axis=0)
 
 
-def stretch_limits(layer: Layer, jointly: bool) -> list | None:
-    """[low, high] of all bands or one for each, the percentiles of cdiffset.images; None for 8-bit data, taken as is."""
+def stretch_limits(layer: Layer) -> list[float] | None:
+    """[low, high] of all bands together, the percentiles of cdiffset.images; None for 8-bit data, taken as is."""
     raster, bands, _ = layer
     if all(raster.dtypes[k - 1] == "uint8" for k in bands):
         return None
     step = -(-max(raster.shape) // SAMPLED_SIDE)
     values, valid = read_valid(layer, shape=(-(-raster.height // step), -(-raster.width // step)))
     if not valid.any():
-        return [0.0, 0.0] if jointly else [[0.0, 0.0]] * len(bands)
-    values = values[valid].astype(np.float64)
-    return np.percentile(values, STRETCH_PERCENTILES, axis=None if jointly else 0).T.tolist()
+        return [0.0, 0.0]
+    return np.percentile(values[valid].astype(np.float64), STRETCH_PERCENTILES).tolist()
 
 
-def stretched(values: np.ndarray, valid: np.ndarray, limits: list | None) -> np.ndarray:
+def stretched(values: np.ndarray, valid: np.ndarray, limits: list[float] | None) -> np.ndarray:
     """Bands [H, W, C] => 0-255 (float64); pixels without data and constant scenes become 0."""
     values = np.where(valid[..., None], values, 0).astype(np.float64)
     if limits is not None:
-        low, high = np.array(limits).T  # numbers, or one for each band
-        span = np.where(high > low, high - low, np.inf)
-        values = (np.clip(values, low, high) - low) / span * 255
+        low, high = limits
+        values = (np.clip(values, low, high) - low) / (high - low) * 255 if high > low else np.zeros_like(values)
     return values * valid[..., None]
 
 
-def registration_of(sar, other) -> str:
+def registration_of(sar: Scene, other) -> str:
     """How a raster comes onto the SAR's grid; UserError if that is not known."""
+    if sar.crs is None and sar.gcps[0]:
+        raise UserError(
+            f"{sar.name} has ground control points alone, expected a raster on a grid with a CRS: warp it first, "
+            f"gdalwarp -tps -t_srs EPSG:CODE {Path(sar.name).name} warped.tif"
+        )
     same_grid = sar.shape == other.shape and sar.transform.almost_equals(other.transform, 1e-9)
     if sar.crs is None and other.crs is None and same_grid:
         return "pixel by pixel"
@@ -269,9 +273,9 @@ def registration_of(sar, other) -> str:
 
 
 @contextmanager
-def on_grid(layer: Layer, sar, resampling: Resampling) -> Iterator[Layer]:
+def on_grid(layer: Layer, sar: Scene, resampling: Resampling) -> Iterator[Layer]:
     """The layer on the SAR's grid, warped if it has another one; alpha then says what the raster covers."""
-    raster, bands, fill = layer
+    raster, bands, nodata = layer
     if registration_of(sar, raster) != "warped":
         yield layer
         return
@@ -279,7 +283,7 @@ def on_grid(layer: Layer, sar, resampling: Resampling) -> Iterator[Layer]:
     try:
         # UNIFIED_SRC_NODATA: a pixel holds no data where all of its bands say so, as in read_valid().
         warped = WarpedVRT(
-            raster, **grid, resampling=resampling, src_nodata=fill, add_alpha=not alpha_of(raster), UNIFIED_SRC_NODATA="YES"
+            raster, **grid, resampling=resampling, src_nodata=nodata, add_alpha=not alpha_band(raster), UNIFIED_SRC_NODATA="YES"
         )
     except (CRSError, RasterioError) as error:
         raise UserError(f"{raster.name}: cannot be warped from {raster.crs} to {sar.crs} ({error})") from error
@@ -287,32 +291,37 @@ def on_grid(layer: Layer, sar, resampling: Resampling) -> Iterator[Layer]:
         yield Layer(warped, bands, None)  # interpolated data may happen to have the fill value
 
 
-def survey(pair: Pair, cloud_mask: Path | None, options: Options) -> Scene:
+def survey(pair: Pair, cloud_mask: Path | None, options: Options) -> Surveyed:
     """Look at the headers of a pair, and at a sample of its pixels for the stretch."""
-    with open_raster(pair.sar) as sar, open_raster(pair.eo) as eo:
-        return Scene(
-            *pair, cloud_mask, sar.crs, sar.transform, sar.width, sar.height, registration_of(sar, eo),
-            sar_limits=stretch_limits(sar_layer(sar, options), jointly=False),
-            eo_limits=stretch_limits(eo_layer(eo, options), jointly=True),
+    with open_scene(pair.sar) as sar, open_eo(pair.eo) as eo:
+        registration = registration_of(sar, eo)
+        radiometry, notes = measure(sar, options.radiometry)
+        for note in notes:
+            tqdm.write(f"{sar.name}: note: {note}")
+        if min(sar.shape) < options.size:
+            tqdm.write(f"{sar.name}: note: {sar.width} x {sar.height} px, smaller than --size {options.size}: gives no chip")
+        return Surveyed(
+            *pair, cloud_mask, sar.crs, sar.transform, sar.width, sar.height, registration, gsd_of(sar), radiometry,
+            eo_limits=stretch_limits(eo_layer(eo, options)),
         )  # fmt: skip
 
 
 @contextmanager
-def open_scene(scene: Scene, options: Options) -> Iterator[Callable[[int, int], Chip]]:
+def open_pair(scene: Surveyed, options: Options) -> Iterator[Callable[[int, int], Chip]]:
     """A function (row, col) => Chip."""
     with ExitStack() as stack:
-        sar_file, eo_file = (stack.enter_context(open_raster(path)) for path in (scene.sar, scene.eo))
-        sar = sar_layer(sar_file, options)
-        eo = stack.enter_context(on_grid(eo_layer(eo_file, options), sar_file, Resampling.bilinear))
+        sar, eo_file = stack.enter_context(open_scene(scene.sar)), stack.enter_context(open_eo(scene.eo))
+        eo = stack.enter_context(on_grid(eo_layer(eo_file, options), sar, Resampling.bilinear))
         mask = None
         if scene.cloud_mask is not None:
-            mask_file = stack.enter_context(open_raster(scene.cloud_mask))
-            mask = stack.enter_context(on_grid(Layer(mask_file, [1], None), sar_file, Resampling.nearest)).raster
+            mask_file = stack.enter_context(open_eo(scene.cloud_mask))
+            mask = stack.enter_context(on_grid(Layer(mask_file, [1], None), sar, Resampling.nearest)).raster
 
         def read(row: int, col: int) -> Chip:
             window = Window(col, row, options.size, options.size)
-            (sar_values, sar_valid), (eo_values, eo_valid) = read_valid(sar, window), read_valid(eo, window)
-            channels = stretched(sar_values, sar_valid, scene.sar_limits) @ SAR_CHANNELS[len(sar.bands)].T
+            (channels, sar_valid), (eo_values, eo_valid) = scene.radiometry.read(sar, window), read_valid(eo, window)
+            grey = slice(0, 1) if scene.radiometry.channels == "single" else slice(None)
+            channels = np.moveaxis(channels[grey], 0, -1)
             colours = np.repeat(stretched(eo_values, eo_valid, scene.eo_limits), 3 // len(eo.bands), axis=-1)
             cloud = read_cloud(mask, window) if mask is not None else np.zeros_like(eo_valid)
             return Chip(np.round(channels).astype(np.uint8), np.round(colours).astype(np.uint8), sar_valid, eo_valid, cloud)
@@ -325,7 +334,7 @@ def read_cloud(mask, window: Window) -> np.ndarray:
     with damage_named(mask):
         clouds = mask.read(1, window=window) != 0
         if isinstance(mask, WarpedVRT):
-            clouds |= mask.read(alpha_of(mask), window=window) == 0
+            clouds |= mask.read(alpha_band(mask), window=window) == 0
     return clouds
 
 
@@ -343,14 +352,14 @@ def fault_of(chip: Chip, options: Options) -> str | None:
     return None
 
 
-def positions_of(scene: Scene, options: Options) -> np.ndarray:
+def positions_of(scene: Surveyed, options: Options) -> np.ndarray:
     """Upper left corners (row, col) of the chips of a scene, int [N, 2]."""
     rows = range(0, scene.height - options.size + 1, options.stride)
     cols = range(0, scene.width - options.size + 1, options.stride)
     return np.array([(row, col) for row in rows for col in cols], int).reshape(-1, 2)
 
 
-def footprints(scene: Scene, place: int, reference: Scene, positions: np.ndarray, size: int) -> tuple[np.ndarray, float]:
+def footprints(scene: Surveyed, place: int, reference: Surveyed, positions: np.ndarray, size: int) -> tuple[np.ndarray, float]:
     """Centres [N, 3] of chips as (x, y in px of the reference scene's grid, place) and the longest side of any of them, px.
 
     Scenes without a CRS lie nobody knows where: `place` keeps each apart from all others.
@@ -416,14 +425,14 @@ class Moments:
         return {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
 
 
-def inspect(scenes: list[Scene], options: Options) -> tuple[list[np.ndarray], list[Counter]]:
+def inspect(scenes: list[Surveyed], options: Options) -> tuple[list[np.ndarray], list[Counter]]:
     """Corners of the usable chips of each scene, and how many it loses for which reason."""
     corners = [positions_of(scene, options) for scene in scenes]
     dropped = [Counter() for _ in scenes]
     with tqdm(total=sum(map(len, corners)), desc="inspecting", unit="chip", mininterval=1) as progress:
         for k, scene in enumerate(scenes):
             faults = []
-            with open_scene(scene, options) as read:
+            with open_pair(scene, options) as read:
                 for row, col in corners[k].tolist():
                     faults.append(fault_of(read(row, col), options))
                     progress.update()
@@ -432,7 +441,7 @@ def inspect(scenes: list[Scene], options: Options) -> tuple[list[np.ndarray], li
     return corners, dropped
 
 
-def locate(scenes: list[Scene], corners: list[np.ndarray], options: Options) -> list[np.ndarray]:
+def locate(scenes: list[Surveyed], corners: list[np.ndarray], options: Options) -> list[np.ndarray]:
     """The split of every usable chip, scene by scene."""
     if not any(map(len, corners)):
         raise UserError("no usable chip")
@@ -442,14 +451,14 @@ def locate(scenes: list[Scene], corners: list[np.ndarray], options: Options) -> 
     return np.split(splits, np.cumsum([len(part) for part in corners])[:-1])
 
 
-def write_chips(output: Path, scenes: list[Scene], corners: list, splits: list, options: Options) -> tuple[dict, dict]:
+def write_chips(output: Path, scenes: list[Surveyed], corners: list, splits: list, options: Options) -> tuple[dict, dict]:
     """Write the chips => (rows of the lists, statistics), both by split."""
     rows = {split: [] for split in SPLITS}
     moments = {split: {"sar": Moments(), "eo": Moments()} for split in SPLITS}
     total = sum(int(np.isin(part, SPLITS).sum()) for part in splits)
     with tqdm(total=total, desc="writing", unit="chip", mininterval=1) as progress:
         for scene, places, parts in zip(scenes, corners, splits, strict=True):
-            with open_scene(scene, options) as read:
+            with open_pair(scene, options) as read:
                 for (row, col), split in zip(places.tolist(), parts.tolist(), strict=True):
                     if split not in SPLITS:
                         continue
@@ -463,7 +472,7 @@ def write_chips(output: Path, scenes: list[Scene], corners: list, splits: list, 
     return rows, {split: {kind: m.summary() for kind, m in kinds.items()} for split, kinds in moments.items()}
 
 
-def report_of(scenes: list[Scene], splits: list, dropped: list[Counter], statistics: dict, options: Options) -> dict:
+def report_of(scenes: list[Surveyed], splits: list, dropped: list[Counter], statistics: dict, options: Options) -> dict:
     """The contents of chips.json."""
     counts = []
     for parts, lost in zip(splits, dropped, strict=True):
@@ -474,15 +483,16 @@ def report_of(scenes: list[Scene], splits: list, dropped: list[Counter], statist
     records = [
         {
             "name": scene.name,
-            "sar": str(scene.sar),
+            "sar": ", ".join(map(str, scene.sar)),
             "eo": str(scene.eo),
             "cloud_mask": scene.cloud_mask and str(scene.cloud_mask),
             "size": [scene.width, scene.height],
             "crs": scene.crs and scene.crs.to_string(),
             "transform": list(scene.transform)[:6],
-            "gsd": scene.gsd,
+            "gsd_m": scene.gsd,  # down the rows, along the columns
             "registration": scene.registration,
-            "stretch": {"sar": scene.sar_limits, "eo": scene.eo_limits},
+            "scale": scene.radiometry.scale,
+            "stretch": {"sar": scene.radiometry.limits, "eo": scene.eo_limits},
             "counts": count,
         }
         for scene, count in zip(scenes, counts, strict=True)
@@ -494,6 +504,9 @@ def make_chips(pairs: list[Pair], masks: list[Path | None], output: Path, option
     """Write the dataset => the contents of its chips.json. UserError if there is one already."""
     if there := [name for name in (*SPLITS, "chips.json") if (output / name).exists()]:
         raise UserError(f"--output {output} already holds {', '.join(there)}; remove it, or give another folder")
+    if options.radiometry.stretch == "folder":
+        shared = shared_stretch([pair.sar for pair in pairs], options.radiometry)
+        options = replace(options, radiometry=replace(options.radiometry, stretch=shared))
     # A bar that is not closed would share its line with an error.
     with tqdm(list(zip(pairs, masks, strict=True)), desc="surveying", unit="scene", mininterval=1) as progress:
         scenes = [survey(pair, mask, options) for pair, mask in progress]
@@ -502,7 +515,13 @@ def make_chips(pairs: list[Pair], masks: list[Path | None], output: Path, option
         splits = locate(scenes, corners, options)
     except UserError as error:
         lost = ", ".join(f"{reason} {count}" for reason, count in sum(dropped, Counter()).items())
-        raise UserError(f"{error} (dropped: {lost or 'none'}; {len(scenes)} scenes, chips of {options.size} px)") from error
+        small = [
+            f"{scene.name} ({scene.width} x {scene.height} px)" for scene in scenes if not len(positions_of(scene, options))
+        ]
+        smaller = f", smaller than --size {options.size}: {', '.join(small[:3])}" if small else ""
+        raise UserError(
+            f"{error} (dropped: {lost or 'none'}; {len(scenes)} scenes, chips of {options.size} px{smaller})"
+        ) from error
     rows, statistics = write_chips(output, scenes, corners, splits, options)
     for split, paths in rows.items():
         with written_whole(output / f"{split}_list.csv") as temporary, open(temporary, "w", newline="") as file:
@@ -531,14 +550,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-cloud", type=float, default=Options.max_cloud, help="largest share of clouds (%(default)s)")
     parser.add_argument("--min-std", type=float, default=Options.min_std, help="less contrast is blank, of 255 (%(default)s)")
     parser.add_argument("--eo-bands", type=int, nargs=3, metavar="BAND", help="red, green, blue band, from 1 (1 2 3)")
-    parser.add_argument("--keep-zeros", action="store_true", help="0 in all bands is data in files that declare no nodata")
-    parser.add_argument("--follow-links", action="store_true", help="let symbolic links lead out of the folders")
+    parser.add_argument("--eo-nodata", type=float, metavar="VALUE", help="no data where all EO bands have it (as declared)")
+    add_radiometry_options(parser.add_argument_group("reading of the SAR, as in test.py"))
     args = vars(parser.parse_args(argv))
-    sar, eo, output, cloud_mask, follow_links = (args.pop(key) for key in ("sar", "eo", "output", "cloud_mask", "follow_links"))
+    sar, eo, output, cloud_mask = (args.pop(key) for key in ("sar", "eo", "output", "cloud_mask"))
     args["eo_bands"] = args["eo_bands"] and tuple(args["eo_bands"])
-    options = Options(**args)
-    pairs = find_pairs(sar, eo, follow_links)
-    masks = find_masks(cloud_mask, pairs, follow_links)
+    if args["stretch"] == "dataset":
+        raise UserError("--stretch dataset: a data set to be made has no statistics yet; expected percentile, fixed or folder")
+    radiometry = RadiometryOptions(**{name: args.pop(name) for name in (*RadiometryOptions.KEPT, "nodata")})
+    options = Options(**args, radiometry=radiometry)
+    pairs = find_pairs(sar, eo, radiometry.bands)
+    masks = find_masks(cloud_mask, pairs)
     try:
         report = make_chips(pairs, masks, output, options)
     except OSError as error:

@@ -1,19 +1,18 @@
 """GSD of scenes, and resampling: closed forms, GDAL's own warper, windows and strips against the whole."""
 
-import argparse
-
 import numpy as np
 import pytest
 import rasterio
 import rasterio.warp
 from rasterio.control import GroundControlPoint
+from rasterio.rpc import RPC
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
 from cdiffset import radiometry as radiometry_module
 from cdiffset.errors import UserError
 from cdiffset.geotiff import open_scene
-from cdiffset.radiometry import Radiometry, chosen_steps
+from cdiffset.radiometry import Radiometry, RadiometryOptions, chosen_steps
 from cdiffset.resampling import apply_weights, gsd_of, resample_strips, resampled_size, steps_to, weights
 
 RNG = np.random.default_rng(0)
@@ -53,28 +52,52 @@ POINTS = [GroundControlPoint(row, col, 5e5 + 4 * col, 5e6 - 3 * row) for row in 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_the_gsd_is_that_of_the_ground(tmp_path, georeference, expected):
     with open_scene(save(tmp_path / "a.tif", np.ones((50, 80), np.uint8), **georeference)) as source:
-        assert gsd_of(source) == (None if expected is None else pytest.approx(expected, rel=0.005))
+        assert gsd_of(source) == (None if expected is None else pytest.approx(expected, rel=6e-4))  # UTM's scale: 0.9996
+
+
+MERCATOR = {"crs": "EPSG:3857", "transform": Affine(18.5, 0, 4e5, 0, -18.5, 7.76e6)}  # 57 degrees north
+POLAR = {"crs": "EPSG:3413", "transform": Affine(40, 0, -9e5, 0, -40, -2.6e6)}
+RPCS = RPC(
+    height_off=0, height_scale=1, lat_off=50, lat_scale=0.005, long_off=4, long_scale=0.005, line_off=25, line_scale=25,
+    samp_off=40, samp_scale=40, line_num_coeff=[0, 0, -1] + 17 * [0], line_den_coeff=[1] + 19 * [0],
+    samp_num_coeff=[0, 1] + 18 * [0], samp_den_coeff=[1] + 19 * [0],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("georeference", [MERCATOR, POLAR, {"crs": "EPSG:32631", "transform": TURN}, {"rpcs": RPCS}])
+def test_the_gsd_is_the_geodesic_distance_of_neighbouring_pixels(tmp_path, georeference):
+    """Against PROJ's own geodesics; RPCs: 0.0002 degrees down, 0.000125 along, at 50 degrees north."""
+    pyproj = pytest.importorskip("pyproj")
+    if "rpcs" in georeference:
+        corners = [[4, 50.0001], [4, 49.9999], [3.9999375, 50], [4.0000625, 50]]
+    else:
+        to_degrees = pyproj.Transformer.from_crs(georeference["crs"], "EPSG:4326", always_xy=True)
+        places = [(40, 24.5), (40, 25.5), (39.5, 25), (40.5, 25)]
+        corners = [to_degrees.transform(*(georeference["transform"] @ place)) for place in places]
+    geod = pyproj.Geod(ellps="WGS84")
+    expected = [geod.inv(*corners[k], *corners[k + 1])[2] for k in (0, 2)]
+    with open_scene(save(tmp_path / "a.tif", np.ones((50, 80), np.uint8), **georeference)) as source:
+        assert gsd_of(source) == pytest.approx(expected, rel=1e-5)
+    if georeference is MERCATOR:
+        assert expected == pytest.approx([10.09, 10.06], rel=0.01)
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_steps_come_from_the_option_the_checkpoint_and_the_file(tmp_path):
-    def options(**changes):
-        return argparse.Namespace(**{"gsd": None, "resample_gsd": None, "max_pixels": 2**28, **changes})
-
     utm = {"crs": "EPSG:32631", "transform": Affine(4, 0, 5e5, 0, -4, 5.7e6)}
     with open_scene(save(tmp_path / "a.tif", np.ones((50, 80), np.uint8), **utm)) as source:
-        assert chosen_steps(source, options(), 10) == (1, 1)
-        assert chosen_steps(source, options(resample_gsd=True), 10) == (2.5, 2.5)
-        assert chosen_steps(source, options(resample_gsd=True), 4.05) == (1, 1)
-        assert chosen_steps(source, options(resample_gsd=2.0, gsd=5.0), None) == (0.4, 0.4)
+        assert chosen_steps(source, RadiometryOptions(), 10) == (1, 1)
+        assert chosen_steps(source, RadiometryOptions(resample_gsd=True), 10) == pytest.approx((2.5, 2.5), rel=1e-3)
+        assert chosen_steps(source, RadiometryOptions(resample_gsd=True), 4.05) == (1, 1)
+        assert chosen_steps(source, RadiometryOptions(resample_gsd=2.0, gsd=5.0), None) == (0.4, 0.4)
         with pytest.raises(UserError, match="--resample-gsd: the checkpoint does not tell"):
-            chosen_steps(source, options(resample_gsd=True), None)
+            chosen_steps(source, RadiometryOptions(resample_gsd=True), None)
         with pytest.raises(UserError, match="px when resampled to 0.0001 m, .* is the GSD right"):
-            chosen_steps(source, options(resample_gsd=0.0001), None)
+            chosen_steps(source, RadiometryOptions(resample_gsd=0.0001), None)
     with open_scene(save(tmp_path / "b.tif", np.ones((50, 80), np.uint8))) as source:
         with pytest.raises(UserError, match="b.tif does not tell its GSD .* --gsd METRES"):
-            chosen_steps(source, options(resample_gsd=True), 10)
-        assert chosen_steps(source, options(resample_gsd=True, gsd=5.0), 10) == (2, 2)
+            chosen_steps(source, RadiometryOptions(resample_gsd=True), 10)
+        assert chosen_steps(source, RadiometryOptions(resample_gsd=True, gsd=5.0), 10) == (2, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- resampling

@@ -62,16 +62,17 @@ def scene(tmp_path):
     outputs = {"confidence": tmp_path / "conf" / NAME, "eo": tmp_path / "eo" / NAME}
     with open_scene(tmp_path / NAME) as source:
         eo = np.stack([band, band, band, 255 * (band > 0)])
-        write_cog(outputs["eo"], tmp_path, source, ("red", "green", "blue", "alpha"), "uint8", iter([(0, eo)]), {})
+        write_cog(outputs["eo"], tmp_path, source, ("red", "green", "blue", "alpha"), ("DN",) * 4, "uint8", iter([(0, eo)]), {})
         sigma2 = np.where(band > 0, np.linspace(1, 2, 300), np.nan).astype(np.float32)
-        write_cog(outputs["confidence"], tmp_path, source, ("variance",), "float32", iter([(0, sigma2[None])]), {})
+        write_cog(outputs["confidence"], tmp_path, source, ("variance",), ("1",), "float32", iter([(0, sigma2[None])]), {})
     return tmp_path / NAME, outputs
 
 
-def page_of(scene, limits=((0.0, 255.0),)) -> Page:
+def page_of(scene, limits=((0.0, 255.0),), metres=None) -> Page:
     path, outputs = scene
     with open_scene(path) as source:
-        write_swipe(outputs, source, Radiometry((1,), "single", "dn", limits), {"CDIFFSET_SETTINGS": '{"a": "<b>"}'})
+        facts = {"scene": path.name, "size": "300 x 200 px", "sampling": '{"a": "<b>"}'}
+        write_swipe(outputs, source, Radiometry((1,), "single", "dn", limits), facts, metres)
     return Page(outputs["eo"].with_suffix(".swipe.html").read_text("utf-8"))
 
 
@@ -117,3 +118,13 @@ def test_without_a_map_there_is_nothing_to_switch(scene):
     page = page_of((path, {"eo": outputs["eo"]}))
     assert set(page.images()) == {"SAR", "EO, translated"}
     assert not [element for element in page.elements if element[1].get("type") == "checkbox"]
+
+
+@pytest.mark.parametrize(
+    ("metres", "label", "share"), [(10, "500 m", 500 / 3000), (0.5, "20 m", 20 / 150), (100, "5 km", 5 / 30)]
+)
+def test_the_scale_bar_has_a_round_length_of_at_most_a_quarter(scene, metres, label, share):
+    page = page_of(scene, metres=metres)
+    (bar,) = [attributes for tag, attributes in page.elements if attributes.get("id") == "bar"]
+    assert label in page.said and bar["style"] == f"width: {100 * share:.3f}%"
+    assert "bar" not in {attributes.get("id") for _, attributes in page_of(scene).elements}
