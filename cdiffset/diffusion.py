@@ -1,12 +1,14 @@
 """The diffusion step and the one sampler, shared by training, validation and translation. Shapes as in `model.py`."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from cdiffset.losses import VARIANCE_MIN, cdiff_loss, mse_loss, variance
-from cdiffset.model import decode, encode
+from cdiffset.model import decode, encode, vae_factor
 from cdiffset.readouts import DECODED_DRAWS, MIDPOINT, READOUT_SEED, RENOISE_DRAWS, RENOISE_TIMESTEPS, steps_read
 from cdiffset.readouts import READOUTS as READOUTS  # for those who call the sampler
 
@@ -63,9 +65,29 @@ def training_loss(
     return cdiff_loss(prediction, target, sigma2, exponent), sigma2.detach().mean(dim=(1, 2, 3))
 
 
-def starting_noise(seed: int, shape: tuple[int, int, int]) -> torch.Tensor:
-    """The noise [1, C, h, w] that the translation of an image starts from: a function of the seed and the size alone."""
-    return torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed))
+def image_seed(seed: int, pixels: np.ndarray) -> int:
+    """Generator seed of one image [H, W, 3] in 0-255, before padding: a 63-bit hash of the run's seed and the pixels.
+
+    Images of one size must not share their noise: it shapes the layout, so all pictures would show the same one.
+    """
+    digest = hashlib.sha256(str(seed).encode("ascii") + b"\0")
+    digest.update(np.ascontiguousarray(pixels, "<f4"))
+    return int.from_bytes(digest.digest()[:8], "big") >> 1
+
+
+def starting_noise(generator_seed: int, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Standard normal noise [1, C, h, w] of a CPU generator: a function of its seed and the size alone."""
+    return torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(generator_seed))
+
+
+def image_noise(vae: AutoencoderKL, seed: int, images: Sequence[np.ndarray]) -> torch.Tensor:
+    """The noise [B, C, h, w], on the CPU, that images [H, W, 3] in 0-255 start from, each by its `image_seed`.
+
+    The images may differ in size where they have one size once padded to multiples of f.
+    """
+    factor, channels = vae_factor(vae), vae.config.latent_channels
+    shapes = [(channels, -(-pixels.shape[0] // factor), -(-pixels.shape[1] // factor)) for pixels in images]
+    return torch.cat([starting_noise(image_seed(seed, pixels), shape) for pixels, shape in zip(images, shapes, strict=True)])
 
 
 @torch.no_grad()
@@ -150,20 +172,17 @@ def translate(
     vae: AutoencoderKL,
     scheduler,  # as for `sample`
     sar: torch.Tensor,  # [B,3,H,W] in [-1,1], H and W multiples of f
+    noise: torch.Tensor,  # [B,C,h,w], of `image_noise`
     prompt_embedding: torch.Tensor,  # [1,L,D]
     num_inference_steps: int,
-    seed: int | Sequence[int],  # one for all images, or one for each
     readout: str = "midpoint",  # one of READOUTS
 ):
     """SAR images => (EO images [B, 3, H, W] in [-1, 1], σ² [B, 1, h, w] or None), float32; "decoded": σ² [B, 1, H, W].
 
-    Images of one seed start from the same noise for their size, so that a result depends on the image, the seed and the
-    settings, never on the batch it came in.
+    A result depends on the image, its noise and the settings, never on the batch it came in.
     """
     z_sar = encode(vae, sar)
-    seeds = [seed] * len(sar) if isinstance(seed, int) else seed
-    noise = torch.cat([starting_noise(each, tuple(z_sar.shape[1:])) for each in seeds]).to(z_sar.device)
-    z_eo, sigma2 = sample(unet, scheduler, z_sar, noise, prompt_embedding, num_inference_steps, readout)
+    z_eo, sigma2 = sample(unet, scheduler, z_sar, noise.to(z_sar.device), prompt_embedding, num_inference_steps, readout)
     eo = decode(vae, z_eo)
     if readout == "decoded" and sigma2 is not None:
         sigma2 = decoded_variance(vae, z_eo, eo, variance_of_latent(scheduler, sigma2, MIDPOINT))
@@ -176,31 +195,26 @@ def ensemble(
     vae: AutoencoderKL,
     scheduler,  # as for `sample`
     sar: torch.Tensor,  # [B,3,H,W] in [-1,1], H and W multiples of f
+    noise: torch.Tensor,  # [N,B,C,h,w], one for each member and image
     prompt_embedding: torch.Tensor,  # [1,L,D]
     num_inference_steps: int,
-    seeds: Sequence[int],  # N of them, one for each member
     readout: str = "midpoint",  # one of READOUTS
     batch_size: int | None = None,  # samples computed together [B]
 ):
     """N translations of every image => (samples [N, B, 3, H, W] in [-1, 1], σ², spread [B, 1, H, W]), float32.
 
-    Member k is what `translate` makes from seeds[k]. σ² is the members' mean, or None from a stage 1 U-Net. The spread is the
+    Member k is what `translate` makes from noise[k]. σ² is the members' mean, or None from a stage 1 U-Net. The spread is the
     per-pixel standard deviation of the samples (N - 1 in the denominator), mean over RGB, in 8-bit units; None if N = 1.
     """
-    images = sar.repeat(len(seeds), 1, 1, 1)  # [NB,3,H,W], one member after the other
-    each_seed = [seed for seed in seeds for _ in sar]
-    size = batch_size or len(sar)
-    parts = [
-        translate(
-            unet, vae, scheduler, images[k : k + size], prompt_embedding, num_inference_steps, each_seed[k : k + size], readout
-        )
-        for k in range(0, len(images), size)
-    ]
-    samples = torch.cat([eo for eo, _ in parts]).unflatten(0, (len(seeds), len(sar)))
+    members = noise.shape[:2]  # N, B
+    images = sar.repeat(len(noise), 1, 1, 1)  # [NB,3,H,W], one member after the other
+    batches = zip(images.split(batch_size or len(sar)), noise.flatten(0, 1).split(batch_size or len(sar)), strict=True)
+    parts = [translate(unet, vae, scheduler, *batch, prompt_embedding, num_inference_steps, readout) for batch in batches]
+    samples = torch.cat([eo for eo, _ in parts]).unflatten(0, members)
     sigma2 = None
     if parts[0][1] is not None:
-        sigma2 = torch.cat([each for _, each in parts]).unflatten(0, (len(seeds), len(sar))).mean(0)
-    spread = samples.std(0).mean(1, keepdim=True) * 127.5 if len(seeds) > 1 else None
+        sigma2 = torch.cat([each for _, each in parts]).unflatten(0, members).mean(0)
+    spread = samples.std(0).mean(1, keepdim=True) * 127.5 if len(noise) > 1 else None
     return samples, sigma2, spread
 
 

@@ -19,7 +19,7 @@ from cdiffset.attention import share_prompt
 from cdiffset.checkpoint import Weights, read_meta
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT
 from cdiffset.device import form_of, free_memory, without_instructions
-from cdiffset.diffusion import ensemble, predict, reduce_samples
+from cdiffset.diffusion import ensemble, image_noise, predict, reduce_samples
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar, to_signed, to_uint8
 from cdiffset.model import (
@@ -171,9 +171,11 @@ class Translator(Model):
             tqdm.write(f"{together} images together do not fit into the memory of {self.device}: from now on {self.most}")
 
     def translations(self, images: Sequence[np.ndarray], sar: torch.Tensor, together: int) -> list[Translation]:
+        seeds = range(self.args.seed, self.args.seed + self.args.ensemble)
+        noise = torch.stack([image_noise(self.vae, seed, images) for seed in seeds])  # [N,B,C,h,w]
         samples, sigma2, spread = ensemble(
-            self.unet, self.vae, self.scheduler, sar, self.prompt_embedding, self.args.num_inference_steps,
-            range(self.args.seed, self.args.seed + self.args.ensemble), self.args.readout, together,
+            self.unet, self.vae, self.scheduler, sar, noise, self.prompt_embedding, self.args.num_inference_steps,
+            self.args.readout, together,
         )  # [N,B,3,H',W'], [B,1,h,w], [B,1,H',W']  # fmt: skip
         if not samples.isfinite().all():
             raise UserError("the translation is not finite: this precision does not suit the checkpoint, try --precision fp32")

@@ -46,7 +46,8 @@ class PairedFeeder:
     """A map-style dataset of pairs as {"sar", "eo": float32 [3, crop, crop] in [-1, 1], "name": str}.
 
     `split="train"` takes a random crop and applies a horizontal flip, a vertical flip and a 90 degree rotation, each with
-    p = 0.5, the same to both images; `split="test"` takes the centre crop. `load_size` is the side in px that every image
+    p = 0.5, the same to both images; `split="test"` takes the centre crop, and an item has "sar_pixels" as well, the SAR as
+    float32 [crop, crop, 3] in 0-255, from which its starting noise follows. `load_size` is the side in px that every image
     must have (None: any). A file that is missing is reported at construction, one that does not fit or claims more than
     `max_pixels` when it is read.
 
@@ -67,7 +68,7 @@ class PairedFeeder:
             raise UserError(f"crop_size {crop_size} is larger than load_size {load_size}")
         if split not in SPLITS:
             raise UserError(f"split is {split!r}; expected train or test")
-        self.augment = split == "train"
+        self.split, self.augment = split, split == "train"
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise UserError(f"seed is {seed!r}; expected a whole number from 0")
         self.seed = seed
@@ -104,8 +105,9 @@ class PairedFeeder:
 
     def item(self, index: int, images: tuple[np.ndarray, np.ndarray], view: View) -> dict:
         """A view of the images [H, W, 3] that `read` gave for a pair."""
-        sar, eo = (_to_tensor(_seen(image, view, self.crop_size)) for image in images)
-        return {"sar": sar, "eo": eo, "name": self.pairs[index].name}
+        sar, eo = (_seen(image, view, self.crop_size) for image in images)
+        item = {"sar": _to_tensor(sar), "eo": _to_tensor(eo), "name": self.pairs[index].name}
+        return item | {"sar_pixels": sar} if self.split == "test" else item
 
     def read(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         """SAR and EO of a pair, whole: float32 [H, W, 3] in 0-255 each, of one size."""

@@ -107,6 +107,8 @@ def test_test_split_is_the_centre_unaltered(root):
     item = feeder[5, 0]
     assert (levels(item["eo"]) == coded(blue=1)[2:10, 2:10]).all()
     assert (levels(item["sar"]) == coded(blue=101)[2:10, 2:10]).all()
+    pixels = item["sar_pixels"]  # what the starting noise follows from
+    assert pixels.dtype == np.float32 and (pixels == coded(blue=101)[2:10, 2:10]).all()
 
 
 def test_items_depend_on_seed_epoch_and_index_alone(root):
