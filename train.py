@@ -30,7 +30,7 @@ from cdiffset import checkpoint, fsdp
 from cdiffset.attention import share_prompt
 from cdiffset.config import Config, flatten
 from cdiffset.device import be_deterministic, keep_freed_memory, without_instructions
-from cdiffset.diffusion import training_loss, translate
+from cdiffset.diffusion import image_noise, training_loss, translate
 from cdiffset.errors import Stopped, UserError, message_of
 from cdiffset.evaluation import evaluate_folders
 from cdiffset.images import to_uint8, write_png, write_tiff
@@ -751,8 +751,8 @@ class Trainer:
                     continue
                 with self.accelerator.autocast():
                     generated, sigma2 = translate(
-                        translator, self.vae, self.scheduler, batch["sar"].to(self.device), self.prompt_embedding,
-                        self.config.num_inference_steps, self.config.seed,
+                        translator, self.vae, self.scheduler, batch["sar"].to(self.device), self.starting_noise(batch),
+                        self.prompt_embedding, self.config.num_inference_steps,
                     )  # fmt: skip
                 if not generated.isfinite().all():
                     where = f"iteration {self.iteration}: " if self.config.phase == "train" else ""
@@ -761,6 +761,11 @@ class Trainer:
         if self.config.phase == "train":
             translator.to(self.ema_device if translator is self.ema_unet else self.device)
             self.unet.train()
+
+    def starting_noise(self, batch: dict) -> torch.Tensor:
+        """The noise [B, C, h, w] that test.py would give these images with the run's seed."""
+        images = batch["sar_pixels"].numpy() if "sar_pixels" in batch else to_uint8(batch["sar"])  # other feeders: 8-bit data
+        return image_noise(self.vae, self.config.seed, images)
 
     def translator(self):
         """The U-Net to judge: the average where one is kept, without the distributed wrapper."""

@@ -9,8 +9,8 @@ from scipy.ndimage import sum_labels
 from torch.nn.functional import interpolate
 
 from cdiffset.audit import residual_map
-from cdiffset.diffusion import ensemble, translate, weighted_mean
-from cdiffset.images import to_signed
+from cdiffset.diffusion import ensemble, image_noise, translate, weighted_mean
+from cdiffset.images import to_signed, to_uint8
 from cdiffset.losses import variance
 from cdiffset.readouts import RENOISE_DRAWS, RENOISE_TIMESTEPS, steps_read
 from cdiffset.uncertainty import auroc, ause, average_precision, ence, reliability, spearman
@@ -179,6 +179,10 @@ class Judge:
     audit_timesteps: tuple[int, ...]
     audit_draws: int
 
+    def noise(self, seed: int, sar: torch.Tensor) -> torch.Tensor:
+        """The starting noise of 8-bit images [B, 3, H, W] in [-1, 1] => [B, C, h, w]."""
+        return image_noise(self.vae, seed, to_uint8(sar))
+
     def batches(self, scenes: Scenes):
         device = self.prompt_embedding.device
         return zip(*(pixels.to(device).split(self.batch_size) for pixels in (scenes.sar, scenes.eo)), strict=True)
@@ -188,8 +192,9 @@ class Judge:
         pictures, sigma2 = [], []
         for sar, _ in self.batches(scenes):
             recorder = Recorder(unet)
+            noise = torch.stack([self.noise(seed, sar) for seed in range(samples)])
             made, _, _ = ensemble(
-                recorder, self.vae, self.scheduler, sar, self.prompt_embedding, self.num_inference_steps, range(samples)
+                recorder, self.vae, self.scheduler, sar, noise, self.prompt_embedding, self.num_inference_steps
             )
             pictures.append(made.cpu())
             if recorder.sigma2:
@@ -198,10 +203,11 @@ class Judge:
 
     def read(self, unet, scenes: Scenes, readout: str) -> torch.Tensor:
         """σ² of one translation by a readout that takes further passes: "renoise" or "decoded"."""
-        return torch.cat([
-            translate(unet, self.vae, self.scheduler, sar, self.prompt_embedding, self.num_inference_steps, 0, readout)[1].cpu()
-            for sar, _ in self.batches(scenes)
-        ])  # fmt: skip
+        steps, parts = self.num_inference_steps, []
+        for sar, _ in self.batches(scenes):
+            noise = self.noise(0, sar)
+            parts.append(translate(unet, self.vae, self.scheduler, sar, noise, self.prompt_embedding, steps, readout)[1].cpu())
+        return torch.cat(parts)
 
     def audit(self, unet, scenes: Scenes) -> torch.Tensor:
         """Residual of the true pairs [N, 1, h, w]."""

@@ -8,6 +8,7 @@ sake alone), so that it is also an independent check of the loss and of the samp
 """
 
 import argparse
+import hashlib
 import math
 import sys
 from pathlib import Path
@@ -144,11 +145,18 @@ def train(models: SimpleNamespace, batches):
 
 
 # ----------------------------------------------------------------------------------------------------------- translation
+def noise_seed(sar: torch.Tensor, seed: int) -> int:
+    """Of an 8-bit SAR image [1, 3, H, W] in [-1, 1]: every image starts from noise of its own, as in test.py."""
+    pixels = ((sar[0] + 1) * 127.5).round().permute(1, 2, 0).cpu().numpy().astype("<f4")
+    digest = hashlib.sha256(f"{seed}\0".encode() + pixels.tobytes()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 @torch.no_grad()
 def translate(models: SimpleNamespace, sar: torch.Tensor, steps: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """SAR [1, 3, H, W] => (EO [1, 3, H, W], σ² [1, 1, h, w] at the midpoint), by DDIM, η = 0."""
     z_sar = encode(models, sar)
-    z_t = torch.randn(z_sar.shape, generator=torch.Generator().manual_seed(seed)).to(models.device)
+    z_t = torch.randn(z_sar.shape, generator=torch.Generator().manual_seed(noise_seed(sar, seed))).to(models.device)
     models.scheduler.set_timesteps(steps)
     for index, timestep in enumerate(models.scheduler.timesteps):
         output = models.unet(torch.cat([z_sar, z_t], 1), timestep, models.prompt).sample

@@ -91,9 +91,10 @@ def measure(job: dict) -> dict:
     sides, points = SIDES[architecture], []
     with torch.no_grad():
         scheduler = load_scheduler(job["base"], "epsilon")
+        noise = torch.randn(1, 4, sides[0] // 8, sides[0] // 8)
         for count in IMAGES:
             sar = [torch.rand(1, 3, sides[0], sides[0], device=device) * 2 - 1 for _ in range(count)]
-            work = lambda sar=sar: [translate(unet, vae, scheduler, each, prompt, STEPS, 0) for each in sar]  # noqa: E731
+            work = lambda sar=sar: [translate(unet, vae, scheduler, each, noise, prompt, STEPS) for each in sar]  # noqa: E731
             points.append({"kind": "images", "size": sides[0], "batch": count, "seconds": timed(work, device)})
     for kind in ("unet", "encode", "decode", "unet_training"):
         training = kind == "unet_training"

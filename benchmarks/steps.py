@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py    # after `make demo`; minutes on two CPU cores
 
-translates the same images from the same noise by every sampling, judges picture and σ² against the truth and against the
+translates the same images by every sampling, each from the same noise, judges picture and σ² against the truth and against the
 paper's sampling, and writes STEPS.md and steps.png into --output. The presets of cdiffset/options.py are chosen by it.
 """
 
@@ -25,9 +25,9 @@ from tqdm import tqdm
 from benchmarks.audit import Model, as_batch, load
 from benchmarks.discrepancy import machine
 from benchmarks.discrepancy_report import markdown
-from cdiffset.diffusion import translate
+from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import Parser, UserError, run
-from cdiffset.images import list_images, read_eo, read_sar, written_whole
+from cdiffset.images import list_images, read_eo, read_sar, to_uint8, written_whole
 from cdiffset.model import make_sampler
 from cdiffset.options import PAPER, PRESETS, Sampling
 from cdiffset.readouts import MIDPOINT, SCHEDULERS, TIMESTEP_SPACINGS
@@ -71,8 +71,9 @@ def sampled(model: Model, sampling: Sampling, sar: torch.Tensor, batch_size: int
     scheduler, made = make_sampler(model.scheduler, sampling.scheduler, sampling.timestep_spacing), []
     started = time.perf_counter()
     for batch in sar.split(batch_size):
+        noise = image_noise(model.vae, seed, to_uint8(batch))
         eo, sigma2 = translate(
-            model.unet, model.vae, scheduler, batch, model.prompt_embedding, sampling.num_inference_steps, seed
+            model.unet, model.vae, scheduler, batch, noise, model.prompt_embedding, sampling.num_inference_steps
         )
         made.append((eo.cpu(), sigma2.cpu()))
         bar.update(sampling.num_inference_steps)
@@ -155,7 +156,7 @@ def report(rows: dict, args: argparse.Namespace, pairs: Pairs, absent: dict[str,
 
 Written by `python benchmarks/steps.py` on {machine()} (torch {torch.__version__}).
 `{args.checkpoint}`, the first {len(pairs.sar)} images of `{args.sar_dir}`, {pairs.eo.shape[-1]} px, batches of
-{args.batch_size}, fp32, the same noise for every sampling.{missing}
+{args.batch_size}, fp32. An image starts from the same noise in every sampling.{missing}
 
 - A sampling is a scheduler, its timestep spacing and its steps. A step is one pass of the U-Net, and nearly all of the time.
 - **PSNR, SSIM, LPIPS**: against the true EO, standard convention. PSNR is no quality here: the fewer the steps, the nearer the

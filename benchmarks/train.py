@@ -104,9 +104,10 @@ def run_project(job: dict, parts: Parts, iteration_is_done, losses: list[float])
     parts.watch_function(predict, "U-Net forward", job["device"])  # not by a hook, which a compiled network would not have
     folder = Path(job["images"])
     feeder = {"sar_dir": str(folder / "sar"), "eo_dir": str(folder / "eo"), "crop_size": job["size"]}
+    augmentations = {"hflip": True, "vflip": True, "rot": True}
     settings = {
         "work_dir": job["work_dir"], "feeder": "feeders.feeder.PairedFolderFeeder", "seed": job["seed"],
-        "train_feeder_args": {**feeder, "split": "train"}, "test_feeder_args": {**feeder, "split": "test"},
+        "train_feeder_args": {**feeder, **augmentations, "split": "train"}, "test_feeder_args": {**feeder, "split": "test"},
         "num_worker": job["workers"], "pretrained_model_name_or_path": job["base"], "batch_size": job["batch_size"],
         "num_iter": job["warmup"] + job["iterations"], "num_warmup": 0, "resume": None, "report_to": "none",
         **job["settings"],

@@ -48,15 +48,17 @@ POLL_S = 0.5
 class Views:
     """Which views of a pair are stored, and which of them an epoch shows.
 
-    Without augmentation it is the centre crop. `crops` None stands for images of the crop's own size: augmentation knows 8
-    views of them, the flips and the rotation, all of which are stored. Else the images are larger and their crops random: of
-    every block of `epochs` epochs the views of the first `crops` ones are stored, and repeated in turn until the block ends.
+    Without augmentation it is the centre crop. `crops` None stands for images of the crop's own size: all orientations that
+    the feeder's flips and rotation can give them are stored. Else the images are larger and their crops random: of every block
+    of `epochs` epochs the views of the first `crops` ones are stored, and repeated in turn until the block ends.
     """
 
     def __init__(self, feeder: PairedFeeder, crops: int | None, epochs: int):
         self.feeder, self.crops = feeder, crops if feeder.augment else None
         self.epochs = epochs if self.crops else None
-        self.count = self.crops or (8 if feeder.augment else 1)
+        # An augmentation that is off leaves one choice.
+        self.orientations = list(product(*((False, True)[: 1 + on] for on in feeder.augmentations)))
+        self.count = self.crops or len(self.orientations)
         self.words = "random crops" if self.crops else "orientations" if feeder.augment else "centre crop"
 
     def block(self, epoch: int) -> int:
@@ -67,7 +69,7 @@ class Views:
         if self.crops:
             return epoch % self.epochs % self.crops
         view = self.feeder.view(epoch, index, self.feeder.crop_size, self.feeder.crop_size)
-        return 4 * view.flip_horizontally + 2 * view.flip_vertically + view.rotate
+        return self.orientations.index((view.flip_horizontally, view.flip_vertically, view.rotate))
 
     def stored(self, block: int, index: int, height: int, width: int) -> list[View]:
         """The views that are stored of a pair whose images have that size in px."""
@@ -81,7 +83,7 @@ class Views:
                 f"latent_cache: {self.feeder.pairs[index].eo} is {width} x {height} px, larger than crop_size {size}: "
                 f"its crops are random; say by latent_cache_crops how many are kept, or train without the cache"
             )
-        return [View(0, 0, *orientation) for orientation in product((False, True), repeat=3)]
+        return [View(0, 0, *orientation) for orientation in self.orientations]
 
 
 class StoredViews(Dataset):

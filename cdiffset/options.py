@@ -66,7 +66,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
-    group.add_argument("--seed", type=int, default=0, help="fixes the noise [0]")
+    group.add_argument("--seed", type=int, default=0, help="fixes the noise, together with the image's content [0]")
     group.add_argument(
         "--batch-size", type=batch_size, default=1, metavar="N", help="images of one size computed together, or auto: by their "
         "size and, on GPUs, the free memory [1]"

@@ -28,7 +28,7 @@ ENSEMBLE_OUTPUTS = ("first", "mean", "median")
 RENOISE_TIMESTEPS = (500, 600, 750)  # lower ones know less of what the SAR alone shows, higher ones less of the error
 RENOISE_DRAWS = 2  # U-Net passes: 3 timesteps x 2
 DECODED_DRAWS = 4  # VAE decoder passes
-READOUT_SEED = 2**40  # far from the seeds that people give, whose noise the results contain
+READOUT_SEED = 2**40  # of the readouts' own noise, the same for all images of a size
 
 
 def timesteps_read(readout: str) -> tuple[int, ...]:

@@ -45,10 +45,11 @@ class View(NamedTuple):
 class PairedFeeder:
     """A map-style dataset of pairs as {"sar", "eo": float32 [3, crop, crop] in [-1, 1], "name": str}.
 
-    `split="train"` takes a random crop and applies a horizontal flip, a vertical flip and a 90 degree rotation, each with
-    p = 0.5, the same to both images; `split="test"` takes the centre crop. `load_size` is the side in px that every image
-    must have (None: any). A file that is missing is reported at construction, one that does not fit or claims more than
-    `max_pixels` when it is read.
+    `split="train"` takes a random crop and, where `hflip`, `vflip` and `rot` say so, flips it horizontally, vertically and
+    rotates it by 90 degrees, each with p = 0.5, the same for both images. `split="test"` takes the centre crop; an item has
+    "sar_pixels" as well, the SAR as float32 [crop, crop, 3] in 0-255, from which its starting noise follows. `load_size` is
+    the side in px that every image must have (None: any). A file that is missing is reported at construction, one that does
+    not fit or claims more than `max_pixels` when it is read.
 
     An item is asked for as feeder[index] or feeder[epoch, index], an index alone meaning epoch 0. All its randomness comes
     from a generator of its own, seeded from (seed, epoch, index). So no worker needs a seed: an item is the same whichever
@@ -58,7 +59,16 @@ class PairedFeeder:
     gsd_m: float | None = None  # ground sampling distance
 
     def __init__(
-        self, pairs: list[Pair], crop_size: int, load_size: int | None, split: str, seed: int, max_pixels: int = MAX_PIXELS
+        self,
+        pairs: list[Pair],
+        crop_size: int,
+        load_size: int | None,
+        split: str,
+        seed: int,
+        max_pixels: int = MAX_PIXELS,
+        hflip: bool = False,
+        vflip: bool = False,
+        rot: bool = False,
     ):
         self.pairs = pairs
         self.crop_size = _positive("crop_size", crop_size)
@@ -67,7 +77,12 @@ class PairedFeeder:
             raise UserError(f"crop_size {crop_size} is larger than load_size {load_size}")
         if split not in SPLITS:
             raise UserError(f"split is {split!r}; expected train or test")
-        self.augment = split == "train"
+        self.split, self.augment = split, split == "train"
+        augmentations = {"hflip": hflip, "vflip": vflip, "rot": rot}
+        self.augmentations = tuple(_yes_or_no(*option) for option in augmentations.items())
+        if split == "test" and any(self.augmentations):
+            on = ", ".join(name for name, value in augmentations.items() if value)
+            raise UserError(f"{on}: split test shows images as they are, expected false; leave it to the training feeder")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise UserError(f"seed is {seed!r}; expected a whole number from 0")
         self.seed = seed
@@ -100,12 +115,15 @@ class PairedFeeder:
             return View(free_rows // 2, free_columns // 2)
         rng = np.random.default_rng([self.seed, epoch, index])
         top, left = rng.integers(free_rows + 1), rng.integers(free_columns + 1)
-        return View(int(top), int(left), *(bool(drawn) for drawn in rng.random(3) < 0.5))
+        # All three are drawn, whichever are on: the switches change neither the crops nor each other.
+        drawn = rng.random(3) < 0.5
+        return View(int(top), int(left), *(bool(on and each) for on, each in zip(self.augmentations, drawn, strict=True)))
 
     def item(self, index: int, images: tuple[np.ndarray, np.ndarray], view: View) -> dict:
         """A view of the images [H, W, 3] that `read` gave for a pair."""
-        sar, eo = (_to_tensor(_seen(image, view, self.crop_size)) for image in images)
-        return {"sar": sar, "eo": eo, "name": self.pairs[index].name}
+        sar, eo = (_seen(image, view, self.crop_size) for image in images)
+        item = {"sar": _to_tensor(sar), "eo": _to_tensor(eo), "name": self.pairs[index].name}
+        return item | {"sar_pixels": sar} if self.split == "test" else item
 
     def read(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         """SAR and EO of a pair, whole: float32 [H, W, 3] in 0-255 each, of one size."""
@@ -124,7 +142,8 @@ class ListFeeder(PairedFeeder):
     """Pairs from a list of EO paths relative to `dataroot`; the dataset's rule gives each SAR path.
 
     The list is a .txt file, one path a line, or a .pkl file of a list of strings. `split` defaults to what the list's own
-    name says. `crop_size` None is the dataset's own. `follow_links` lets symbolic links lead out of `dataroot`.
+    name says. `crop_size` None is the dataset's own. `hflip`, `vflip` and `rot` switch the augmentations on.
+    `follow_links` lets symbolic links lead out of `dataroot`.
     """
 
     layout: str  # EO -> SAR, in words
@@ -141,6 +160,9 @@ class ListFeeder(PairedFeeder):
         seed: int = 2024,
         follow_links: bool = False,
         max_pixels: int = MAX_PIXELS,
+        hflip: bool = False,
+        vflip: bool = False,
+        rot: bool = False,
     ):
         root = _existing_folder("dataroot", dataroot)
         pairs = [
@@ -149,7 +171,7 @@ class ListFeeder(PairedFeeder):
         ]
         _require_files_inside(root, pairs, follow_links)
         crop_size = self.default_crop_size if crop_size is None else crop_size
-        super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed, max_pixels)
+        super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed, max_pixels, hflip, vflip, rot)
 
     @classmethod
     def eo_to_sar(cls, eo: PurePosixPath) -> PurePosixPath:
@@ -242,7 +264,8 @@ class PairedFolderFeeder(PairedFeeder):
     """Your own pairs: two folders matched by relative path without suffix, or a list of pairs.
 
     Give `sar_dir` and `eo_dir`, or `dataroot` and `listroot`: a .csv, .tsv or .txt file with `sar,eo` on each line (comma or
-    tab; a header `sar,eo` is optional), relative to `dataroot`. `split` may be left to the list's own name. `follow_links` lets
+    tab; a header `sar,eo` is optional), relative to `dataroot`. `split` may be left to the list's own name. `hflip`, `vflip`
+    and `rot` switch the augmentations on. `follow_links` lets
     symbolic links lead out of these folders. `gsd_m` is the ground sampling distance in metres, for the checkpoint's record.
     """
 
@@ -259,6 +282,9 @@ class PairedFolderFeeder(PairedFeeder):
         follow_links: bool = False,
         max_pixels: int = MAX_PIXELS,
         gsd_m: float | None = None,
+        hflip: bool = False,
+        vflip: bool = False,
+        rot: bool = False,
     ):
         options = {"sar_dir": sar_dir, "eo_dir": eo_dir, "dataroot": dataroot, "listroot": listroot}
         given = [name for name, value in options.items() if value is not None]
@@ -273,7 +299,7 @@ class PairedFolderFeeder(PairedFeeder):
             raise UserError(f"expected sar_dir and eo_dir, or dataroot and listroot; found {', '.join(given) or 'none'}")
         if split is None and listroot is None:
             raise UserError("two folders do not tell their split: give split, train or test")
-        super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed, max_pixels)
+        super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed, max_pixels, hflip, vflip, rot)
         if gsd_m is not None and (isinstance(gsd_m, bool) or not isinstance(gsd_m, int | float) or not 0 < gsd_m < 1e5):
             raise UserError(f"gsd_m is {gsd_m!r}; expected metres per pixel")
         self.gsd_m = gsd_m

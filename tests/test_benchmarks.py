@@ -17,7 +17,7 @@ import test as test_py
 from benchmarks import reference, scaling, speed, startup, train, translate
 from cdiffset import diffusion
 from cdiffset.config import KNOBS
-from cdiffset.images import read_sar, to_signed
+from cdiffset.images import read_sar, to_signed, to_uint8
 from cdiffset.model import embed_prompt, encode, load_scheduler, load_vae, patch_conv_in, patch_conv_out
 
 
@@ -57,7 +57,9 @@ def test_reference_translation_is_the_projects(models, tiny_base):
     sar = torch.rand(1, 3, 40, 32) * 2 - 1
     theirs, theirs_sigma2 = reference.translate(models, sar, 50)
     scheduler = load_scheduler(tiny_base, "epsilon")
-    ours, sigma2 = diffusion.translate(models.unet, load_vae(tiny_base), scheduler, sar, models.prompt, 50, 0)
+    vae = load_vae(tiny_base)
+    noise = diffusion.image_noise(vae, 0, to_uint8(sar))
+    ours, sigma2 = diffusion.translate(models.unet, vae, scheduler, sar, noise, models.prompt, 50)
     torch.testing.assert_close(ours, theirs.clamp(-1, 1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sigma2, theirs_sigma2, rtol=1e-4, atol=1e-5)
 

@@ -11,6 +11,7 @@ import yaml
 from conftest import REPO
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training import AUGMENTATIONS
 
 from cdiffset.config import GROUPS, KNOBS, Config, load_config
 from cdiffset.errors import UserError
@@ -80,6 +81,8 @@ def test_every_shipped_configuration_loads(path, load):
     # In comments the placeholder may stay.
     config = load(written.replace(": /path/to", ": /data"))
     assert config.confidence == path.stem.endswith("_conf")
+    assert all(config.train_feeder_args[name] is True for name in AUGMENTATIONS)  # off by default
+    assert not AUGMENTATIONS.keys() & config.test_feeder_args.keys()
     # Stage 2 is stage 1 but for these.
     twin = load(path.with_stem(path.stem.removesuffix("_conf")).read_text().replace(": /path/to", ": /data"))
     different = {name for name, value in asdict(config).items() if value != asdict(twin)[name]}

@@ -1,6 +1,8 @@
 """The diffusion step against closed forms, the sampler against a plain diffusers loop and an oracle."""
 
 import argparse
+import hashlib
+import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,8 @@ from cdiffset.attention import share_prompt
 from cdiffset.diffusion import (
     READOUTS,
     ensemble,
+    image_noise,
+    image_seed,
     predict,
     reduce_samples,
     sample,
@@ -334,6 +338,42 @@ def test_most_steps_that_a_configuration_allows_can_be_sampled(tiny_base):
 
 
 # ------------------------------------------------------------------------------------------------------------ translation
+def images(*size: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Random images [B, H, W]: pixels [B, H, W, 3] in 0-255 and their tensors [B, 3, H, W] in [-1, 1]."""
+    pixels = np.random.default_rng(2).uniform(0, 255, (*size, 3)).astype(np.float32)
+    return pixels, torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+
+
+def generator_seed(seed: int, pixels: np.ndarray) -> int:
+    """The rule of the starting noise, number by number."""
+    content = b"".join(struct.pack("<f", value) for value in pixels.reshape(-1).tolist())
+    return int(hashlib.sha256(b"%d\x00" % seed + content).hexdigest()[:16], 16) // 2
+
+
+def by_rule(seed: int, pixels: np.ndarray, *shape: int) -> torch.Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(generator_seed(seed, pixels)))
+
+
+def test_every_image_has_a_seed_of_its_own():
+    pixels, _ = images(3, 5, 7)
+    for seed in (0, 2024, 2**40):
+        assert [image_seed(seed, each) for each in pixels] == [generator_seed(seed, each) for each in pixels]
+    assert image_seed(7, np.zeros((1, 2, 3), np.float32)) == 0x55372BA9A18746FF
+    other = pixels[0].copy()
+    other[-1, -1, -1] = np.nextafter(other[-1, -1, -1], np.float32(0))
+    assert len({image_seed(0, each) for each in (*pixels, other)} | {image_seed(1, pixels[0])}) == 5
+    eight_bit = pixels[0].round()
+    assert image_seed(0, eight_bit.astype(np.uint8)) == image_seed(0, eight_bit.astype(">f4")) == image_seed(0, eight_bit)
+    assert image_seed(0, np.asfortranarray(eight_bit)) == image_seed(0, eight_bit)  # the layout in memory says nothing
+
+
+def test_images_of_a_batch_start_from_noise_of_their_own_at_the_padded_size():
+    pixels, _ = images(2, 30, 37)
+    noise = image_noise(tiny_vae(), 3, [pixels[0], pixels[1, :29, :40]])  # f = 4
+    assert torch.equal(noise, torch.cat([by_rule(3, pixels[0], 4, 8, 10), by_rule(3, pixels[1, :29, :40], 4, 8, 10)]))
+    assert (noise[0] - noise[1]).abs().mean() > 0.5
+
+
 def test_the_starting_noise_is_a_function_of_seed_and_size():
     expected = torch.randn(1, *SIZE, generator=torch.Generator("cpu").manual_seed(11))
     torch.manual_seed(1)
@@ -373,26 +413,30 @@ def test_neither_does_the_loss(tiny_base, beta):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_batch_is_translated_as_its_images_alone(tiny_base, nets, stage):
-    sar = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    pixels, sar = images(4, 32, 32)
     vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
-    together, sigma2 = translate(nets[stage], vae, scheduler, sar, PROMPT, 3, seed=4)
-    alone = [translate(nets[stage], vae, scheduler, image[None], PROMPT, 3, seed=4) for image in sar]
+    noise = image_noise(vae, 4, pixels)
+    together, sigma2 = translate(nets[stage], vae, scheduler, sar, noise, PROMPT, 3)
+    alone = [
+        translate(nets[stage], vae, scheduler, image[None], image_noise(vae, 4, [own]), PROMPT, 3)
+        for own, image in zip(pixels, sar, strict=True)
+    ]
     assert together.shape == (4, 3, 32, 32) and together.abs().max() <= 1
     torch.testing.assert_close(together, torch.cat([eo for eo, _ in alone]), atol=1e-4, rtol=0)
     assert together.std(dim=0).mean() > 1e-3  # the images do differ
     if stage == 2:
         torch.testing.assert_close(sigma2, torch.cat([s for _, s in alone]), atol=1e-4, rtol=0)
-    other_seed, _ = translate(nets[stage], vae, scheduler, sar, PROMPT, 3, seed=5)
+    other_seed, _ = translate(nets[stage], vae, scheduler, sar, image_noise(vae, 5, pixels), PROMPT, 3)
     assert (other_seed - together).abs().max() > 1e-3
 
 
 def test_translation_is_encode_sample_decode(tiny_base, nets):
     vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
-    sar = torch.rand(1, 3, 32, 40, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    got, _ = translate(nets[2], vae, scheduler, sar, PROMPT, 4, seed=6)
+    pixels, sar = images(1, 32, 40)
+    got, _ = translate(nets[2], vae, scheduler, sar, image_noise(vae, 6, pixels), PROMPT, 4)
     with torch.no_grad():
         z_sar = vae.encode(sar).latent_dist.mean * 0.7  # the tiny VAE's scaling factor
-        noise = torch.randn(1, 4, 8, 10, generator=torch.Generator().manual_seed(6))
+        noise = by_rule(6, pixels[0], 4, 8, 10)
         z_eo, _ = sample(nets[2], scheduler, z_sar, noise, PROMPT, 4)
         expected = vae.decode(z_eo / 0.7).sample.clamp(-1, 1)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
@@ -401,9 +445,10 @@ def test_translation_is_encode_sample_decode(tiny_base, nets):
 def test_a_bfloat16_net_translates_nearly_as_the_float32_one(tiny_base):
     unet = patch_conv_out(patch_conv_in(tiny_unet()))
     vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
-    sar = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    full, full_sigma2 = translate(unet, vae, scheduler, sar, PROMPT, 4, seed=0)
-    half, half_sigma2 = translate(unet.bfloat16(), vae.bfloat16(), scheduler, sar, PROMPT, 4, seed=0)
+    pixels, sar = images(2, 32, 32)
+    noise = image_noise(vae, 0, pixels)
+    full, full_sigma2 = translate(unet, vae, scheduler, sar, noise, PROMPT, 4)
+    half, half_sigma2 = translate(unet.bfloat16(), vae.bfloat16(), scheduler, sar, noise, PROMPT, 4)
     assert half.dtype == half_sigma2.dtype == torch.float32
     assert 0 < (half - full).abs().mean() < 0.02 and (half_sigma2 - full_sigma2).abs().max() < 0.02
 
@@ -509,13 +554,14 @@ def test_the_variance_of_the_latent_is_that_of_the_clean_latent_predicted(tiny_b
 
 def test_the_decoded_readout_is_the_variance_of_decoded_perturbations(tiny_base, nets):
     vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
-    sar = torch.rand(2, 3, 32, 40, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    eo, midpoint = translate(nets[2], vae, scheduler, sar, PROMPT, 4, seed=6)
-    same, decoded = translate(nets[2], vae, scheduler, sar, PROMPT, 4, seed=6, readout="decoded")
+    pixels, sar = images(2, 32, 40)
+    noise = image_noise(vae, 6, pixels)
+    eo, midpoint = translate(nets[2], vae, scheduler, sar, noise, PROMPT, 4)
+    same, decoded = translate(nets[2], vae, scheduler, sar, noise, PROMPT, 4, readout="decoded")
     assert torch.equal(eo, same) and decoded.shape == (2, 1, 32, 40)
     with torch.no_grad():
         z_sar = vae.encode(sar).latent_dist.mean * 0.7
-        noise = torch.randn(1, 4, 8, 10, generator=torch.Generator().manual_seed(6)).expand(2, -1, -1, -1)
+        noise = torch.cat([by_rule(6, each, 4, 8, 10) for each in pixels])
         z_eo, _ = sample(nets[2], scheduler, z_sar, noise, PROMPT, 4)
         a = alpha_bar()[481].float()
         sigma = (midpoint * (1 - a) / a).sqrt()
@@ -529,19 +575,22 @@ def test_the_decoded_readout_is_the_variance_of_decoded_perturbations(tiny_base,
 @pytest.mark.parametrize("readout", list(READOUTS))
 def test_a_readout_does_not_depend_on_the_batch_and_a_stage_1_net_has_none(tiny_base, nets, readout):
     vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
-    sar = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    _, together = translate(nets[2], vae, scheduler, sar, PROMPT, 4, 1, readout)
-    alone = [translate(nets[2], vae, scheduler, image[None], PROMPT, 4, 1, readout)[1] for image in sar]
+    pixels, sar = images(3, 32, 32)
+    noise = image_noise(vae, 1, pixels)
+    _, together = translate(nets[2], vae, scheduler, sar, noise, PROMPT, 4, readout)
+    pairs = zip(sar.split(1), noise.split(1), strict=True)
+    alone = [translate(nets[2], vae, scheduler, *pair, PROMPT, 4, readout)[1] for pair in pairs]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-3)
-    assert translate(nets[1], vae, scheduler, sar[:1], PROMPT, 2, 1, readout)[1] is None
+    assert translate(nets[1], vae, scheduler, sar[:1], noise[:1], PROMPT, 2, readout)[1] is None
 
 
 # --------------------------------------------------------------------------------------------------------------- ensembles
 def test_members_of_an_ensemble_are_plain_translations(tiny_base, nets):
     vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
-    sar = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    samples, sigma2, spread = ensemble(nets[2], vae, scheduler, sar, PROMPT, 3, range(5, 8))
-    plain = [translate(nets[2], vae, scheduler, sar, PROMPT, 3, seed) for seed in range(5, 8)]
+    pixels, sar = images(2, 32, 32)
+    noise = torch.stack([image_noise(vae, seed, pixels) for seed in range(5, 8)])
+    samples, sigma2, spread = ensemble(nets[2], vae, scheduler, sar, noise, PROMPT, 3)
+    plain = [translate(nets[2], vae, scheduler, sar, each, PROMPT, 3) for each in noise]
     assert torch.equal(samples, torch.stack([eo for eo, _ in plain]))  # to the last bit, at the same batch size
     torch.testing.assert_close(sigma2, sum(each for _, each in plain) / 3, atol=1e-6, rtol=1e-6)
     units = (samples.double() + 1) * 127.5
@@ -549,14 +598,15 @@ def test_members_of_an_ensemble_are_plain_translations(tiny_base, nets):
     torch.testing.assert_close(spread.double(), deviation, atol=1e-3, rtol=1e-4)
     assert spread.shape == (2, 1, 32, 32) and spread.mean() > 1
     for batch_size in (1, 4, 100):
-        others = ensemble(nets[2], vae, scheduler, sar, PROMPT, 3, range(5, 8), batch_size=batch_size)
+        others = ensemble(nets[2], vae, scheduler, sar, noise, PROMPT, 3, batch_size=batch_size)
         for one, other, atol in zip((samples, sigma2, spread), others, (1e-4, 1e-4, 1e-2), strict=True):
             torch.testing.assert_close(one, other, atol=atol, rtol=0)
 
 
 def test_one_member_has_no_spread_and_a_stage_1_net_no_variance(tiny_base, nets):
-    sar = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    samples, sigma2, spread = ensemble(nets[1], tiny_vae(), load_scheduler(tiny_base, "epsilon"), sar, PROMPT, 2, [3])
+    pixels, sar = images(1, 32, 32)
+    vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
+    samples, sigma2, spread = ensemble(nets[1], vae, scheduler, sar, image_noise(vae, 3, pixels)[None], PROMPT, 2)
     assert samples.shape == (1, 1, 3, 32, 32) and sigma2 is None and spread is None
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from itertools import product
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -27,6 +28,7 @@ from feeders.feeder import (
 )
 
 SIZE, CROP = 12, 8
+AUGMENTATIONS = {"hflip": True, "vflip": True, "rot": True}
 ENTRIES = [f"opt_256_oc_0.2/{number}.png" for number in (1, 2, 3)]
 
 
@@ -53,7 +55,9 @@ def root(tmp_path):
 
 def qxs(root, entries=ENTRIES, name="train_eo_list_080.txt", **options):
     (root / name).write_text("\n".join(entries) + "\n")
-    return QXSFeeder(root, root / name, **{"crop_size": CROP} | options)
+    for_test = options.get("split") == "test" or name.startswith("test")
+    augmentations = {} if for_test else AUGMENTATIONS
+    return QXSFeeder(root, root / name, **{"crop_size": CROP} | augmentations | options)
 
 
 def levels(image):
@@ -95,6 +99,35 @@ def test_sar_and_eo_stay_aligned_in_every_orientation_and_all_crops(root):
     assert corners == {(top, left) for top in range(SIZE - CROP + 1) for left in range(SIZE - CROP + 1)}
 
 
+@pytest.mark.parametrize("on", list(product((False, True), repeat=3)))
+def test_each_switch_turns_its_own_augmentation_on_and_leaves_the_crops(root, on):
+    feeder = qxs(root, seed=3, **dict(zip(AUGMENTATIONS, on, strict=True)))
+    for epoch in range(30):
+        rng = np.random.default_rng([3, epoch, 1])
+        top, left = rng.integers(SIZE - CROP + 1), rng.integers(SIZE - CROP + 1)
+        flipped, upside_down, turned = (drawn < 0.5 and switch for drawn, switch in zip(rng.random(3), on, strict=True))
+        expected = coded(blue=2)[top : top + CROP, left : left + CROP]
+        expected = expected[:, ::-1] if flipped else expected
+        expected = expected[::-1] if upside_down else expected
+        assert (levels(feeder[epoch, 1]["eo"]) == (np.rot90(expected) if turned else expected)).all()
+
+
+def test_augmentations_are_off_unless_asked_for_and_for_training_alone(root):
+    (root / "train.txt").write_text("\n".join(ENTRIES))
+    folders = {"sar_dir": root / "sar_256_oc_0.2", "eo_dir": root / "opt_256_oc_0.2"}
+    for feeder in (QXSFeeder(root, root / "train.txt", SIZE), PairedFolderFeeder(SIZE, "train", **folders)):
+        assert all((levels(feeder[epoch, 0]["eo"]) == coded(blue=1)).all() for epoch in range(20))
+    turned = PairedFolderFeeder(SIZE, "train", **folders, rot=True)
+    assert any((levels(turned[epoch, 0]["eo"]) != coded(blue=1)).any() for epoch in range(20))
+    qxs(root, name="test.txt", hflip=False)
+    with pytest.raises(UserError, match="hflip, rot: split test shows images as they are, expected false"):
+        qxs(root, name="test.txt", hflip=True, rot=True)
+    with pytest.raises(UserError, match="vflip: split test"):
+        PairedFolderFeeder(CROP, "test", **folders, vflip=True)
+    with pytest.raises(UserError, match="rot is 1; expected true or false"):
+        PairedFolderFeeder(CROP, "train", **folders, rot=1)
+
+
 def test_each_orientation_is_as_likely(root):
     feeder = qxs(root)
     downward = [levels(feeder[epoch, 0]["eo"])[:2, 0, 0] for epoch in range(400)]
@@ -107,6 +140,8 @@ def test_test_split_is_the_centre_unaltered(root):
     item = feeder[5, 0]
     assert (levels(item["eo"]) == coded(blue=1)[2:10, 2:10]).all()
     assert (levels(item["sar"]) == coded(blue=101)[2:10, 2:10]).all()
+    pixels = item["sar_pixels"]  # what the starting noise follows from
+    assert pixels.dtype == np.float32 and (pixels == coded(blue=101)[2:10, 2:10]).all()
 
 
 def test_items_depend_on_seed_epoch_and_index_alone(root):
@@ -338,7 +373,7 @@ def test_any_crop_is_a_part_of_the_image_in_one_of_its_orientations(tmp_path_fac
     folder = tmp_path_factory.mktemp("crops")
     for kind in ("sar", "eo"):
         save(folder / kind / "1.png", coded())
-    feeder = PairedFolderFeeder(crop, "train", folder / "sar", folder / "eo", seed=seed)
+    feeder = PairedFolderFeeder(crop, "train", folder / "sar", folder / "eo", seed=seed, **AUGMENTATIONS)
     item = feeder[epoch, 0]
     place = levels(item["eo"])[..., :2]
     assert torch.equal(item["sar"], item["eo"]) and place.shape == (crop, crop, 2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import REPO, tiny_vae
 from PIL import Image
-from training import BATCH, assert_same_run, command_line, train_lines
+from training import AUGMENTATIONS, BATCH, assert_same_run, command_line, train_lines
 
 import main
 from cdiffset import errors, latent_cache
@@ -29,7 +29,8 @@ PAIRS = 5
 
 
 def feeder(folder: Path, split="train", crop_size=SIZE, **options) -> PairedFolderFeeder:
-    return PairedFolderFeeder(crop_size, split, folder / "sar", folder / "eo", **options)
+    augmentations = AUGMENTATIONS if split == "train" else {}
+    return PairedFolderFeeder(crop_size, split, folder / "sar", folder / "eo", **{**augmentations, **options})
 
 
 def make_pairs(root: Path, size: int, count: int = PAIRS) -> Path:
@@ -104,6 +105,16 @@ def test_full_size_pairs_give_the_latents_of_their_images_bit_for_bit(full, tmp_
     assert numbers == set(range(8))
     stored = sum(np.load(file).nbytes for file in pairs.shards.folder.glob("*.npy"))
     assert stored == PAIRS * 8 * 2 * 4 * (SIZE // 4) ** 2 * dtype.itemsize
+
+
+@pytest.mark.parametrize("on", [(), ("vflip",), ("hflip", "rot")])
+def test_only_orientations_that_can_occur_are_stored(full, tmp_path, vae, on):
+    source = feeder(full, **{name: name in on for name in AUGMENTATIONS})
+    pairs = cache(tmp_path / "cache", source, vae).open(0, work(vae))
+    stored = [np.load(file) for file in pairs.shards.folder.glob("*.npy")]
+    assert sum(map(len, stored)) == PAIRS and all(shard.shape[1] == 2 ** len(on) for shard in stored)
+    for epoch in range(8):
+        assert torch.equal(cached(pairs, epoch, 3), from_images(vae, source, epoch, 3))
 
 
 def test_latents_are_not_rotated(full, tmp_path, vae):
@@ -233,7 +244,8 @@ def to_bmp(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["image", "crop", "vae", "precision", "seed of orientations", "copied", "renamed", "touched", "code"]
+    "what",
+    ["image", "crop", "vae", "precision", "seed", "augmentation", "copied", "renamed", "touched", "code"],
 )
 def test_what_makes_a_cache_stale(tmp_path, what, monkeypatch):
     """What changes the latents, and only that; the line in the log names it."""
@@ -255,14 +267,16 @@ def test_what_makes_a_cache_stale(tmp_path, what, monkeypatch):
             expected = "does not fit (other vae)"
         case "precision":
             vae, expected = vae.bfloat16(), "precision float32 -> bfloat16)"
-        case "seed of orientations":
+        case "seed":
             source = feeder(folder, seed=7)
+        case "augmentation":
+            source, expected = feeder(folder, vflip=False), "augmentations (True, True, True) -> (True, False, True)"
         case "copied":
             shutil.copytree(folder, tmp_path / "elsewhere", copy_function=shutil.copy)
             source = feeder(tmp_path / "elsewhere")
         case "renamed":
             (folder / "eo").rename(folder / "other")
-            source = PairedFolderFeeder(SIZE, "train", folder / "sar", folder / "other")
+            source = PairedFolderFeeder(SIZE, "train", folder / "sar", folder / "other", **AUGMENTATIONS)
         case "touched":
             os.utime(folder / "eo" / "3.bmp")
         case "code":

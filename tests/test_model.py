@@ -13,8 +13,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler,
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cdiffset.diffusion import training_loss, translate
+from cdiffset.diffusion import image_noise, training_loss, translate
 from cdiffset.errors import UserError
+from cdiffset.images import to_uint8
 from cdiffset.model import (
     check_base,
     check_prompt_width,
@@ -371,5 +372,5 @@ def test_a_base_of_other_widths_works_from_end_to_end(base):
     loss, sigma2 = training_loss(loaded, scheduler, z, z, torch.randn_like(z), torch.tensor([1, 2]), prompt, "timestep")
     torch.testing.assert_close(sigma2, torch.ones(2))
     assert z.shape == (2, 6, 8, 8) and torch.isfinite(loss)
-    eo, sigma2 = translate(loaded, vae, scheduler, pixels, prompt, 2, seed=0)
+    eo, sigma2 = translate(loaded, vae, scheduler, pixels, image_noise(vae, 0, to_uint8(pixels)), prompt, 2)
     assert eo.shape == (2, 3, 16, 16) and sigma2.shape == (2, 1, 8, 8)

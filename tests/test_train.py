@@ -39,12 +39,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import evaluate
 import main
+import test as test_py
 import train
 import utils
 from cdiffset import errors, optimisation
 from cdiffset.config import Config, load_config
-from cdiffset.diffusion import translate
+from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import UserError
+from cdiffset.images import read_sar
 from cdiffset.model import load_base_unet, patch_conv_in, patch_conv_out
 from cdiffset.optimisation import flat
 from train import BatchOrder, Trainer
@@ -723,14 +725,15 @@ def test_weights_that_left_the_finite_numbers_do_not_pass_validation(argv, tmp_p
 
 # ------------------------------------------------------------------------------------------------------------ validation
 def test_validation_is_repeatable_and_equals_torchmetrics(build, pair_folders, tmp_path):
-    """Every image starts from the same noise whatever its batch: the last batch of 5 by 3 is short."""
+    """Every image starts from its own noise whatever its batch: the last batch of 5 by 3 is short."""
     trainer = build(confidence=True)
     rows = [trainer.evaluate(range(TEST_PAIRS), tmp_path / name) for name in ("a", "b")]
     assert rows[0] == rows[1] and [row["name"] for row in rows[0]] == trainer.test_feeder.names
     for index, row in enumerate(rows[0]):
         pair = trainer.test_feeder[index]
+        noise = image_noise(trainer.vae, 2024, [np.rint((pair["sar"].permute(1, 2, 0).numpy() + 1) * 127.5)])
         generated, _ = translate(
-            trainer.unet, trainer.vae, trainer.scheduler, pair["sar"][None], trainer.prompt_embedding, 2, 2024
+            trainer.unet, trainer.vae, trainer.scheduler, pair["sar"][None], noise, trainer.prompt_embedding, 2
         )
         expected = peak_signal_noise_ratio((generated[0] + 1) / 2, (pair["eo"] + 1) / 2, data_range=1.0)
         assert row["standard/psnr"] == pytest.approx(expected.item(), abs=1e-3)
@@ -743,6 +746,26 @@ def test_validation_is_repeatable_and_equals_torchmetrics(build, pair_folders, t
     assert logged[0] == logged[1] and logged[0]["standard/psnr"] == pytest.approx(
         np.mean([row["standard/psnr"] for row in rows[0]]), abs=1e-3
     )
+
+
+def test_validation_starts_from_the_noise_of_a_translation(build, tmp_path, monkeypatch):
+    """Bit for bit, also where [-1, 1] does not give the stretched pixels back, and from another feeder's 8-bit images."""
+    noises, original = [], train.translate
+    for index in range(2):
+        deep = np.random.default_rng(index).gamma(1, 3000, (32, 32)).astype(np.float32)
+        for kind in ("deep", "eo"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+        np.save(tmp_path / f"deep/{index}.npy", deep)
+        Image.fromarray(np.full((32, 32, 3), index, np.uint8)).save(tmp_path / f"eo/{index}.png")
+    folders = {"sar_dir": str(tmp_path / "deep"), "eo_dir": str(tmp_path / "eo"), "split": "test", "crop_size": 32}
+    trainer = build(test_feeder_args=folders, seed=5)
+    expected = image_noise(trainer.vae, 5, [read_sar(tmp_path / f"deep/{index}.npy") for index in range(2)])
+    monkeypatch.setattr(train, "translate", lambda *args: noises.append(args[4]) or original(*args))
+    trainer.validate()
+    assert torch.equal(noises[0], expected) and not torch.equal(*expected)
+    plain = {"sar": torch.tensor([3.0, 200.0]).view(2, 1, 1, 1).expand(2, 3, 8, 8) / 127.5 - 1}
+    by_hand = image_noise(trainer.vae, 5, [np.full((8, 8, 3), level) for level in (3, 200)])
+    assert torch.equal(trainer.starting_noise(plain), by_hand)
 
 
 def test_validation_takes_the_first_pairs_of_the_list(build):
@@ -870,6 +893,12 @@ def test_phase_test_reports_on_the_whole_list(stages, run, pair_folders, tmp_pat
         assert Image.open(folder / "results" / f"{name}.png").size[0] == 4 * 32 + 3 * 4
     best = max(row["standard/psnr"] for row in val_lines(stages[1]))
     assert report["means"]["standard"]["psnr"]["mean"] == pytest.approx(best, abs=0.02)  # of pictures in 8 bits
+    command = ["--sar-dir", folder / "sar", "--output-dir", tmp_path / "eo", "--checkpoint", stages[1] / "best"]
+    command += ["--seed", 2024, "--num-inference-steps", 2, "--batch-size", 3, "--device", "cpu"]
+    assert test_py.main([str(word) for word in command]) == 0
+    for name in names:  # the same image and seed: the same translation
+        pair = [np.array(Image.open(place / f"{name}.png"), int) for place in (folder / "generated", tmp_path / "eo")]
+        assert np.abs(pair[0] - pair[1]).max() <= 1
     again = tmp_path / "again"
     folders = [part for option, kind in EVALUATED.items() for part in (f"--{option}-dir", str(folder / kind))]
     assert evaluate.main([*folders, "--no-networks", "--device", "cpu", "--output", str(again)]) == 0

@@ -1,5 +1,6 @@
 """test.py: any image of any size => EO, confidence and variance, equal to plain diffusers; what is refused and skipped."""
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -136,7 +137,9 @@ def by_hand(pixels: np.ndarray, base: str, unet_folder: Path, seed=0, prediction
     height, width = pixels.shape
     padded = pixels[reflected(height)][:, reflected(width)].astype(np.float32) / 127.5 - 1
     sar = vae.encode(torch.from_numpy(padded).expand(1, 3, -1, -1)).latent_dist.mean * vae.config.scaling_factor
-    z = torch.randn(1, 4, *sar.shape[2:], generator=torch.Generator().manual_seed(seed))
+    content = np.repeat(pixels.astype("<f4")[..., None], 3, axis=2).tobytes()  # [H,W,3]
+    own_seed = int(hashlib.sha256(f"{seed}\0".encode() + content).hexdigest()[:16], 16) // 2
+    z = torch.randn(1, 4, *sar.shape[2:], generator=torch.Generator().manual_seed(own_seed))
     scheduler.set_timesteps(steps)
     at = {}  # timestep => σ²
     for t in scheduler.timesteps:

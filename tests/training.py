@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+AUGMENTATIONS = {"hflip": True, "vflip": True, "rot": True}
 BATCH = 4  # of the 12 training pairs: 3 iterations an epoch
 
 
@@ -24,6 +25,7 @@ def command_line(work_dir: Path, base: str, pair_folders: Path, **changes) -> li
     for split in ("train", "test"):
         folders = {f"{kind}_dir": str(pair_folders / split / kind) for kind in ("sar", "eo")}
         settings[f"{split}_feeder_args"] = {**folders, "split": split, "crop_size": 32}
+    settings["train_feeder_args"] |= AUGMENTATIONS
     settings |= {key: str(value) if isinstance(value, Path) else value for key, value in changes.items()}
     return [
         word for key, value in settings.items() for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
