@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from tqdm import tqdm
 
 import utils
-from cdiffset import checkpoint, fsdp
+from cdiffset import checkpoint, fsdp, launcher
 from cdiffset.attention import share_prompt
 from cdiffset.config import Config, flatten
 from cdiffset.device import be_deterministic, keep_freed_memory, without_instructions
@@ -57,7 +57,10 @@ ECHO_S = 5  # launchers pass a signal on that the processes have got themselves
 LONELY = (  # what `accelerate launch --num_processes 2` comes to without two GPUs, in silence
     "note: accelerate launch started one process only; for several on CPUs add --multi_gpu, or use torchrun --nproc-per-node"
 )
-SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}  # fmt: skip
 ORDER, NOISE = 1, 2  # purposes of random draws, so that no two share a stream
 
 # Settings that may change between two parts of a run without changing what is learnt.
@@ -150,6 +153,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
         # `cpu` also tells a launcher's processes to talk by gloo where there is nothing to accelerate on.
         accelerator = Accelerator(
             mixed_precision=mixed_precision.removesuffix("_copy"), cpu=not torch.accelerator.is_available(),
+            dynamo_backend="no",  # torch_compile compiles, and Accelerate would once more where its launcher was told to
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients, not two
         )  # fmt: skip
     except ValueError as error:
@@ -229,6 +233,7 @@ class Trainer:
         check_prompt_width(unet, self.prompt_embedding, base, option)
         stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
         self.train_log.info("%s: %s, U-Net from %s", config.phase, stage, origin)
+        self.train_log.info(", ".join(f"{name} {getattr(config, name)}" for name, _ in launcher.SETTINGS.values()))
         if note := without_instructions(self.device, self.accelerator.mixed_precision):
             self.train_log.info(note)
         if config.gradient_checkpointing:

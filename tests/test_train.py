@@ -1026,7 +1026,7 @@ def test_mistakes_are_one_line_and_leave_no_folder(argv, tmp_path, capsys, chang
     assert re.match(f"error: {message}", line) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
 def test_models_divided_by_accelerate_are_refused(argv, tmp_path, capsys, monkeypatch, name):
     """On CPUs it would ignore the wish in silence, on GPUs the checkpoints would be parts."""
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
@@ -1034,6 +1034,23 @@ def test_models_divided_by_accelerate_are_refused(argv, tmp_path, capsys, monkey
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: accelerate launch: expected plain data parallelism, found ") and "fsdp: true" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_launchers_options_are_those_of_the_run(argv, tmp_path):
+    """By the real launcher; a resume by the same command goes on."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    launch += ["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2", "main.py"]
+    for _ in range(2):
+        done = subprocess.run([*launch, *argv(tmp_path / "run", num_iter=1)], cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    config = meta_of(tmp_path / "run" / "latest")["config"]
+    assert (config["mixed_precision"], config["gradient_accumulation_steps"]) == ("bf16", 2)
+    assert "mixed_precision bf16, gradient_accumulation_steps 2, " in (tmp_path / "run" / "train_log.txt").read_text()
+
+
+def test_a_compiler_that_the_launcher_asks_for_is_torch_compile(build, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert type(build().unet) is UNet2DConditionModel  # not compiled once more by Accelerate
 
 
 def test_one_process_has_nobody_to_divide_its_model_with(argv, tmp_path):
