@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cdiffset import processes
 from cdiffset.attention import share_prompt
-from cdiffset.checkpoint import Weights, read_meta
+from cdiffset.checkpoint import Weights, meta_file, read_meta, recorded_base
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT
 from cdiffset.device import form_of, free_memory, without_instructions
 from cdiffset.diffusion import ensemble, predict, reduce_samples
@@ -67,11 +67,20 @@ class Model:
         with_fingerprint: bool = False,  # `fingerprint`, else None: it takes seconds for a large model
     ):
         trained = read_meta(args.checkpoint).get("config", {})
-        base = args.pretrained_model_name_or_path or trained.get("pretrained_model_name_or_path") or DEFAULT_BASE
+        recorded = None if args.pretrained_model_name_or_path else recorded_base(args.checkpoint)
+        base = args.pretrained_model_name_or_path or recorded or DEFAULT_BASE
         prompt = next(text for text in (args.prompt, trained.get("prompt"), DEFAULT_PROMPT) if text is not None)
-        check_base(base)
         self.device, dtype, memory_format = form_of(args)
-        self.vae = load_vae(base, weights.form.dtype)
+        try:
+            check_base(base)
+            self.vae = load_vae(base, weights.form.dtype)
+        except UserError as error:
+            if not recorded:
+                raise
+            raise UserError(
+                f"base model {base!r}, recorded in {meta_file(args.checkpoint)}, is not here or not whole: give "
+                f"--pretrained-model-name-or-path ({error})"
+            ) from error
         latent_channels = self.vae.config.latent_channels
         self.unet = build_unet(weights, base, latent_channels)
         if needing_variance and self.unet.config.out_channels == latent_channels:
