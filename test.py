@@ -5,6 +5,7 @@ with a side above --tile are scenes: read and written by windows, into GeoTIFFs 
 """
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from cdiffset import calibration, processes
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.geotiff import is_larger_than
-from cdiffset.images import list_images, require_inside, write_png, write_tiff
+from cdiffset.images import list_images, require_inside, require_utf8, write_png, write_tiff
 from cdiffset.options import (
     add_scene_options,
     add_translation_options,
@@ -78,11 +79,11 @@ class Job:
     is_scene: bool = False
 
     def is_done(self) -> bool:
-        return all(path.is_file() for path in self.outputs.values())
+        return all(map(os.path.isfile, self.outputs.values()))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 1 where single images could not be read."""
+    """Returns 0, or 1 where single images were skipped."""
     args = check(make_parser().parse_args(argv))
     known = load_calibration(args)
     jobs = make_jobs(
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def translate(args: argparse.Namespace, todo: list[Job], known: calibration.Calibration | None) -> list[Path]:
-    """Load the networks and do the jobs => those images that could not be read."""
+    """Load the networks and do the jobs => those images that were skipped."""
     with_fingerprint = known is not None or any(job.is_scene for job in todo)
     weights = begin_reading(args, with_fingerprint)
     from cdiffset.translator import Translator
@@ -120,7 +121,7 @@ def translate(args: argparse.Namespace, todo: list[Job], known: calibration.Cali
     whose = f"process {rank + 1} of {count}: " if count > 1 else ""
     print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
     if failures:
-        print(f"{len(failures)} skipped as unreadable: {', '.join(str(path) for path in failures[:3])}", file=sys.stderr)
+        print(f"{len(failures)} skipped: {', '.join(str(path) for path in failures[:3])}", file=sys.stderr)
     return failures
 
 
@@ -142,6 +143,7 @@ def folder_of(args: argparse.Namespace, option: str) -> Path | None:
 def check(args: argparse.Namespace) -> argparse.Namespace:
     if not args.sar_dir.exists():
         raise UserError(f"--sar-dir: there is no folder or file {args.sar_dir}")
+    require_utf8([args.sar_dir, args.output_dir])
     seen: dict[Path, str] = {}
     for option in dict.fromkeys(["--sar-dir", "--output-dir", *(option for option, _, _ in OUTPUTS)]):
         folder = folder_of(args, option)
@@ -221,17 +223,22 @@ def make_jobs(args: argparse.Namespace, images: list[Path]) -> list[Job]:
 
 
 def translate_all(translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None) -> list[Path]:
-    """Read, translate and write every job => the images that could not be read."""
+    """Read, translate and write every job => the images that were skipped."""
     if not jobs:
         return []
-    from cdiffset.pipeline import WriteBehind, file_threads
+    from cdiffset.pipeline import WriteBehind, file_threads, skip_too_long
     from cdiffset.translator import translate_files
 
-    unreadable = []
+    skipped = []
+
+    def write_or_skip(job: Job, translation) -> None:
+        with skip_too_long(job.sar, job.sar, skipped):
+            write(job, translation, known, args.overlay_threshold)
+
     with WriteBehind(file_threads(translator.device)) as later:
-        for index, translation in translate_files(translator, [job.sar for job in jobs], unreadable):
-            later(write, jobs[index], translation, known, args.overlay_threshold)
-    return unreadable
+        for index, translation in translate_files(translator, [job.sar for job in jobs], skipped):
+            later(write_or_skip, jobs[index], translation)
+    return skipped
 
 
 def translate_scenes(

@@ -1,7 +1,9 @@
 """test.py: any image of any size => EO, confidence and variance, equal to plain diffusers; what is refused and skipped."""
 
+import errno
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -110,6 +112,18 @@ def read_variance(path: Path) -> np.ndarray:
 
 def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------------------- the base model
+@pytest.mark.parametrize("written", ["bases/gone", "./gone", "/nowhere/gone"])
+def test_a_base_that_is_not_here_is_named_with_its_record_and_the_option(sar_dir, tiny_base, tmp_path, capsys, written):
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", written, 5)
+    words = arguments(sar_dir, tmp_path / "out", False, checkpoint)
+    assert errors.run(command.main, words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: base model {written!r}, recorded in {checkpoint / 'checkpoint.json'}, is not here")
+    assert "give --pretrained-model-name-or-path" in line and not (tmp_path / "out").exists()
+    assert command.main([*words, "--pretrained-model-name-or-path", tiny_base]) == 0
 
 
 # ---------------------------------------------------------------------------------------------- the same, by other means
@@ -307,9 +321,45 @@ def test_a_broken_image_is_named_and_the_rest_done(translate, tmp_path, capsys, 
     broken.write_bytes(broken.read_bytes()[:60])
     out = translate(tmp_path / "sar", code=1, batch_size=batch_size)
     captured = capsys.readouterr()
-    assert f"skipped: {broken}: " in captured.err and f"1 skipped as unreadable: {broken}" in captured.err
+    assert f"skipped: {broken}: " in captured.err and f"1 skipped: {broken}" in captured.err
     assert "2 images translated" in captured.out and "Traceback" not in captured.err
     assert files(out) == {f"{kind}/{i}.{suffix}" for kind, suffix in KINDS for i in (0, 2)}
+
+
+@pytest.mark.parametrize("long_path", [False, True], ids=["name", "path"])
+def test_an_output_that_would_have_too_long_a_name_costs_no_other_image(translate, tmp_path, monkeypatch, capsys, long_path):
+    """A path that only the deeper output folder makes too long; a name, on a file system that allows fewer bytes."""
+    if long_path:
+        folders = Path(*["d" * 200] * 18)
+        name = f"{'e' * 200}/{'f' * 200}/long.png"
+    else:
+        folders, name, replace = Path("out"), f"{'n' * 251}.png", os.replace
+
+        def shorter(source, target):
+            if len(Path(target).name) > 200:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(source), None, str(target))
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", shorter)
+    for image in (name, "short.png"):
+        save(tmp_path / "sar" / image, grey(8, 8))
+    for skip in ({}, {"skip_existing": True}):
+        out = translate(tmp_path / "sar", folders, maps=False, code=1, **skip)
+        assert files(out) == {"eo/short.png"}
+        captured = capsys.readouterr()
+        assert f"skipped: {tmp_path / 'sar' / name}: an output of it would have too long a name or path" in captured.err
+        assert "1 skipped: " in captured.err and "Traceback" not in captured.err
+
+
+def test_a_name_as_long_as_the_file_system_allows_is_translated(translate, tmp_path):
+    save(tmp_path / "sar" / f"{'n' * 251}.png", grey(8, 8))
+    assert files(translate(tmp_path / "sar")) == {f"{kind}/{'n' * 251}.{suffix}" for kind, suffix in KINDS}
+
+
+def test_a_file_whose_name_is_not_utf8_is_refused(stage2, tmp_path, capsys):
+    path = save(tmp_path / os.fsdecode(b"\xff.png"), grey(8, 8))
+    assert errors.run(command.main, arguments(path, tmp_path / "out", False, stage2)) == 2
+    assert "file names that are not UTF-8" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_write_that_fails_leaves_nothing_half_done(translate, tmp_path, monkeypatch):
