@@ -5,7 +5,7 @@ with a side above --tile are scenes: read and written by windows, into GeoTIFFs 
 """
 
 import argparse
-import os
+import hashlib
 import sys
 import time
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ from cdiffset.options import (
     calibrated_settings,
     check_scene_options,
     check_translation_options,
+    recorded_settings,
 )
+from cdiffset.record import Record
 
 OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO image last: it stands for a finished job
     ("--conf-dir", "confidence", ".png"),
@@ -33,6 +35,11 @@ OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO im
     ("--overlay-dir", "overlay", ".png"),
     ("--output-dir", "eo", ".png"),
 )
+UNRECORDED = {  # options that change nothing in the files but rounding, or what `recorded_settings` and `make_records` add
+    "sar_dir", "output_dir", "conf_dir", "variance_dir", "spread_dir", "error_dir", "overlay_dir", "overlay_threshold",
+    "calibration", "skip_existing", "follow_links", "checkpoint", "pretrained_model_name_or_path", "preset", "batch_size",
+    "compile", "max_pixels", "device",
+}  # fmt: skip
 SCENE_KINDS = ("confidence", "variance", "error", "eo")  # what there is of a scene, all of it .tif
 SCENE_READOUTS = ("midpoint", "mean", "first", "early", "late")  # the others need the whole latent at once
 
@@ -78,8 +85,8 @@ class Job:
     outputs: dict[str, Path]
     is_scene: bool = False
 
-    def is_done(self) -> bool:
-        return all(map(os.path.isfile, self.outputs.values()))
+    def is_done(self, records: dict[str, Record]) -> bool:
+        return all(records[kind].has(path) for kind, path in self.outputs.items())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,14 +98,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     check_scenes(args, jobs)
     mine = my_share(args, jobs)
-    todo = [job for job in mine if not (args.skip_existing and job.is_done())]
+    records = make_records(args)
+    if args.skip_existing:
+        for record in {record.folder: record for record in records.values()}.values():
+            record.require_same()
+    todo = [job for job in mine if not (args.skip_existing and job.is_done(records))]
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
-    failures = translate(args, todo, known) if todo else []
+    failures = translate(args, todo, known, records) if todo else []
     return 1 if processes.total(len(failures)) else 0
 
 
-def translate(args: argparse.Namespace, todo: list[Job], known: calibration.Calibration | None) -> list[Path]:
+def translate(
+    args: argparse.Namespace, todo: list[Job], known: calibration.Calibration | None, records: dict[str, Record]
+) -> list[Path]:
     """Load the networks and do the jobs => those images that were skipped."""
     with_fingerprint = known is not None or any(job.is_scene for job in todo)
     weights = begin_reading(args, with_fingerprint)
@@ -110,19 +123,32 @@ def translate(args: argparse.Namespace, todo: list[Job], known: calibration.Cali
     translator = Translator(args, weights, needing_variance, with_fingerprint)
     if known and known.model != translator.fingerprint:
         raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
-    started = time.monotonic()
+    started, (rank, count) = time.monotonic(), processes.place()
     try:
+        for kind in {kind for job in todo for kind in job.outputs if rank == 0 or not job.is_scene}:
+            records[kind].write(args.skip_existing)
         failures = translate_all(translator, [job for job in todo if not job.is_scene], args, known)
         failures += translate_scenes(translator, [job for job in todo if job.is_scene], args, known)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
-    seconds, (rank, count) = time.monotonic() - started, processes.place()
+    seconds = time.monotonic() - started
     done = sum(rank == 0 or not job.is_scene for job in todo) - len(failures)  # the first process counts the scenes of all
     whose = f"process {rank + 1} of {count}: " if count > 1 else ""
     print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
     if failures:
         print(f"{len(failures)} skipped: {', '.join(str(path) for path in failures[:3])}", file=sys.stderr)
     return failures
+
+
+def make_records(args: argparse.Namespace) -> dict[str, Record]:
+    """For each kind of output the record of its folder: the settings that change what is in its files."""
+    settings = {name: value for name, value in vars(args).items() if name not in UNRECORDED} | recorded_settings(args)
+    more: dict[str, dict] = {}
+    if args.error_dir or args.overlay_dir:
+        calibrated = {"calibration": hashlib.sha256(calibration_path(args).read_bytes()).hexdigest()}
+        more = {"--error-dir": calibrated, "--overlay-dir": calibrated | {"overlay_threshold": args.overlay_threshold}}
+    wanted = [(option, kind, folder) for option, kind, _ in OUTPUTS if (folder := folder_of(args, option))]
+    return {kind: Record(folder, settings | more.get(option, {})) for option, kind, folder in wanted}
 
 
 def my_share(args: argparse.Namespace, jobs: list[Job]) -> list[Job]:

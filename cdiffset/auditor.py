@@ -1,16 +1,17 @@
 """From pairs of image files to discrepancy maps on disk: the model loaded once, then batch after batch."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from cdiffset.audit import residual_map, upsampled
-from cdiffset.audit_report import map_path
+from cdiffset.audit_report import MAPS, map_path
 from cdiffset.errors import UserError
 from cdiffset.images import read_eo, read_sar, write_tiff
+from cdiffset.options import recorded_settings
 from cdiffset.pipeline import batches_of_one_size, skip_too_long
+from cdiffset.record import Record
 from cdiffset.translator import Model
 from feeders.feeder import Pair
 
@@ -32,9 +33,15 @@ class Auditor(Model):
 
 def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, skip_existing: bool) -> list[Pair]:
     """Write the map of every pair => the pairs that were skipped."""
-    todo = [pair for pair in pairs if not (skip_existing and os.path.isfile(map_path(output, pair)))]
+    record = Record(output / MAPS, recorded_settings(auditor.args))
+    if skip_existing:
+        record.require_same()
+    todo = [pair for pair in pairs if not (skip_existing and record.has(map_path(output, pair)))]
     if len(todo) < len(pairs):
         print(f"{len(pairs) - len(todo)} of {len(pairs)} maps are there already")
+
+    if todo:
+        record.write(skip_existing)
 
     def read(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         return read_pair(pair, auditor.args.max_pixels)

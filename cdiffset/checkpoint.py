@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -272,6 +273,18 @@ def damage(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None
+
+
+def identity(weights: Path, option: str) -> str:
+    """SHA-256 of a weights file or of all that an index names; that of a checkpoint of ours is taken from its manifest."""
+    manifest = weights.parent.parent / MANIFEST
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # weights of another origin; `check_listed` tells
+        return json.loads(manifest.read_text())["files"][weights.relative_to(manifest.parent).as_posix()]["sha256"]
+    try:
+        hashes = [fingerprint(part)["sha256"] for part in parts_of(weights, option)]
+    except OSError as error:
+        raise UserError(f"{option}: cannot read {weights} ({error.strerror})") from error
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def check_listed(weights: Path, option: str) -> None:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from cdiffset import diffusion, errors
+from cdiffset import diffusion, errors, record
 from cdiffset.config import Config
 from cdiffset.errors import UserError
 from cdiffset.translator import pad_to_multiple
@@ -111,7 +111,9 @@ def read_variance(path: Path) -> np.ndarray:
 
 
 def files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    """Relative paths of all but the records of settings."""
+    paths = {path for path in folder.rglob("*") if path.is_file() and path.name != record.FILE_NAME}
+    return {path.relative_to(folder).as_posix() for path in paths}
 
 
 # ----------------------------------------------------------------------------------------------------------- the base model
@@ -310,6 +312,68 @@ def test_only_the_wanted_outputs_count_as_missing(translate, sar_dir, capsys):
     assert stamps(translate(sar_dir, maps=False, skip_existing=True)) == before
     translate(sar_dir, skip_existing=True)  # now with maps
     assert len(files(out / "confidence")) == len(files(out / "variance")) == len(SIZES)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seed": 5}, "seed: 0 -> 5"),
+        ({"prompt": "radar"}, f"prompt: {PROMPT} -> radar"),
+        ({"num_inference_steps": 4}, "num_inference_steps: 3 -> 4"),
+        ({"precision": "bf16"}, "precision: fp32 -> bf16"),
+        ({"tile": 512}, "tile: 1024 -> 512"),
+        ({"checkpoint": "stage1"}, "weights: "),
+        ({"base": True}, "base: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_skip_existing_refuses_files_of_other_settings(translate, sar_dir, stage1, tiny_base, tmp_path, changes, message):
+    out = translate(sar_dir, maps=False)
+    before = stamps(out)
+    if "checkpoint" in changes:
+        changes = {"checkpoint": stage1}
+    if "base" in changes:
+        changes = {"pretrained_model_name_or_path": shutil.copytree(tiny_base, tmp_path / "base")}
+    with pytest.raises(UserError, match=re.escape(f"{out / 'eo'} holds files of other settings (")) as caught:
+        translate(sar_dir, maps=False, skip_existing=True, **changes)
+    assert message in str(caught.value) and "leave out --skip-existing" in str(caught.value) and stamps(out) == before
+
+
+def test_skip_existing_does_not_mind_where_the_checkpoint_lies_nor_how_many_images_go_together(
+    translate, sar_dir, stage2, tmp_path
+):
+    before = stamps(translate(sar_dir, maps=False))
+    copy = shutil.copytree(stage2, tmp_path / "copy")
+    assert stamps(translate(sar_dir, maps=False, skip_existing=True, checkpoint=copy, batch_size=2)) == before
+
+
+def test_what_an_earlier_run_of_other_settings_left_does_not_count_as_there(translate, tmp_path, capsys):
+    for folder, names in (("few", "a"), ("all", "ab")):
+        for seed, name in enumerate(names):
+            save(tmp_path / folder / f"{name}.png", grey(8, 8, seed=seed))
+    out = translate(tmp_path / "all", maps=False)
+    first = stamps(out)
+    translate(tmp_path / "few", maps=False, seed=1)  # replaces a.png alone, and ends before b.png
+    second = stamps(out)
+    assert second["eo/a.png"] != first["eo/a.png"] and second["eo/b.png"] == first["eo/b.png"]
+    capsys.readouterr()
+    translate(tmp_path / "all", maps=False, seed=1, skip_existing=True)
+    assert "1 of 2 images are there already" in capsys.readouterr().out and stamps(out)["eo/a.png"] == second["eo/a.png"]
+    whole = translate(tmp_path / "all", "whole", maps=False, seed=1)
+    assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in files(whole))
+
+
+def test_skip_existing_keeps_files_without_a_record_and_says_so(translate, sar_dir, capsys):
+    out = translate(sar_dir, maps=False)
+    (out / "eo" / record.FILE_NAME).unlink()
+    before = stamps(out)
+    (out / "eo" / "strip.png").unlink()
+    capsys.readouterr()
+    for _ in range(2):
+        translate(sar_dir, maps=False, skip_existing=True, seed=1)
+        assert f"note: {out / 'eo'} has no record of how its files were made" in capsys.readouterr().out
+    del before["eo/strip.png"]
+    assert before.items() <= stamps(out).items() and not (out / "eo" / record.FILE_NAME).exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
