@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 1 where single pairs could not be read."""
+    """Returns 0, or 1 where single pairs were skipped."""
     args, further = make_parser().parse_known_args(argv)
     config = check(args, further)
     weights = begin_reading(args)
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         failures = write_maps(auditor, feeder.pairs, args.output, args.skip_existing)
         pairs = [pair for pair in feeder.pairs if pair not in failures]
         if not pairs:
-            raise UserError(f"none of the {len(failures)} pairs can be read, one is {min(failures).eo}")
+            raise UserError(f"all {len(failures)} pairs were skipped, one is {min(failures).eo}")
         findings = audit_report.write_findings(args.output, pairs, args.boxes, args.max_pixels)
         audit_report.choose_kept(findings, args.drop_share, args.max_score)
         audit_report.write_table(args.output / "audit.csv", findings)
@@ -62,10 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(findings)} pairs, {sum(finding.kept for finding in findings)} kept: see {args.output / 'contact_sheet.html'}")
     print(f"To train on the kept ones: {training_options(args.which, arguments, root, kept_list)}")
     if failures:
-        print(
-            f"{len(failures)} skipped as unreadable: {', '.join(str(pair.eo) for pair in sorted(failures)[:3])}",
-            file=sys.stderr,
-        )
+        print(f"{len(failures)} skipped: {', '.join(str(pair.eo) for pair in sorted(failures)[:3])}", file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -58,9 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--output: cannot write {path}: {error}") from error
     print(table(fitted), f"\nCalibration: {path}")
     if unreadable:
-        print(
-            f"{len(unreadable)} skipped as unreadable or of two sizes: {', '.join(map(str, unreadable[:3]))}", file=sys.stderr
-        )
+        print(f"{len(unreadable)} skipped: {', '.join(map(str, unreadable[:3]))}", file=sys.stderr)
     return 1 if unreadable else 0
 
 

@@ -5,10 +5,11 @@ import sys
 
 from cdiffset.config import load_config
 from cdiffset.errors import run
+from cdiffset.launcher import launcher_settings
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = load_config(argv)
+    config = load_config(argv, launcher_settings())
     if config.gpu is not None and "LOCAL_RANK" not in os.environ:  # a launcher deals the GPUs out itself
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpu))
     from train import Trainer  # heavy imports, only once the configuration holds

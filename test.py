@@ -5,16 +5,17 @@ rasters of any size are scenes, and so are large TIFFs: they become GeoTIFFs on 
 """
 
 import argparse
+import hashlib
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cdiffset import calibration, processes
 from cdiffset.checkpoint import read_meta
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.geotiff import find_sources, is_scene, open_scene
-from cdiffset.images import write_png, write_tiff
+from cdiffset.images import require_utf8, write_png, write_tiff
 from cdiffset.options import (
     add_scene_options,
     add_translation_options,
@@ -23,9 +24,11 @@ from cdiffset.options import (
     check_scene_options,
     check_translation_options,
     radiometry_options,
+    recorded_settings,
     scene_options_given,
 )
 from cdiffset.radiometry import RadiometryOptions, fits_one_tile, shared_stretch, wanted_polarisations
+from cdiffset.record import Record
 
 OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO image last: it stands for a finished job
     ("--conf-dir", "confidence", ".png"),
@@ -36,6 +39,11 @@ OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO im
     ("--overlay-dir", "overlay", ".png"),
     ("--output-dir", "eo", ".png"),
 )
+UNRECORDED = {  # options that change nothing in the files but rounding, or what `recorded_settings` and `make_records` add
+    "sar_dir", "output_dir", "conf_dir", "variance_dir", "spread_dir", "error_dir", "overlay_dir", "overlay_threshold",
+    "calibration", "skip_existing", "checkpoint", "pretrained_model_name_or_path", "preset", "batch_size", "compile",
+    "max_pixels", "device", "scene_options",
+}  # fmt: skip
 SCENE_KINDS = ("confidence", "variance", "spread", "error", "overlay", "eo")  # what there is of a scene, all of it .tif
 FUSED_READOUTS = ("midpoint", "mean", "first", "early", "late")  # the others need the whole latent at once
 
@@ -83,12 +91,12 @@ class Job:
     def sar(self) -> Path:
         return self.files[0]
 
-    def is_done(self) -> bool:
-        return all(path.is_file() for path in self.outputs.values())
+    def is_done(self, records: dict[str, Record]) -> bool:
+        return all(records[kind].has(path) for kind, path in self.outputs.items())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 1 where single images could not be translated."""
+    """Returns 0, or 1 where single images were skipped."""
     args = check(make_parser().parse_args(argv))
     known = load_calibration(args)
     trained = read_meta(args.checkpoint)
@@ -97,19 +105,27 @@ def main(argv: list[str] | None = None) -> int:
     check_fused(args, jobs)
     radiometry = with_shared_stretch(radiometry, jobs, trained)
     mine = my_share(args, jobs)
-    todo = [job for job in mine if not (args.skip_existing and job.is_done())]
+    records = make_records(args, radiometry)
+    if args.skip_existing:
+        for record in {record.folder: record for record in records.values()}.values():
+            record.require_same()
+    todo = [job for job in mine if not (args.skip_existing and job.is_done(records))]
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
-    failures = faulty + (translate(args, radiometry, todo, known) if todo else [])
+    failures = faulty + (translate(args, radiometry, todo, known, records) if todo else [])
     if failures:
         print(f"{len(failures)} skipped: {', '.join(str(path) for path in failures[:3])}", file=sys.stderr)
     return 1 if processes.total(len(failures)) else 0
 
 
 def translate(
-    args: argparse.Namespace, radiometry: RadiometryOptions, todo: list[Job], known: calibration.Calibration | None
+    args: argparse.Namespace,
+    radiometry: RadiometryOptions,
+    todo: list[Job],
+    known: calibration.Calibration | None,
+    records: dict[str, Record],
 ) -> list[Path]:
-    """Load the networks and do the jobs => those images that could not be translated."""
+    """Load the networks and do the jobs => those images that were skipped."""
     with_fingerprint = known is not None or any(job.is_scene for job in todo)
     weights = begin_reading(args, with_fingerprint)
     from cdiffset.translator import Translator
@@ -120,8 +136,10 @@ def translate(
     translator = Translator(args, weights, needing_variance, with_fingerprint)
     if known and known.model != translator.fingerprint:
         raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
-    started = time.monotonic()
+    started, (rank, count) = time.monotonic(), processes.place()
     try:
+        for kind in {kind for job in todo for kind in job.outputs if rank == 0 or not job.is_fused}:
+            records[kind].write(args.skip_existing)
         failures = translate_images(translator, [job for job in todo if not job.is_scene], args, known)
         failures += translate_whole_scenes(
             translator, [job for job in todo if job.is_scene and not job.is_fused], args, radiometry, known
@@ -129,11 +147,23 @@ def translate(
         failures += translate_fused_scenes(translator, [job for job in todo if job.is_fused], args, radiometry, known)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
-    seconds, (rank, count) = time.monotonic() - started, processes.place()
+    seconds = time.monotonic() - started
     done = sum(rank == 0 or not job.is_fused for job in todo) - len(failures)  # the first process counts the scenes of all
     whose = f"process {rank + 1} of {count}: " if count > 1 else ""
     print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
     return failures
+
+
+def make_records(args: argparse.Namespace, radiometry: RadiometryOptions) -> dict[str, Record]:
+    """For each kind of output the record of its folder: the settings that change what is in its files."""
+    settings = vars(args) | asdict(radiometry) | recorded_settings(args)
+    settings = {name: value for name, value in settings.items() if name not in UNRECORDED}
+    more: dict[str, dict] = {}
+    if args.error_dir or args.overlay_dir:
+        calibrated = {"calibration": hashlib.sha256(calibration_path(args).read_bytes()).hexdigest()}
+        more = {"--error-dir": calibrated, "--overlay-dir": calibrated | {"overlay_threshold": args.overlay_threshold}}
+    wanted = [(option, kind, folder) for option, kind, _ in OUTPUTS if (folder := folder_of(args, option))]
+    return {kind: Record(folder, settings | more.get(option, {})) for option, kind, folder in wanted}
 
 
 def my_share(args: argparse.Namespace, jobs: list[Job]) -> list[Job]:
@@ -154,6 +184,7 @@ def folder_of(args: argparse.Namespace, option: str) -> Path | None:
 def check(args: argparse.Namespace) -> argparse.Namespace:
     if not args.sar_dir.exists():
         raise UserError(f"--sar-dir: there is no folder or file {args.sar_dir}")
+    require_utf8([args.sar_dir, args.output_dir])
     seen: dict[Path, str] = {}
     for option in dict.fromkeys(["--sar-dir", "--output-dir", *(option for option, _, _ in OUTPUTS)]):
         folder = folder_of(args, option)
@@ -274,23 +305,28 @@ def with_shared_stretch(radiometry: RadiometryOptions, jobs: list[Job], trained:
 def translate_images(
     translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None
 ) -> list[Path]:
-    """Read, translate and write images => those that could not be."""
+    """Read, translate and write images => the images that were skipped."""
     if not jobs:
         return []
-    from cdiffset.pipeline import WriteBehind, file_threads
+    from cdiffset.pipeline import WriteBehind, file_threads, skip_too_long
     from cdiffset.translator import translate_files
 
-    failed = []
+    skipped = []
+
+    def write_or_skip(job: Job, translation) -> None:
+        with skip_too_long(job.sar, job.sar, skipped):
+            write(job, translation, known, args.overlay_threshold)
+
     with WriteBehind(file_threads(translator.device)) as later:
-        for index, translation in translate_files(translator, [job.sar for job in jobs], failed):
-            later(write, jobs[index], translation, known, args.overlay_threshold)
-    return failed
+        for index, translation in translate_files(translator, [job.sar for job in jobs], skipped):
+            later(write_or_skip, jobs[index], translation)
+    return skipped
 
 
 def translate_whole_scenes(
     translator, jobs: list[Job], args: argparse.Namespace, radiometry: RadiometryOptions, known: calibration.Calibration | None
 ) -> list[Path]:
-    """Scenes of one tile, batched as images are => those that could not be translated."""
+    """Scenes of one tile, batched as images are => those that were skipped."""
     if not jobs:
         return []
     from cdiffset.pipeline import WriteBehind, file_threads
@@ -300,30 +336,32 @@ def translate_whole_scenes(
         scenes = WholeScenes(translator, args, radiometry, known)
         for index, translation in scenes.translate([job.files for job in jobs]):
             later(scenes.write, index, translation, jobs[index].outputs)
-    return [job.sar for job in jobs if job.files in scenes.failed]
+    return [job.sar for job in jobs if job.files in scenes.skipped]
 
 
 def translate_fused_scenes(
     translator, jobs: list[Job], args: argparse.Namespace, radiometry: RadiometryOptions, known: calibration.Calibration | None
 ) -> list[Path]:
-    """Translate every scene => those that could not be. Processes of a launcher share each scene; the first one tells."""
+    """Translate every scene => those that were skipped. Processes of a launcher share each scene; the first one tells."""
     if not jobs:
         return []
+    from cdiffset.pipeline import skip_too_long
     from cdiffset.scene import gather_team, translate_scene
 
     args.batch_size = translator.images_together(args.tile, args.tile)
-    team, failed = gather_team(translator), []
+    team, skipped = gather_team(translator), []
     if team.rank > 0:
         team.help()
         return []
     for job in jobs:
         try:
-            translate_scene(translator, team, job.files, job.outputs, args, radiometry, known)
+            with skip_too_long(job.sar, job.sar, skipped):
+                translate_scene(translator, team, job.files, job.outputs, args, radiometry, known)
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
-            failed.append(job.sar)
+            skipped.append(job.sar)
     team.dismiss()
-    return failed
+    return skipped
 
 
 def write(job: Job, translation, known: calibration.Calibration | None, threshold: float | None) -> None:

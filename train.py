@@ -1,6 +1,7 @@
 """The Trainer: config -> feeder -> latents -> U-Net -> loss, validation by PSNR. `fit` is the loop."""
 
 import copy
+import hashlib
 import importlib
 import json
 import logging
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from tqdm import tqdm
 
 import utils
-from cdiffset import checkpoint, fsdp
+from cdiffset import checkpoint, fsdp, launcher
 from cdiffset.attention import share_prompt
 from cdiffset.config import Config, flatten
 from cdiffset.device import be_deterministic, keep_freed_memory, without_instructions
@@ -36,6 +37,7 @@ from cdiffset.evaluation import evaluate_folders
 from cdiffset.images import to_uint8, write_png, write_tiff
 from cdiffset.latent_cache import LatentCache, Work
 from cdiffset.model import (
+    base_prediction_type,
     check_base,
     check_latent_channels,
     check_prompt_width,
@@ -52,12 +54,16 @@ from cdiffset.model import (
 from cdiffset.optimisation import FUSED, Guard, gradient_norm, load_moments, make_optimizer, step_copies
 from cdiffset.pairs import Inputs
 from cdiffset.uncertainty import confidence_map, variance_map
+from feeders.feeder import PairedFeeder
 
 ECHO_S = 5  # launchers pass a signal on that the processes have got themselves
 LONELY = (  # what `accelerate launch --num_processes 2` comes to without two GPUs, in silence
     "note: accelerate launch started one process only; for several on CPUs add --multi_gpu, or use torchrun --nproc-per-node"
 )
-SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}  # fmt: skip
 ORDER, NOISE = 1, 2  # purposes of random draws, so that no two share a stream
 
 # Settings that may change between two parts of a run without changing what is learnt.
@@ -136,6 +142,26 @@ def build_feeder(config: Config, which: str):
         raise UserError(f"{which}_feeder_args: {str(error).replace('__init__() ', '')}") from error
 
 
+def data_record(feeder, arguments: dict) -> dict:
+    """The pairs of a feeder, for the checkpoint: how many, and a hash of their names and files in the order of the list.
+
+    Files count relative to the folder among the feeder's `arguments` that holds them, so that a dataset may move. Of a feeder
+    of another origin only the names count, and without names the number.
+    """
+    record, lines = {"pairs": len(feeder)}, getattr(feeder, "names", None)
+    if isinstance(feeder, PairedFeeder):
+        folders = [Path(value) for value in arguments.values() if isinstance(value, str)]
+        folders.sort(key=lambda folder: len(folder.parts), reverse=True)
+        lines = [[pair.name, *(relative_to_any(folders, path) for path in (pair.sar, pair.eo))] for pair in feeder.pairs]
+    if lines is not None:
+        record["sha256"] = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+    return record
+
+
+def relative_to_any(folders: list[Path], path: Path) -> str:
+    return next((path.relative_to(folder) for folder in folders if path.is_relative_to(folder)), path).as_posix()
+
+
 def make_accelerator(mixed_precision: str) -> Accelerator:
     """What places this process on its device among the others.
 
@@ -150,6 +176,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
         # `cpu` also tells a launcher's processes to talk by gloo where there is nothing to accelerate on.
         accelerator = Accelerator(
             mixed_precision=mixed_precision.removesuffix("_copy"), cpu=not torch.accelerator.is_available(),
+            dynamo_backend="no",  # torch_compile compiles, and Accelerate would once more where its launcher was told to
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients, not two
         )  # fmt: skip
     except ValueError as error:
@@ -178,6 +205,7 @@ class Trainer:
         check_base(config.pretrained_model_name_or_path)
         self.test_feeder = build_feeder(config, "test")
         self.train_feeder = build_feeder(config, "train") if config.phase == "train" else None
+        self.data = data_record(self.train_feeder, config.train_feeder_args) if config.phase == "train" else None
         resume_from = self.agree_on_resume() if config.phase == "train" else None
         self.open_work_dir()
         self.load_model(resume_from)
@@ -229,6 +257,12 @@ class Trainer:
         check_prompt_width(unet, self.prompt_embedding, base, option)
         stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
         self.train_log.info("%s: %s, U-Net from %s", config.phase, stage, origin)
+        self.train_log.info(", ".join(f"{name} {getattr(config, name)}" for name, _ in launcher.SETTINGS.values()))
+        if config.phase == "train" and (own := base_prediction_type(base)) != config.prediction_type:
+            self.train_log.info(
+                "warning: prediction_type is %s, but the scheduler of the base model %s says %s: its U-Net has to learn "
+                "another target; set prediction_type: %s unless you mean that", config.prediction_type, base, own, own,
+            )  # fmt: skip
         if note := without_instructions(self.device, self.accelerator.mixed_precision):
             self.train_log.info(note)
         if config.gradient_checkpointing:
@@ -332,8 +366,8 @@ class Trainer:
         self.found_at_start += [f"passed over: {fault}" for fault in passed_over]
         if written == "auto" and (changed := self.changed_settings(newest)):
             raise UserError(
-                f"work_dir: {self.work_dir} holds a run of other settings ({'; '.join(changed)}): choose another work_dir, "
-                f"or continue it with these by --resume latest"
+                f"work_dir: {self.work_dir} holds a run of other settings or data ({'; '.join(changed)}): choose another "
+                f"work_dir, or continue it with these by --resume latest"
             )
         return newest
 
@@ -348,7 +382,17 @@ class Trainer:
         written, now = checkpoint.read_meta(folder)["config"], dict(flatten(asdict(self.config)))
         before = dict(flatten(asdict(Config()) | written))  # what an earlier version did not know was as by default
         names = [name for name in {**before, **now} if name.split(".")[0] not in FREE_TO_CHANGE]
-        return [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
+        changed = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
+        return changed + self.changed_data(checkpoint.read_meta(folder).get("data"))
+
+    def changed_data(self, before: dict | None) -> list[str]:
+        """What differs between the training pairs of a checkpoint and those of now; an earlier version kept no record."""
+        if before is None or before == self.data:
+            return []
+        counts = [f"{record['pairs']} pairs" for record in (before, self.data)]
+        return [
+            "training data: " + (" -> ".join(counts) if len(set(counts)) == 2 else f"{counts[0]}, but other files or order")
+        ]
 
     def start_of_average(self, resume_from: Path | None):
         """The average of the weights so far: a resumed run's, else that of the present weights alone."""
@@ -401,6 +445,7 @@ class Trainer:
                 "windows": windows,
                 "skipped": self.skipped,
             }
+            base = Path(self.config.pretrained_model_name_or_path).expanduser()
             meta = {
                 "iteration": self.iteration,
                 "unfinished": unfinished,
@@ -409,6 +454,8 @@ class Trainer:
                 "best_psnr": self.best_psnr if math.isfinite(self.best_psnr) else None,
                 "gsd_m": getattr(self.train_feeder, "gsd_m", None),
                 "sar_statistics": self.sar_statistics,
+                "data": self.data,
+                "base_folder": os.path.abspath(base) if base.is_dir() else None,  # which commands started elsewhere find
                 "config": asdict(self.config),
             }
             checkpoint.write_checkpoint(self.work_dir, names, unet, ema_unet, state, meta)

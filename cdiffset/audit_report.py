@@ -18,6 +18,7 @@ from cdiffset.images import read_eo, read_sar, read_tiff, to_signed, write_png, 
 from feeders.feeder import ListFeeder, Pair, PairedFeeder
 from utils import panel
 
+MAPS = "maps"  # the folder of them
 BOX_QUANTILE = 0.98  # of the discrepancies of all pixels of the set: what is above belongs to a box
 HEAT, BOX = (255, 30, 0), (255, 235, 0)  # RGB
 MIN_SIDE_PX = 192  # smaller images are enlarged in overlays
@@ -36,7 +37,7 @@ class Finding:
 
 
 def map_path(output: Path, pair: Pair) -> Path:
-    return output / "maps" / f"{pair.name}.tif"
+    return output / MAPS / f"{pair.name}.tif"
 
 
 def overlay_path(pair: Pair) -> Path:

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from cdiffset.audit import residual_map, upsampled
-from cdiffset.audit_report import map_path
+from cdiffset.audit_report import MAPS, map_path
 from cdiffset.errors import UserError
 from cdiffset.images import read_eo, read_sar, write_tiff
-from cdiffset.pipeline import batches_of_one_size
+from cdiffset.options import recorded_settings
+from cdiffset.pipeline import batches_of_one_size, skip_too_long
+from cdiffset.record import Record
 from cdiffset.translator import Model
 from feeders.feeder import Pair
 
@@ -30,19 +32,26 @@ class Auditor(Model):
 
 
 def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, skip_existing: bool) -> list[Pair]:
-    """Write the map of every pair => the pairs that could not be read."""
-    todo = [pair for pair in pairs if not (skip_existing and map_path(output, pair).is_file())]
+    """Write the map of every pair => the pairs that were skipped."""
+    record = Record(output / MAPS, recorded_settings(auditor.args))
+    if skip_existing:
+        record.require_same()
+    todo = [pair for pair in pairs if not (skip_existing and record.has(map_path(output, pair)))]
     if len(todo) < len(pairs):
         print(f"{len(pairs) - len(todo)} of {len(pairs)} maps are there already")
+
+    if todo:
+        record.write(skip_existing)
 
     def read(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         return read_pair(pair, auditor.args.max_pixels)
 
-    unreadable: list[Pair] = []
-    for indices, (sar, eo) in batches_of_one_size(todo, read, auditor.factor, auditor.images_together, unreadable, "auditing"):
+    skipped: list[Pair] = []
+    for indices, (sar, eo) in batches_of_one_size(todo, read, auditor.factor, auditor.images_together, skipped, "auditing"):
         for index, discrepancy in zip(indices, auditor(sar, eo), strict=True):
-            write_tiff(map_path(output, todo[index]), discrepancy)
-    return unreadable
+            with skip_too_long(todo[index], todo[index].eo, skipped):
+                write_tiff(map_path(output, todo[index]), discrepancy)
+    return skipped
 
 
 def read_pair(pair: Pair, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -24,6 +25,7 @@ from cdiffset.errors import UserError
 
 META, STATE, MANIFEST, LOCK = "checkpoint.json", "training_state.pt", "manifest.json", ".lock"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers; Accelerate, hence the released code's runs
+WRAPPERS = ("module.", "unet.", "_orig_mod.")  # what DDP, pipelines and torch.compile put before names
 INDEX = ".index.json"  # what diffusers and Accelerate add to these names where the weights are split over several files
 FORMS = "a .safetensors file, a diffusers U-Net folder, a checkpoint folder of this code, or a folder with model.safetensors"
 
@@ -37,32 +39,38 @@ def find_weights(path: Path, option: str) -> Path:
         raise UserError(f"{option}: {path} is a {path.suffix or 'nameless'} file, expected {FORMS}; nothing else is opened")
     if not path.is_dir():
         raise UserError(f"{option}: there is no {path}, expected {FORMS}")
+    names = [*WEIGHTS, *(f"{name}{INDEX}" for name in WEIGHTS)]
+    names += [with_variant(name, "fp16") for name in names]
     for folder in (path / "unet_ema", path / "unet", path):
-        for name in (*WEIGHTS, *(f"{name}{INDEX}" for name in WEIGHTS)):
+        for name in names:
             if (folder / name).is_file():
                 return folder / name
-    raise UserError(f"{option}: {path} holds none of unet_ema/, unet/, {', '.join(WEIGHTS)}; expected {FORMS}")
+    wanted = (*WEIGHTS, with_variant(WEIGHTS[0], "fp16"))
+    raise UserError(f"{option}: {path} holds none of unet_ema/, unet/, {', '.join(wanted)}; expected {FORMS}")
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """Weights file or index => its name in a variant: model.safetensors => model.fp16.safetensors."""
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}" if variant else name
 
 
 def read_weights(file: Path, option: str) -> dict[str, torch.Tensor]:
-    """Safetensors file or index => state dict as stored, mapped into memory, without the `module.` and `unet.` that wrappers
-    put before names.
-    """
+    """Safetensors file or index => state dict as stored, mapped into memory, without what wrappers put before names."""
     tensors = {}
     for part in parts_of(file, option):
         try:
             tensors |= load_file(part)
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{option}: {part} is damaged or no safetensors file ({str(error).splitlines()[0]})") from error
-    for prefix in ("module.", "unet.", "module."):
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    while tensors and (prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in tensors)), None)):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 
 def parts_of(file: Path, option: str) -> list[Path]:
     """A weights file itself; of an index the files beside it that it names."""
-    if not file.name.endswith(INDEX):
+    if file.suffix != ".json":
         return [file]
     try:
         names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
@@ -138,17 +146,28 @@ def check_channels(tensors: dict[str, torch.Tensor], latent_channels: int, where
 
 def read_meta(path: str | Path) -> dict:
     """checkpoint.json of one of our own checkpoint folders (or of its unet/ within); {} for weights of another origin."""
+    if (file := meta_file(path)) is None:
+        return {}
+    try:
+        meta = json.loads(file.read_text())
+        if not isinstance(meta, dict) or not isinstance(meta.get("config", {}), dict):
+            raise ValueError("expected a mapping, and in it a mapping `config`")
+        return meta
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+
+
+def meta_file(path: str | Path) -> Path | None:
     path = Path(path).expanduser()
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / META).is_file():
-            try:
-                meta = json.loads((folder / META).read_text())
-                if not isinstance(meta, dict) or not isinstance(meta.get("config", {}), dict):
-                    raise ValueError("expected a mapping, and in it a mapping `config`")
-                return meta
-            except ValueError as error:
-                raise UserError(f"{folder / META} is damaged: {error}") from error
-    return {}
+    return next((file for folder in (path, path.parent, path.parent.parent) if (file := folder / META).is_file()), None)
+
+
+def recorded_base(path: str | Path) -> str | None:
+    """The base model that a checkpoint of ours was trained from: its folder then, else what the configuration had."""
+    meta = read_meta(path)
+    written = meta.get("config", {}).get("pretrained_model_name_or_path")
+    places = [place for place in (meta.get("base_folder"), written) if place]
+    return next((place for place in places if Path(place).expanduser().is_dir()), next(iter(places), None))
 
 
 # ------------------------------------------------------------------------------------------------------ our own folders
@@ -254,6 +273,18 @@ def damage(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None
+
+
+def identity(weights: Path, option: str) -> str:
+    """SHA-256 of a weights file or of all that an index names; that of a checkpoint of ours is taken from its manifest."""
+    manifest = weights.parent.parent / MANIFEST
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # weights of another origin; `check_listed` tells
+        return json.loads(manifest.read_text())["files"][weights.relative_to(manifest.parent).as_posix()]["sha256"]
+    try:
+        hashes = [fingerprint(part)["sha256"] for part in parts_of(weights, option)]
+    except OSError as error:
+        raise UserError(f"{option}: cannot read {weights} ({error.strerror})") from error
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def check_listed(weights: Path, option: str) -> None:

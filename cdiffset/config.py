@@ -21,6 +21,7 @@ DEFAULT_PROMPT = "electro-optical image"
 NOT_DIVIDED = {  # settings that `fsdp` cannot serve
     "mixed_precision": ("fp16", "bf16_copy"), "optimizer": ("AdamW8bit",), "torch_compile": (True,), "ema_on_cpu": (True,),
 }  # fmt: skip
+AUTOCAST_TYPE = {"bf16_copy": "bf16"}  # which is how Accelerate knows it
 MAX_VALUES = 10_000  # in a YAML, all aliases written out; a run has some fifty
 
 
@@ -221,8 +222,11 @@ class Config:
 KNOBS = {f.name: f for f in fields(Config)}
 
 
-def load_config(argv: list[str] | None = None) -> Config:
-    """Command line => checked Config. Raises UserError naming the key, its value and what is allowed."""
+def load_config(argv: list[str] | None = None, launcher: dict[str, str] | None = None) -> Config:
+    """Command line => checked Config. Raises UserError naming the key, its value and what is allowed.
+
+    `launcher`: settings of `launcher.launcher_settings`, for what neither command line nor YAML gives.
+    """
     parser = make_parser()
     known, rest = parser.parse_known_args(argv)
     values = read_yaml(known.config) if known.config else {}
@@ -237,7 +241,7 @@ def load_config(argv: list[str] | None = None) -> Config:
         if not isinstance(values.setdefault(name, {}), dict):
             raise UserError(f"--{key}: {name} is {shown(values[name])}, expected a mapping of names to values")
         values[name] = {**values[name], inner.replace("-", "_"): parse_written(key, written)}
-    return check(values)
+    return check(values, launcher or {})
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -363,13 +367,16 @@ def read_yaml(path: str) -> dict:
     return values
 
 
-def check(values: dict) -> Config:
+def check(values: dict, launcher: dict[str, str]) -> Config:
     """Raw values => Config, each checked and converted by its kind, then against each other."""
-    for name, value in values.items():
-        try:
-            values[name] = KNOBS[name].metadata["kind"](value)
-        except ValueError as error:
-            raise UserError(f"{name}: expected {error}, found {shown(value)}") from None
+    values = {name: converted(name, value) for name, value in values.items()}
+    for name, written in launcher.items():
+        told = converted(name, parse_written(name, written), "accelerate launch: ")
+        given = values.setdefault(name, told)
+        if AUTOCAST_TYPE.get(given, given) != told:
+            raise UserError(
+                f"{name}: the configuration gives {shown(given)}, accelerate launch {shown(told)}: leave one of them out"
+            )
     config = Config(**values)
     for name, value in flatten(asdict(config)):
         unread = config.phase == "test" and name.startswith("train_feeder_args")
@@ -393,6 +400,14 @@ def check(values: dict) -> Config:
             f"of each pair; found {config.latent_cache_crops}"
         )
     return config
+
+
+def converted(name: str, value: Any, where: str = "") -> Any:
+    """A raw value as its kind has it; `where` is what the error begins with."""
+    try:
+        return KNOBS[name].metadata["kind"](value)
+    except ValueError as error:
+        raise UserError(f"{where}{name}: expected {error}, found {shown(value)}") from None
 
 
 def flatten(values: dict, prefix: str = "") -> list[tuple[str, Any]]:

@@ -4,6 +4,7 @@ Files are read into 0-255 (float32 [H, W, 3]); networks work in [-1, 1]. SAR and
 1 to 4 bands, mapped to three channels, and each band deeper than 8 bits is scaled by itself; EO is scaled jointly.
 """
 
+import hashlib
 import os
 import re
 import warnings
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 STRETCH_PERCENTILES = (1, 99)
 PIXEL_PERCENTILES = (5, 50, 95)  # by which images in 0-255 are compared
 STATISTICS_IMAGES, STATISTICS_PX = 64, 2**14  # that a data set's statistics are taken of, and px of each
+LONG_STEM_BYTES = 100
 MAX_PIXELS = 2**28  # 16,384 x 16,384 px: a few kB can claim any size, and are then unpacked to it
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # Pillow opens others too, some by running programs
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, in whose place max_pixels stands
@@ -148,7 +150,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    temporary = hidden_beside(path, f"part{path.suffix}")
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
@@ -157,11 +159,19 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def hidden_beside(path: Path, ending: str) -> Path:
+    """`.STEM.ending` beside a file; a name that fits wherever the file's own name does."""
+    stem = os.fsencode(path.stem)
+    if len(stem) > LONG_STEM_BYTES:
+        stem = hashlib.sha256(stem).hexdigest()[:32].encode()
+    return path.with_name(f".{os.fsdecode(stem)}.{ending}")
+
+
 def list_images(folder: str | Path, suffixes: Sequence[str] | None = None, follow_links: bool = False) -> list[Path]:
     """Images under a folder, relative to it, numbers in names in counting order; hidden files and folders are skipped.
 
     A folder is listed once however many links lead to it, under its own name if it has one here. UserError names a link that
-    leads out of the folder, unless `follow_links`.
+    leads out of the folder, unless `follow_links`, and names that are not UTF-8.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -172,6 +182,7 @@ def list_images(folder: str | Path, suffixes: Sequence[str] | None = None, follo
         found += [parent / name for name in names]
     if not found:
         raise UserError(f"{folder}: holds no images ({' '.join(IMAGE_SUFFIXES)})")
+    require_utf8(found)
     require_inside(folder, found, follow_links)
     return sorted((path.relative_to(folder) for path in found), key=_counting_order)
 
@@ -208,6 +219,14 @@ def require_inside(root: Path, paths: Iterable[Path], follow_links: bool) -> Non
                 f"{path}: a link leads out of {root}, to {real}; if you mean it to, give --follow-links, "
                 f"or follow_links: true among the feeder's arguments"
             )
+
+
+def require_utf8(paths: Sequence[Path]) -> None:
+    """Refuse names that are not UTF-8, as archives made on Windows leave them: they can stand in no report and no list."""
+    refused = [os.fsencode(path).decode(errors="backslashreplace") for path in paths if re.search("[\ud800-\udfff]", str(path))]
+    if refused:
+        shown = ", ".join(refused[:3]) + (", ..." if len(refused) > 3 else "")
+        raise UserError(f"{len(refused)} file names that are not UTF-8: {shown}; rename them, or unpack their archive again")
 
 
 def _counting_order(path: Path) -> tuple:

@@ -6,6 +6,8 @@ C = latent channels (4 in SD); L prompt tokens of width D. Pixels are RGB in [-1
 
 import gc
 import json
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +22,25 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 
-from cdiffset.checkpoint import Weights, check_channels
+from cdiffset.checkpoint import INDEX, Weights, check_channels, with_variant
 from cdiffset.errors import UserError
 
 # The libraries' retries and bars say less than our own one-line error.
 hub_logging.set_verbosity_error()
 diffusers_logging.set_verbosity_error()
 
-COMPONENTS = ("scheduler", "tokenizer", "text_encoder", "vae", "unet")
+COMPONENTS = {  # of a base: files of which each holds one
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("tokenizer.json", "vocab.json"),
+    "text_encoder": ("config.json",),
+    "vae": ("config.json",),
+    "unet": ("config.json",),
+}
+WEIGHTS = {
+    "text_encoder": ("model.safetensors", "pytorch_model.bin"),
+    "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+    "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+}
 
 
 HOW_TO_GET_A_BASE = (
@@ -54,7 +67,9 @@ def check_base(base: str) -> None:
 def load_component(loader, base: str, name: str, **options):
     """Load one component of a base, every tensor of it or not at all."""
     try:
-        loaded = loader.from_pretrained(str(Path(base).expanduser()), subfolder=name, **options)
+        loaded = from_pretrained(loader, base, name, **options)
+    except UserError:
+        raise
     except Exception as error:  # on damaged and strange folders the libraries raise almost anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load {name}/ of the base model {base!r} ({reason}); {HOW_TO_GET_A_BASE}") from error
@@ -66,6 +81,40 @@ def load_component(loader, base: str, name: str, **options):
         found = "; ".join(f"{len(keys)} {kind.split('_')[0]} ({keys[0]} …)" for kind, keys in faults.items() if keys)
         raise UserError(f"{name}/ of the base model {base!r} does not fit its own config.json: tensors {found}")
     return model
+
+
+def from_pretrained(loader, base: str, name: str, **options):
+    """`loader.from_pretrained`, with weights from their fp16 variant where there are no others."""
+    load = partial(loader.from_pretrained, str(Path(base).expanduser()), subfolder=name)
+    has_weights = "output_loading_info" in options
+    if (folder := Path(base).expanduser() / name).is_dir():
+        variant = check_files(folder, base, has_weights)
+        return load(**options, **({"variant": variant} if variant else {}))
+    try:
+        return load(**options)
+    except OSError as error:  # both libraries speak of "a file named" where one is missing
+        if not has_weights or "file named" not in str(error):
+            raise
+        with suppress(OSError):
+            return load(**options, variant="fp16")
+        raise
+
+
+def check_files(folder: Path, base: str, has_weights: bool) -> str | None:
+    """Refuse a component's local folder that lacks a file => the variant of its weights."""
+    variant, lacking = None, []
+    if not any((folder / name).is_file() for name in COMPONENTS[folder.name]):
+        lacking.append(" or ".join(COMPONENTS[folder.name]))
+    if has_weights:
+        names = WEIGHTS[folder.name]
+        whole_or_split = [*names, *(f"{name}{INDEX}" for name in names)]
+        has = {kind: any((folder / with_variant(name, kind)).is_file() for name in whole_or_split) for kind in (None, "fp16")}
+        variant = "fp16" if has["fp16"] and not has[None] else None
+        if not any(has.values()):
+            lacking.append(f"{names[0]} (or {names[1]}, or {with_variant(names[0], 'fp16')})")
+    if lacking:
+        raise UserError(f"{folder.name}/ of the base model {base!r} lacks {' and '.join(lacking)}; {HOW_TO_GET_A_BASE}")
+    return variant
 
 
 def load_vae(base: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
@@ -125,6 +174,11 @@ class UNet2DConfig:
     @staticmethod
     def from_pretrained(base: str, subfolder: str) -> dict:
         return UNet2DConditionModel.load_config(base, subfolder=subfolder)
+
+
+def base_prediction_type(base: str) -> str:
+    """What the base's own U-Net was trained to predict, by its scheduler's configuration."""
+    return load_component(DDIMScheduler, base, "scheduler").config.prediction_type
 
 
 def load_scheduler(base: str, prediction_type: str) -> DDIMScheduler:

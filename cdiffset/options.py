@@ -194,6 +194,34 @@ def check_model_options(args: argparse.Namespace) -> None:
     find_weights(Path(args.checkpoint).expanduser(), "--checkpoint")  # before the base model, which may be far away
 
 
+class ModelSettings(NamedTuple):
+    """What the model options come to: the command line's, else the checkpoint's own, else the defaults."""
+
+    base: str
+    prompt: str
+    prediction_type: str
+
+
+def model_settings(args: argparse.Namespace) -> ModelSettings:
+    from cdiffset.checkpoint import read_meta, recorded_base
+
+    trained = read_meta(args.checkpoint).get("config", {})
+    base = args.pretrained_model_name_or_path or recorded_base(args.checkpoint) or DEFAULT_BASE
+    prompt = next(text for text in (args.prompt, trained.get("prompt"), DEFAULT_PROMPT) if text is not None)
+    return ModelSettings(base, prompt, args.prediction_type or trained.get("prediction_type") or "epsilon")
+
+
+def recorded_settings(args: argparse.Namespace) -> dict:
+    """The model and machine options that change what is computed, for the record in an output folder."""
+    from cdiffset.checkpoint import find_weights, identity
+
+    weights = identity(find_weights(Path(args.checkpoint).expanduser(), "--checkpoint"), "--checkpoint")
+    settings = model_settings(args)
+    if (folder := Path(settings.base).expanduser()).is_dir():  # however it is written
+        settings = settings._replace(base=str(folder.resolve()))
+    return {"weights": weights, **settings._asdict(), "seed": args.seed, "precision": args.precision}
+
+
 def begin_reading(args: argparse.Namespace, with_fingerprint: bool = False):
     """Have threads read the checkpoint's weights as translator.Model wants them => checkpoint.Weights.
 

@@ -1,10 +1,13 @@
 """Files in, files out, while the device computes: reading ahead, batches of one size, writing behind. All queues are short."""
 
+import errno
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,6 +110,18 @@ def batches_of_one_size(
                 yield from batch_of(max(waiting, key=lambda key: bytes_of(waiting[key])))
         for key in list(waiting):
             yield from batch_of(key)
+
+
+@contextmanager
+def skip_too_long(item, source: Path, skipped: list) -> Iterator[None]:
+    """Within, an output of `source` whose name or path is too long is no error: it is told, and `item` goes to `skipped`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        skipped.append(item)
+        tqdm.write(f"skipped: {source}: an output of it would have too long a name or path", file=sys.stderr)
 
 
 def bytes_of(entries: list[tuple[int, tuple[np.ndarray, ...]]]) -> int:

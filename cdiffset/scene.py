@@ -32,11 +32,12 @@ from cdiffset.checkpoint import read_meta
 from cdiffset.diffusion import predict, sample
 from cdiffset.errors import UserError
 from cdiffset.geotiff import Scene, open_scene, write_cog, write_quicklook
-from cdiffset.images import to_signed, to_uint8, written_whole
+from cdiffset.images import hidden_beside, to_signed, to_uint8, written_whole
 from cdiffset.losses import variance
 from cdiffset.model import decode, encode, vae_factor
 from cdiffset.options import Sampling
 from cdiffset.overlay import hatched
+from cdiffset.pipeline import skip_too_long
 from cdiffset.radiometry import Radiometry, RadiometryOptions, describe, measure, out_of_domain
 from cdiffset.readouts import steps_read
 from cdiffset.resampling import gsd_of, resample_strips
@@ -491,7 +492,7 @@ def write_views(outputs: dict[str, Path], scene: Scene, look: Look) -> None:
 
 
 def scratch_folder(outputs: dict[str, Path]) -> Path:
-    return outputs["eo"].with_name(f".{outputs['eo'].stem}.scene")
+    return hidden_beside(outputs["eo"], "scene")
 
 
 # ------------------------------------------------------------------------------------------------------- scenes of one tile
@@ -502,12 +503,12 @@ class WholeScenes:
         self.translator, self.args, self.options, self.known = translator, args, options, known
         self.files: Sequence[Sequence[Path]] = []
         self.looks: dict[Sequence[Path], Look] = {}
-        self.failed: list[Sequence[Path]] = []
+        self.skipped: list[Sequence[Path]] = []
 
     def translate(self, files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, Translation]]:
         """Files of each scene => (index, its translation on the grid that is translated), in no fixed order."""
         self.files = files
-        yield from translate_files(self.translator, files, self.failed, self.read, place_noise)
+        yield from translate_files(self.translator, files, self.skipped, self.read, place_noise)
 
     def read(self, files: Sequence[Path]) -> tuple[np.ndarray]:
         """=> float32 [H, W, 3] in 0-255."""
@@ -518,6 +519,10 @@ class WholeScenes:
         return (np.ascontiguousarray(np.moveaxis(pixels, 0, -1)),)
 
     def write(self, index: int, translation: Translation, outputs: dict[str, Path]) -> None:
+        with skip_too_long(self.files[index], self.files[index][0], self.skipped):
+            self.write_all(index, translation, outputs)
+
+    def write_all(self, index: int, translation: Translation, outputs: dict[str, Path]) -> None:
         files, maps = self.files[index], translation.uncertainties
         look, scratch = self.looks.pop(files), scratch_folder(outputs)
         scratch.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from cdiffset import processes
 from cdiffset.attention import share_prompt
-from cdiffset.checkpoint import Weights, read_meta
-from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT
+from cdiffset.checkpoint import Weights, meta_file
 from cdiffset.device import form_of, free_memory, without_instructions
 from cdiffset.diffusion import ensemble, image_noise, predict, reduce_samples
 from cdiffset.errors import UserError
@@ -33,6 +32,7 @@ from cdiffset.model import (
     make_sampler,
     vae_factor,
 )
+from cdiffset.options import model_settings
 from cdiffset.pipeline import batches_of_one_size, file_threads
 from cdiffset.prompt_cache import cached_prompt
 from cdiffset.uncertainty import confidence_map, variance_map
@@ -66,12 +66,18 @@ class Model:
         needing_variance: Sequence[str] = (),  # options that a stage 1 checkpoint cannot serve
         with_fingerprint: bool = False,  # `fingerprint`, else None: it takes seconds for a large model
     ):
-        trained = read_meta(args.checkpoint).get("config", {})
-        base = args.pretrained_model_name_or_path or trained.get("pretrained_model_name_or_path") or DEFAULT_BASE
-        prompt = next(text for text in (args.prompt, trained.get("prompt"), DEFAULT_PROMPT) if text is not None)
-        check_base(base)
+        base, prompt, prediction_type = model_settings(args)
         self.device, dtype, memory_format = form_of(args)
-        self.vae = load_vae(base, weights.form.dtype)
+        try:
+            check_base(base)
+            self.vae = load_vae(base, weights.form.dtype)
+        except UserError as error:
+            if args.pretrained_model_name_or_path or meta_file(args.checkpoint) is None:
+                raise
+            raise UserError(
+                f"base model {base!r}, recorded in {meta_file(args.checkpoint)}, is not here or not whole: give "
+                f"--pretrained-model-name-or-path ({error})"
+            ) from error
         latent_channels = self.vae.config.latent_channels
         self.unet = build_unet(weights, base, latent_channels)
         if needing_variance and self.unet.config.out_channels == latent_channels:
@@ -83,7 +89,6 @@ class Model:
             args.checkpoint, base, prompt, self.unet.config.cross_attention_dim, processes.place()[0] == 0
         )
         check_prompt_width(self.unet, self.prompt_embedding, base, "--checkpoint")
-        prediction_type = args.prediction_type or trained.get("prediction_type") or "epsilon"
         self.scheduler = load_scheduler(base, prediction_type)
         self.args, self.factor, self.fingerprint = args, vae_factor(self.vae), None
         if with_fingerprint:

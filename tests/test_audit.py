@@ -1,7 +1,9 @@
 """Auditing pairs: the residual against slow loops and an oracle, boxes against blobs, and the command from end to end."""
 
 import csv
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -281,9 +283,27 @@ def test_skip_existing_keeps_maps_and_makes_the_missing(checkpoint, pair_folders
     assert "4 of 5 maps are there already" in capsys.readouterr().out
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "maps").iterdir()}
     assert [name for name in maps if maps[name] != after[name]] == ["2.tif"]
+    with pytest.raises(UserError, match="holds files of other settings \\(seed: 0 -> 1\\)"):
+        audited(checkpoint, tmp_path, *words, "--skip-existing", "--seed", "1")
     pair = Pair("2", pair_folders / "test/sar/2.png", pair_folders / "test/eo/2.png")
     with pytest.raises(UserError, match="at most 9 px are opened"):  # --max-pixels holds for the overlays as well
         audit_report.write_findings(tmp_path, [pair], 5, max_pixels=9)
+
+
+def test_a_pair_whose_map_would_have_too_long_a_name_costs_no_other_pair(
+    checkpoint, pair_folders, tmp_path, monkeypatch, capsys
+):
+    replace = os.replace
+
+    def shorter(source, target):
+        if Path(target).name == "1.tif":
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", shorter)
+    rows = audited(checkpoint, tmp_path, *folders_of(pair_folders, "test"), code=1)
+    assert {row["name"] for row in rows} == {"0", "2", "3", "4"}
+    assert f"skipped: {pair_folders / 'test/eo/1.png'}: an output of it would have too long" in capsys.readouterr().err
 
 
 def test_broken_pairs_are_named_and_the_rest_done(checkpoint, pair_folders, tmp_path, capsys):
@@ -296,7 +316,7 @@ def test_broken_pairs_are_named_and_the_rest_done(checkpoint, pair_folders, tmp_
     rows = audited(checkpoint, tmp_path / "out", "--sar-dir", tmp_path / "sar", "--eo-dir", tmp_path / "eo", code=1)
     stderr = capsys.readouterr().err
     assert [row["name"] for row in rows] == ["0"] and "Traceback" not in stderr
-    assert f"skipped: {tmp_path / 'sar' / '1.png'}" in stderr and "differ in size" in stderr and "2 skipped as" in stderr
+    assert f"skipped: {tmp_path / 'sar' / '1.png'}" in stderr and "differ in size" in stderr and "2 skipped: " in stderr
     assert (tmp_path / "out" / "kept_train.txt").read_text() == "sar,eo\nsar/0.png,eo/0.png\n"
 
 

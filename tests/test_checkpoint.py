@@ -1,5 +1,6 @@
 """U-Net weights in every form in which they are found, what is refused and with which words, and our own folders."""
 
+import copy
 import json
 import pickle
 import shutil
@@ -17,6 +18,7 @@ from cdiffset.checkpoint import (
     prune,
     read_meta,
     read_state,
+    recorded_base,
     require_state,
     write_checkpoint,
 )
@@ -71,7 +73,21 @@ def its_unet_folder(unet, folder: Path) -> Path:
     return our_folder(unet, folder) / "unet"
 
 
+def fp16_named(**options):
+    """diffusers' own fp16 variant, whole or split, of values that float16 holds exactly."""
+
+    def write(unet, folder: Path) -> Path:
+        unet.load_state_dict({name: tensor.half().float() for name, tensor in unet.state_dict().items()})
+        copy.deepcopy(unet).half().save_pretrained(folder / "net", variant="fp16", **options)
+        return folder / "net"
+
+    return write
+
+
 FORMS = {
+    "compiled": prefixed("_orig_mod."), "compiled, DDP": prefixed("_orig_mod.module."),
+    "DDP, compiled": prefixed("unet.module._orig_mod."),
+    "fp16": fp16_named(), "fp16, split": fp16_named(max_shard_size="200KB"),
     "bare": prefixed(""), "module.": prefixed("module."), "unet.": prefixed("unet."), "module.unet.": prefixed("module.unet."),
     "unet.module.": prefixed("unet.module."), "diffusers": diffusers_folder, "released run": old_run_folder, "ours": our_folder,
     "ours, EMA": our_folder_with_average, "ours, unet/": its_unet_folder,
@@ -93,7 +109,8 @@ def test_every_form_loads_bit_for_bit(tiny_base, tmp_path, form, stage):
     loaded, weights = load_unet(str(path), tiny_base, 4, "checkpoint")
     assert_same(loaded, unet.state_dict())
     assert (loaded.config.in_channels, loaded.config.out_channels) == (8, 3 + stage)
-    assert weights.is_file() and weights.suffix == ".safetensors" and path in (weights, *weights.parents)
+    assert weights.is_file() and path in (weights, *weights.parents)
+    assert weights.name.endswith(".index.fp16.json" if form == "fp16, split" else ".safetensors")
     assert not loaded.training and all(parameter.requires_grad for parameter in loaded.parameters())
     z, prompt = torch.ones(1, 8, 16, 16), torch.ones(1, 3, 64)
     with torch.no_grad():
@@ -465,3 +482,21 @@ def test_the_meta_is_found_from_the_unet_folder_and_absent_elsewhere(tmp_path):
     for path in ("latest", "latest/unet", f"latest/unet/{DIFFUSERS}"):
         assert read_meta(tmp_path / path)["iteration"] == 4
     assert read_meta(diffusers_folder(trained(), tmp_path / "elsewhere")) == {}
+
+
+# ------------------------------------------------------------------------------------------------------------ the base model
+def test_the_base_is_found_from_anywhere(tmp_path, monkeypatch):
+    def recorded(written: str, folder: Path | None) -> str | None:
+        meta = {"config": {"pretrained_model_name_or_path": written}, "base_folder": folder and str(folder)}
+        (tmp_path / "checkpoint.json").write_text(json.dumps(meta))
+        return recorded_base(tmp_path)
+
+    (tmp_path / "here" / "base").mkdir(parents=True)
+    there = tmp_path / "here" / "base"
+    assert recorded("base", there) == str(there)  # started elsewhere
+    assert recorded("base", tmp_path / "gone") == str(tmp_path / "gone")  # named as it was then
+    assert recorded("someone/base", None) == "someone/base"
+    monkeypatch.chdir(tmp_path / "here")
+    assert recorded("base", tmp_path / "gone") == "base"  # moved together with the working directory
+    assert recorded("base", None) == "base"  # as earlier versions recorded it
+    assert recorded_base(tmp_path / "no" / "checkpoint" / "of" / "ours") is None

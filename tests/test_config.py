@@ -2,10 +2,13 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 from conftest import REPO
@@ -15,6 +18,7 @@ from training import AUGMENTATIONS
 
 from cdiffset.config import GROUPS, KNOBS, Config, load_config
 from cdiffset.errors import UserError
+from cdiffset.launcher import launcher_settings
 from train import build_feeder
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
@@ -52,10 +56,10 @@ val_len: 100
 def load(tmp_path):
     """load(YAML text or bytes, *command line) => Config."""
 
-    def load(content: str | bytes, *argv: str) -> Config:
+    def load(content: str | bytes, *argv: str, launcher: dict | None = None) -> Config:
         file = tmp_path / "run.yaml"
         file.write_bytes(content.encode() if isinstance(content, str) else content)
-        return load_config(["--config", str(file), *argv])
+        return load_config(["--config", str(file), *argv], launcher)
 
     return load
 
@@ -133,6 +137,83 @@ def test_every_setting_is_read():
 def test_the_feeder_gets_its_own_arguments(which):
     config = Config(feeder="builtins.dict", seed=3, train_feeder_args={"a": 1}, test_feeder_args={"b": 2, "seed": 4})
     assert build_feeder(config, which) == {"train": {"seed": 3, "a": 1}, "test": {"seed": 4, "b": 2}}[which]
+
+
+# ------------------------------------------------------------------------------------------- what accelerate launch says
+LAUNCHED = {  # as `accelerate launch` sets it without any option
+    "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_DYNAMO_MODE": "default",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False", "ACCELERATE_DYNAMO_USE_DYNAMIC": "False",
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "False", "ACCELERATE_USE_CPU": "False",
+}  # fmt: skip
+
+
+@pytest.fixture
+def launched(monkeypatch, load):
+    """launched(YAML, ACCELERATE_ variables) => Config."""
+
+    def launched(content: str, **variables: str) -> Config:
+        for name, value in {**LAUNCHED, **{f"ACCELERATE_{name}": value for name, value in variables.items()}}.items():
+            monkeypatch.setenv(name, value)
+        return load(content, launcher=launcher_settings())
+
+    return launched
+
+
+@pytest.mark.parametrize(
+    "content, variables, expected",
+    [
+        ("seed: 1", {}, {"mixed_precision": "no", "gradient_accumulation_steps": 1, "torch_compile": False}),
+        ("seed: 1", {"MIXED_PRECISION": "bf16"}, {"mixed_precision": "bf16"}),
+        ("mixed_precision: bf16", {"MIXED_PRECISION": "bf16"}, {"mixed_precision": "bf16"}),
+        ("mixed_precision: bf16", {"MIXED_PRECISION": "no"}, {"mixed_precision": "bf16"}),
+        ("mixed_precision: bf16_copy", {"MIXED_PRECISION": "bf16"}, {"mixed_precision": "bf16_copy"}),
+        ("batch_size: 8", {"GRADIENT_ACCUMULATION_STEPS": "2"}, {"gradient_accumulation_steps": 2}),
+        ("gradient_accumulation_steps: 4", {"GRADIENT_ACCUMULATION_STEPS": "1"}, {"gradient_accumulation_steps": 4}),
+        ("max_grad_norm: 1", {"GRADIENT_CLIPPING": "1.0"}, {"max_grad_norm": 1.0}),
+        ("seed: 1", {"DYNAMO_BACKEND": "INDUCTOR"}, {"torch_compile": True}),
+        ("torch_compile: true", {"DYNAMO_BACKEND": "NO"}, {"torch_compile": True}),
+    ],
+)
+def test_what_the_launcher_was_told_counts_where_the_configuration_gives_nothing(launched, content, variables, expected):
+    config = launched(content, **variables)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "content, variables, message",
+    [
+        ("mixed_precision: no", {"MIXED_PRECISION": "bf16"}, "gives 'no', accelerate launch 'bf16'"),
+        ("mixed_precision: bf16_copy", {"MIXED_PRECISION": "fp16"}, "gives 'bf16_copy', accelerate launch 'fp16'"),
+        ("gradient_accumulation_steps: 4", {"GRADIENT_ACCUMULATION_STEPS": "2"}, "gives 4, accelerate launch 2: leave one"),
+        ("max_grad_norm: 0.5", {"GRADIENT_CLIPPING": "1.0"}, "max_grad_norm: the configuration gives 0.5,"),
+        ("torch_compile: false", {"DYNAMO_BACKEND": "INDUCTOR"}, "torch_compile: the configuration gives False"),
+        ("seed: 1", {"DYNAMO_BACKEND": "EAGER"}, "--dynamo_backend eager is not supported"),
+        ("seed: 1", {"DYNAMO_BACKEND": "INDUCTOR", "DYNAMO_MODE": "max-autotune"}, "--dynamo_mode is not supported"),
+        ("seed: 1", {"MIXED_PRECISION": "fp8"}, "accelerate launch: mixed_precision: expected one of no, fp16,"),
+        ("batch_size: 9", {"GRADIENT_ACCUMULATION_STEPS": "2"}, "expected a divisor of batch_size"),
+    ],
+)  # fmt: skip
+def test_a_launcher_that_contradicts_the_configuration_is_refused(launched, content, variables, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        launched(content, **variables)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["python", "/venv/bin/accelerate", "launch", "--gradient_accumulation_steps", "2", "main.py"],
+        ["python", "/venv/bin/accelerate-launch", "--gradient-accumulation-steps=2", "main.py", "--seed", "1"],
+        ["python", "-m", "accelerate.commands.launch", "--gradient_accumulation_steps", "2", "main.py"],
+    ],
+)
+def test_what_the_launcher_hands_on_to_deepspeed_alone_is_read_from_its_command_line(launched, monkeypatch, words):
+    parent = SimpleNamespace(cmdline=lambda: words)
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    assert launched("batch_size: 8").gradient_accumulation_steps == 2
+    words[words.index("main.py") :] = ["main.py", "--gradient_accumulation_steps", "8"]  # main.py's own option
+    assert launched("batch_size: 8").gradient_accumulation_steps == 2
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert launcher_settings() == {}
 
 
 # ----------------------------------------------------------------------------------------------------------- what wins

@@ -434,6 +434,25 @@ def test_missing_or_empty_folder(tmp_path):
 # commands
 
 
+@pytest.mark.parametrize("name", [b"Stra\xdfe.png", b"\xfcber/1.png"], ids=["file", "folder"])
+def test_names_that_are_not_utf8_are_refused_by_name(tmp_path, name):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    (tmp_path / "\u00fcber.png").touch()  # which is UTF-8
+    with pytest.raises(UserError, match="1 file names that are not UTF-8: ") as caught:
+        list_images(tmp_path)
+    assert name.decode(errors="backslashreplace") in str(caught.value) and str(caught.value).isascii()
+
+
+@pytest.mark.parametrize("stem", ["a" * 251, "\u00e9" * 125, "b" * 100, "c"])
+@pytest.mark.parametrize("write", [write_png, lambda path, pixels: write_tiff(path.with_suffix(".tif"), pixels)])
+def test_a_name_of_any_length_can_be_written(tmp_path, stem, write):
+    write(tmp_path / f"{stem}.png", np.zeros((2, 2), np.uint8))
+    (path,) = tmp_path.iterdir()
+    assert path.stem == stem
+
+
 def test_user_errors_become_one_line_and_exit_code_2(capsys):
     def main(argv):
         raise UserError("a.png: bad\nfile")

@@ -2,13 +2,16 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import tiny_unet, tiny_vae
+from conftest import REPO, tiny_unet, tiny_vae
 from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -17,6 +20,7 @@ from cdiffset.diffusion import image_noise, training_loss, translate
 from cdiffset.errors import UserError
 from cdiffset.images import to_uint8
 from cdiffset.model import (
+    base_prediction_type,
     check_base,
     check_prompt_width,
     decode,
@@ -261,6 +265,16 @@ def test_a_base_in_the_home_directory_may_be_written_with_a_tilde(base, monkeypa
     assert torch.equal(load_vae("~/base").encoder.conv_in.weight, tiny_vae().encoder.conv_in.weight)
 
 
+def test_a_base_says_what_its_unet_predicts(base):
+    DDIMScheduler(prediction_type="v_prediction").save_pretrained(base / "scheduler")
+    assert (
+        base_prediction_type(str(base)) == "v_prediction"
+        and load_scheduler(str(base), "epsilon").config.prediction_type == "epsilon"
+    )
+    (base / "scheduler/scheduler_config.json").write_text('{"_class_name": "PNDMScheduler"}')
+    assert base_prediction_type(str(base)) == "epsilon"
+
+
 @pytest.mark.parametrize("component", WEIGHTS)
 @pytest.mark.parametrize("damage", ["truncated", "empty", "no safetensors", "absent"])
 def test_damaged_weights_are_refused(base, component, damage):
@@ -293,14 +307,74 @@ def test_a_wrong_set_of_tensors_is_refused_and_never_filled_with_random_ones(bas
 
 
 @pytest.mark.parametrize("component", ["vae", "unet", "text_encoder"])
-def test_a_component_without_its_config_is_refused(base, component):
+def test_a_component_that_lacks_files_is_refused_by_their_names(base, component):
     (base / component / "config.json").unlink()
-    assert f"{component}/ of the base model" in one_line_error(LOADERS[component], str(base))
+    assert f"{component}/ of the base model {str(base)!r} lacks config.json;" in one_line_error(LOADERS[component], str(base))
+    name = WEIGHTS[component]
+    (base / component / name).unlink()
+    message, stem = one_line_error(LOADERS[component], str(base)), name.partition(".")[0]
+    assert f" lacks config.json and {name} (or " in message and f", or {stem}.fp16.safetensors)" in message
 
 
 def test_an_empty_scheduler_folder_is_refused(base):
     (base / "scheduler/scheduler_config.json").unlink()
-    assert "scheduler/ of the base model" in one_line_error(load_scheduler, str(base), "epsilon")
+    assert "lacks scheduler_config.json" in one_line_error(load_scheduler, str(base), "epsilon")
+
+
+# ------------------------------------------------------------------------------------------------------------ fp16 variants
+def save_fp16(base: Path, **options) -> dict[str, dict]:
+    """Replace the weights of a base by their fp16 variant => the float32 values to be loaded, by component."""
+    expected = {}
+    for component, loader in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        network = loader.from_pretrained(base / component).half()
+        expected[component] = {name: tensor.float() for name, tensor in network.state_dict().items()}
+        (base / component / WEIGHTS[component]).unlink()
+        network.save_pretrained(base / component, variant="fp16", **options)
+        assert not (base / component / WEIGHTS[component]).exists()
+    return expected
+
+
+def assert_loads(base: str, expected: dict[str, dict], prompt: torch.Tensor) -> None:
+    for component, load in (("vae", load_vae), ("unet", load_base_unet)):
+        found = load(base).state_dict()
+        assert found.keys() == expected[component].keys()
+        assert all(found[name].dtype == torch.float32 for name in found)
+        assert all(torch.equal(found[name], expected[component][name]) for name in found)
+    torch.testing.assert_close(embed_prompt(base, "electro-optical image"), prompt, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["whole", "split"])
+def test_a_base_that_holds_only_fp16_files_loads_as_float32(base, options):
+    prompt = embed_prompt(str(base), "electro-optical image")
+    expected = save_fp16(base, **options)
+    assert_loads(str(base), expected, prompt)
+
+
+def test_plain_files_go_before_their_fp16_variant(base):
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    expected = copy.deepcopy(unet.state_dict())
+    torch.nn.init.zeros_(unet.conv_in.weight)
+    unet.half().save_pretrained(base / "unet", variant="fp16")
+    assert torch.equal(load_base_unet(str(base)).conv_in.weight, expected["conv_in.weight"])
+
+
+def test_a_base_of_the_hub_with_only_fp16_files_loads(base, tmp_path):
+    """From a cache as the Hub's client lays it out, in a process of its own, since the client reads its place once."""
+    expected = save_fp16(base)
+    repo, commit = tmp_path / "hub" / "models--someone--half", "01234567" * 5
+    shutil.copytree(base, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    torch.save(expected, tmp_path / "expected.pt")
+    code = (
+        "import sys, torch, test_model; expected = torch.load(sys.argv[1]); "
+        "test_model.assert_loads('someone/half', expected, test_model.embed_prompt(sys.argv[2], 'electro-optical image'))"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(REPO), str(REPO / "tests")))
+    command = [sys.executable, "-c", code, str(tmp_path / "expected.pt"), str(base)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("absent", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])

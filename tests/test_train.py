@@ -501,7 +501,7 @@ def begun(run, tmp_path) -> Path:
 def test_a_changed_setting_is_refused(argv, begun, changes, message):
     before = {path: path.stat().st_mtime_ns for path in begun.rglob("*") if path.name != ".lock"}
     settings = {"num_iter": 2, "save_iter": 1, "confidence": True, **changes}
-    with pytest.raises(UserError, match=re.escape(f"work_dir: {begun} holds a run of other settings ({message})")):
+    with pytest.raises(UserError, match=re.escape(f"work_dir: {begun} holds a run of other settings or data ({message})")):
         main.main(argv(begun, **settings))
     assert {path: path.stat().st_mtime_ns for path in begun.rglob("*") if path.name != ".lock"} == before
 
@@ -524,6 +524,69 @@ def test_a_setting_that_an_earlier_version_did_not_know_is_unchanged(build, tmp_
     del settings["tf32"], settings["batch_size"]
     (tmp_path / "checkpoint.json").write_text(json.dumps({"config": settings}))
     assert set(trainer.changed_settings(tmp_path)) == {"learning_rate: 0.5 -> 0.001", f"batch_size: 64 -> {BATCH}"}
+
+
+def copied(pair_folders: Path, root: Path) -> dict:
+    """Feeder arguments for a copy of the training pairs in `root`."""
+    shutil.copytree(pair_folders / "train", root)
+    return {"sar_dir": str(root / "sar"), "eo_dir": str(root / "eo"), "split": "train", "crop_size": 32}
+
+
+def add_pair(root: Path) -> None:
+    for kind in ("sar", "eo"):
+        shutil.copy(root / kind / "0.png", root / kind / "99.png")
+
+
+def rename_pair(root: Path) -> None:
+    for kind in ("sar", "eo"):
+        (root / kind / "0.png").rename(root / kind / "100.png")
+
+
+def rewrite_sar(root: Path) -> None:
+    Image.open(root / "sar" / "3.png").save(root / "sar" / "3.bmp")
+    (root / "sar" / "3.png").unlink()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (add_pair, "training data: 12 pairs -> 13 pairs"),
+        (rename_pair, "training data: 12 pairs, but other files or order"),
+        (rewrite_sar, "training data: 12 pairs, but other files or order"),
+    ],
+)
+def test_changed_data_is_refused_as_a_changed_setting_is(run, argv, pair_folders, tmp_path, change, message):
+    settings = {"num_iter": 1, "train_feeder_args": copied(pair_folders, tmp_path / "data")}
+    run(tmp_path / "run", **settings)
+    change(tmp_path / "data")
+    with pytest.raises(UserError, match=re.escape(f"other settings or data ({message})")):
+        main.main(argv(tmp_path / "run", **settings))
+    run(tmp_path / "run", **settings, resume="latest")
+    assert f"changed since: {message}" in (tmp_path / "run" / "train_log.txt").read_text()
+
+
+def test_data_that_moved_and_checkpoints_without_a_record_count_as_unchanged(run, build, pair_folders, tmp_path):
+    run(tmp_path / "run", num_iter=1, train_feeder_args=copied(pair_folders, tmp_path / "data"))
+    latest = tmp_path / "run" / "latest"
+    moved = build(train_feeder_args=copied(pair_folders, tmp_path / "elsewhere" / "moved"))
+    assert moved.data == meta_of(latest)["data"] and len(moved.data["sha256"]) == 64
+    assert all(line.startswith(("train_feeder_args.", "num_iter")) for line in moved.changed_settings(latest))
+    assert moved.changed_data(None) == []
+
+
+def test_a_list_in_another_order_is_other_data(build, pair_folders, tmp_path):
+    records = []
+    for names in ((0, 1, 2, 3), (1, 0, 2, 3)):
+        (tmp_path / "list_train.csv").write_text("".join(f"sar/{name}.png,eo/{name}.png\n" for name in names))
+        arguments = {"dataroot": str(pair_folders / "train"), "listroot": str(tmp_path / "list_train.csv"), "crop_size": 32}
+        records.append(build(tmp_path / str(names), train_feeder_args=arguments).data)
+    assert records[0]["pairs"] == records[1]["pairs"] == 4 and records[0] != records[1]
+
+
+@pytest.mark.parametrize("names, keys", [(None, {"pairs"}), (["a", "b"], {"pairs", "sha256"})])
+def test_a_feeder_of_another_origin_is_known_by_its_names_or_its_length(names, keys):
+    feeder = type("Feeder", (list,), {} if names is None else {"names": names})([0, 0])
+    assert train.data_record(feeder, {}).keys() == keys
 
 
 def test_resume_latest_continues_with_changed_settings(run, begun, tmp_path):
@@ -1036,6 +1099,31 @@ def test_a_step_that_is_not_finite_for_one_process_changes_no_part_of_a_divided_
     assert all(tensor.isfinite().all() for tensor in weights_of(folder / "latest" / "unet").values())
 
 
+# ------------------------------------------------------------------------------------------------------- what the base says
+def test_a_checkpoint_records_where_its_base_lies(run, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(tiny_base).parent)
+    settings = {"num_iter": 1, "pretrained_model_name_or_path": Path(tiny_base).name}
+    run(tmp_path / "run", **settings)
+    meta = meta_of(tmp_path / "run" / "latest")
+    assert meta["base_folder"] == tiny_base and meta["config"]["pretrained_model_name_or_path"] == Path(tiny_base).name
+    run(tmp_path / "run", **settings)  # no changed setting
+
+
+def test_a_prediction_type_that_contradicts_the_base_is_named(build, tiny_base, tmp_path):
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    scheduler = json.loads((base / "scheduler/scheduler_config.json").read_text())
+    (base / "scheduler/scheduler_config.json").write_text(json.dumps({**scheduler, "prediction_type": "v_prediction"}))
+    for name, changes in (
+        ("given", {"prediction_type": "epsilon"}),
+        ("default", {}),
+        ("same", {"prediction_type": "v_prediction"}),
+    ):
+        build(tmp_path / name, pretrained_model_name_or_path=base, **changes)
+        log = (tmp_path / name / "train_log.txt").read_text()
+        contradiction = f"warning: prediction_type is epsilon, but the scheduler of the base model {base} says v_prediction"
+        assert (contradiction in log) == (name != "same")
+
+
 # ------------------------------------------------------------------------------------------------------------- mistakes
 @pytest.mark.parametrize(
     "changes, message",
@@ -1055,7 +1143,7 @@ def test_mistakes_are_one_line_and_leave_no_folder(argv, tmp_path, capsys, chang
     assert re.match(f"error: {message}", line) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
 def test_models_divided_by_accelerate_are_refused(argv, tmp_path, capsys, monkeypatch, name):
     """On CPUs it would ignore the wish in silence, on GPUs the checkpoints would be parts."""
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
@@ -1063,6 +1151,23 @@ def test_models_divided_by_accelerate_are_refused(argv, tmp_path, capsys, monkey
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: accelerate launch: expected plain data parallelism, found ") and "fsdp: true" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_launchers_options_are_those_of_the_run(argv, tmp_path):
+    """By the real launcher; a resume by the same command goes on."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    launch += ["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2", "main.py"]
+    for _ in range(2):
+        done = subprocess.run([*launch, *argv(tmp_path / "run", num_iter=1)], cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    config = meta_of(tmp_path / "run" / "latest")["config"]
+    assert (config["mixed_precision"], config["gradient_accumulation_steps"]) == ("bf16", 2)
+    assert "mixed_precision bf16, gradient_accumulation_steps 2, " in (tmp_path / "run" / "train_log.txt").read_text()
+
+
+def test_a_compiler_that_the_launcher_asks_for_is_torch_compile(build, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert type(build().unet) is UNet2DConditionModel  # not compiled once more by Accelerate
 
 
 def test_one_process_has_nobody_to_divide_its_model_with(argv, tmp_path):

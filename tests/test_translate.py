@@ -1,8 +1,10 @@
 """test.py: any image of any size => EO, confidence and variance, equal to plain diffusers; what is refused and skipped."""
 
+import errno
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from cdiffset import diffusion, errors
+from cdiffset import diffusion, errors, record
 from cdiffset.config import Config
 from cdiffset.errors import UserError
 from cdiffset.translator import pad_to_multiple
@@ -110,7 +112,21 @@ def read_variance(path: Path) -> np.ndarray:
 
 
 def files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    """Relative paths of all but the records of settings."""
+    paths = {path for path in folder.rglob("*") if path.is_file() and path.name != record.FILE_NAME}
+    return {path.relative_to(folder).as_posix() for path in paths}
+
+
+# ----------------------------------------------------------------------------------------------------------- the base model
+@pytest.mark.parametrize("written", ["bases/gone", "./gone", "/nowhere/gone"])
+def test_a_base_that_is_not_here_is_named_with_its_record_and_the_option(sar_dir, tiny_base, tmp_path, capsys, written):
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", written, 5)
+    words = arguments(sar_dir, tmp_path / "out", False, checkpoint)
+    assert errors.run(command.main, words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: base model {written!r}, recorded in {checkpoint / 'checkpoint.json'}, is not here")
+    assert "give --pretrained-model-name-or-path" in line and not (tmp_path / "out").exists()
+    assert command.main([*words, "--pretrained-model-name-or-path", tiny_base]) == 0
 
 
 # ---------------------------------------------------------------------------------------------- the same, by other means
@@ -301,6 +317,68 @@ def test_only_the_wanted_outputs_count_as_missing(translate, sar_dir, capsys):
     assert len(files(out / "confidence")) == len(files(out / "variance")) == len(SIZES)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seed": 5}, "seed: 0 -> 5"),
+        ({"prompt": "radar"}, f"prompt: {PROMPT} -> radar"),
+        ({"num_inference_steps": 4}, "num_inference_steps: 3 -> 4"),
+        ({"precision": "bf16"}, "precision: fp32 -> bf16"),
+        ({"tile": 512}, "tile: 1024 -> 512"),
+        ({"checkpoint": "stage1"}, "weights: "),
+        ({"base": True}, "base: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_skip_existing_refuses_files_of_other_settings(translate, sar_dir, stage1, tiny_base, tmp_path, changes, message):
+    out = translate(sar_dir, maps=False)
+    before = stamps(out)
+    if "checkpoint" in changes:
+        changes = {"checkpoint": stage1}
+    if "base" in changes:
+        changes = {"pretrained_model_name_or_path": shutil.copytree(tiny_base, tmp_path / "base")}
+    with pytest.raises(UserError, match=re.escape(f"{out / 'eo'} holds files of other settings (")) as caught:
+        translate(sar_dir, maps=False, skip_existing=True, **changes)
+    assert message in str(caught.value) and "leave out --skip-existing" in str(caught.value) and stamps(out) == before
+
+
+def test_skip_existing_does_not_mind_where_the_checkpoint_lies_nor_how_many_images_go_together(
+    translate, sar_dir, stage2, tmp_path
+):
+    before = stamps(translate(sar_dir, maps=False))
+    copy = shutil.copytree(stage2, tmp_path / "copy")
+    assert stamps(translate(sar_dir, maps=False, skip_existing=True, checkpoint=copy, batch_size=2)) == before
+
+
+def test_what_an_earlier_run_of_other_settings_left_does_not_count_as_there(translate, tmp_path, capsys):
+    for folder, names in (("few", "a"), ("all", "ab")):
+        for seed, name in enumerate(names):
+            save(tmp_path / folder / f"{name}.png", grey(8, 8, seed=seed))
+    out = translate(tmp_path / "all", maps=False)
+    first = stamps(out)
+    translate(tmp_path / "few", maps=False, seed=1)  # replaces a.png alone, and ends before b.png
+    second = stamps(out)
+    assert second["eo/a.png"] != first["eo/a.png"] and second["eo/b.png"] == first["eo/b.png"]
+    capsys.readouterr()
+    translate(tmp_path / "all", maps=False, seed=1, skip_existing=True)
+    assert "1 of 2 images are there already" in capsys.readouterr().out and stamps(out)["eo/a.png"] == second["eo/a.png"]
+    whole = translate(tmp_path / "all", "whole", maps=False, seed=1)
+    assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in files(whole))
+
+
+def test_skip_existing_keeps_files_without_a_record_and_says_so(translate, sar_dir, capsys):
+    out = translate(sar_dir, maps=False)
+    (out / "eo" / record.FILE_NAME).unlink()
+    before = stamps(out)
+    (out / "eo" / "strip.png").unlink()
+    capsys.readouterr()
+    for _ in range(2):
+        translate(sar_dir, maps=False, skip_existing=True, seed=1)
+        assert f"note: {out / 'eo'} has no record of how its files were made" in capsys.readouterr().out
+    del before["eo/strip.png"]
+    assert before.items() <= stamps(out).items() and not (out / "eo" / record.FILE_NAME).exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ failures
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_broken_image_is_named_and_the_rest_done(translate, tmp_path, capsys, batch_size):
@@ -310,9 +388,45 @@ def test_a_broken_image_is_named_and_the_rest_done(translate, tmp_path, capsys, 
     broken.write_bytes(broken.read_bytes()[:60])
     out = translate(tmp_path / "sar", code=1, batch_size=batch_size)
     captured = capsys.readouterr()
-    assert f"skipped: {broken}: " in captured.err and f"1 skipped as unreadable: {broken}" in captured.err
+    assert f"skipped: {broken}: " in captured.err and f"1 skipped: {broken}" in captured.err
     assert "2 images translated" in captured.out and "Traceback" not in captured.err
     assert files(out) == {f"{kind}/{i}.{suffix}" for kind, suffix in KINDS for i in (0, 2)}
+
+
+@pytest.mark.parametrize("long_path", [False, True], ids=["name", "path"])
+def test_an_output_that_would_have_too_long_a_name_costs_no_other_image(translate, tmp_path, monkeypatch, capsys, long_path):
+    """A path that only the deeper output folder makes too long; a name, on a file system that allows fewer bytes."""
+    if long_path:
+        folders = Path(*["d" * 200] * 18)
+        name = f"{'e' * 200}/{'f' * 200}/long.png"
+    else:
+        folders, name, replace = Path("out"), f"{'n' * 251}.png", os.replace
+
+        def shorter(source, target):
+            if len(Path(target).name) > 200:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(source), None, str(target))
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", shorter)
+    for image in (name, "short.png"):
+        save(tmp_path / "sar" / image, grey(8, 8))
+    for skip in ({}, {"skip_existing": True}):
+        out = translate(tmp_path / "sar", folders, maps=False, code=1, **skip)
+        assert files(out) == {"eo/short.png"}
+        captured = capsys.readouterr()
+        assert f"skipped: {tmp_path / 'sar' / name}: an output of it would have too long a name or path" in captured.err
+        assert "1 skipped: " in captured.err and "Traceback" not in captured.err
+
+
+def test_a_name_as_long_as_the_file_system_allows_is_translated(translate, tmp_path):
+    save(tmp_path / "sar" / f"{'n' * 251}.png", grey(8, 8))
+    assert files(translate(tmp_path / "sar")) == {f"{kind}/{'n' * 251}.{suffix}" for kind, suffix in KINDS}
+
+
+def test_a_file_whose_name_is_not_utf8_is_refused(stage2, tmp_path, capsys):
+    path = save(tmp_path / os.fsdecode(b"\xff.png"), grey(8, 8))
+    assert errors.run(command.main, arguments(path, tmp_path / "out", False, stage2)) == 2
+    assert "file names that are not UTF-8" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_write_that_fails_leaves_nothing_half_done(translate, tmp_path, monkeypatch):
