@@ -292,7 +292,7 @@ def write_cog(
                 target.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
             for top, values in strips:
                 target.write(values, window=Window(0, top, like.width, values.shape[1]))
-        block = min(512, -(-min(like.shape) // 64) * 64)  # a long strip would fill blocks of 512 px with nothing
+        block = min(512, max(128, -(-min(like.shape) // 64) * 64))  # a long strip would fill blocks of 512 px with nothing
         options = {
             "compress": "deflate", "predictor": "yes", "bigtiff": "if_safer", "overview_resampling": "average",
             "blocksize": block,

@@ -110,6 +110,10 @@ class Surveyed:
     eo_limits: list[float] | None  # [low, high] of the stretch of all bands, which keeps the colours; None for 8-bit data
 
 
+class Unmeasurable(UserError):
+    """A SAR scene that gives no chip: it holds nothing valid, has no contrast, or lacks what the options ask for."""
+
+
 class Chip(NamedTuple):
     sar: np.ndarray  # uint8 [size, size, 1 or 3]
     eo: np.ndarray  # uint8 [size, size, 3]
@@ -292,10 +296,13 @@ def on_grid(layer: Layer, sar: Scene, resampling: Resampling) -> Iterator[Layer]
 
 
 def survey(pair: Pair, cloud_mask: Path | None, options: Options) -> Surveyed:
-    """Look at the headers of a pair, and at a sample of its pixels for the stretch."""
+    """Look at the headers of a pair, and at a sample of its pixels for the stretch. Unmeasurable: the SAR is to be left out."""
     with open_scene(pair.sar) as sar, open_eo(pair.eo) as eo:
         registration = registration_of(sar, eo)
-        radiometry, notes = measure(sar, options.radiometry)
+        try:
+            radiometry, notes = measure(sar, options.radiometry)
+        except UserError as error:
+            raise Unmeasurable(str(error)) from error
         for note in notes:
             tqdm.write(f"{sar.name}: note: {note}")
         if min(sar.shape) < options.size:
@@ -508,8 +515,16 @@ def make_chips(pairs: list[Pair], masks: list[Path | None], output: Path, option
         shared = shared_stretch([pair.sar for pair in pairs], options.radiometry)
         options = replace(options, radiometry=replace(options.radiometry, stretch=shared))
     # A bar that is not closed would share its line with an error.
+    scenes, faults = [], {}
     with tqdm(list(zip(pairs, masks, strict=True)), desc="surveying", unit="scene", mininterval=1) as progress:
-        scenes = [survey(pair, mask, options) for pair, mask in progress]
+        for pair, mask in progress:
+            try:
+                scenes.append(survey(pair, mask, options))
+            except Unmeasurable as fault:
+                faults[pair.name] = str(fault)
+                tqdm.write(f"left out: {fault}")
+    if not scenes:
+        raise UserError(next(iter(faults.values())))
     corners, dropped = inspect(scenes, options)
     try:
         splits = locate(scenes, corners, options)
@@ -526,7 +541,7 @@ def make_chips(pairs: list[Pair], masks: list[Path | None], output: Path, option
     for split, paths in rows.items():
         with written_whole(output / f"{split}_list.csv") as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([("sar", "eo"), *paths])
-    report = report_of(scenes, splits, dropped, statistics, options)
+    report = report_of(scenes, splits, dropped, statistics, options) | {"left_out": faults}
     with written_whole(output / "chips.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     return report

@@ -10,6 +10,7 @@ import rasterio
 import rasterio.warp
 from PIL import Image
 from rasterio import Affine
+from rasterio.control import GroundControlPoint
 from training import train_lines
 
 from cdiffset.errors import run as run_command
@@ -78,14 +79,14 @@ def test_chips_hold_what_the_scenes_hold_at_their_place(simulated, tmp_path, shi
     eo = np.roll(simulated["eo"], shift, axis=(0, 1))
     report = cut(
         write_raster(tmp_path / "scene.tif", simulated["sar"]), write_raster(tmp_path / "eo.tif", eo), tmp_path / "chips",
-        "--min-std", 0, "--keep-zeros",
+        "--min-std", 0,
     )  # fmt: skip
     chips = chips_of(tmp_path / "chips")
     assert len(chips) == 25 == report["counts"]["train"] + report["counts"]["test"]
     assert (as_scene(chips, "sar") == simulated["sar"]).all()
     assert (as_scene(chips, "eo") == eo).all()
     assert report["scenes"][0]["registration"] == "same grid"
-    assert report["scenes"][0]["gsd"] == {"x": 0.5, "y": 0.5, "unit": "metre"}
+    assert report["scenes"][0]["gsd_m"] == pytest.approx([0.5, 0.5], rel=1e-3)
 
 
 def test_a_shifted_grid_is_put_right(simulated, tmp_path):
@@ -94,7 +95,7 @@ def test_a_shifted_grid_is_put_right(simulated, tmp_path):
     eo = np.pad(simulated["eo"], ((7, 20), (10, 30), (0, 0)), mode="wrap")
     cut(
         write_raster(tmp_path / "scene.tif", simulated["sar"]), write_raster(tmp_path / "eo.tif", eo, transform),
-        tmp_path / "chips", "--min-std", 0, "--keep-zeros",
+        tmp_path / "chips", "--min-std", 0,
     )  # fmt: skip
     assert (as_scene(chips_of(tmp_path / "chips"), "eo") == simulated["eo"]).all()
 
@@ -160,7 +161,7 @@ def test_pixels_are_those_of_the_image_readers(tmp_path, bands, dtype):
     assert (as_scene(chips, "eo") == np.round(read_eo(eo))).all()
     stretch = report["scenes"][0]["stretch"]
     if dtype == np.uint8:
-        assert stretch == {"sar": None, "eo": None}
+        assert stretch == {"sar": [[0, 255]] * bands, "eo": None}
     else:
         with rasterio.open(eo) as source:
             assert np.allclose(stretch["eo"], np.percentile(source.read(), (1, 99)))
@@ -227,7 +228,7 @@ def test_every_dropped_chip_is_counted_for_its_first_reason(tmp_path):
     mask = write_raster(tmp_path / "cloud.tif", cloud, nodata=0)
     report = cut(
         write_raster(tmp_path / "sar.tif", sar), write_raster(tmp_path / "eo.tif", eo), tmp_path / "chips",
-        "--cloud-mask", mask, "--block", 32,
+        "--cloud-mask", mask, "--block", 32, "--nodata", 0, "--eo-nodata", 0,
     )  # fmt: skip
     assert report["counts"]["dropped"] == {"no_overlap": 1, "nodata": 1, "cloud": 1, "blank": 2, "guard": 0}
     assert sorted(col for _, _, col in chips_of(tmp_path / "chips")) == [64, 128, 224]
@@ -252,7 +253,8 @@ def test_pixels_without_data_are_known_and_out_of_the_stretch(tmp_path, kind, wa
         with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(eo_path, "r+") as target:
             target.write_mask(there > 0)
     sar_path = write_raster(tmp_path / "sar.tif", noise(64, 128))
-    report = cut(sar_path, eo_path, tmp_path / "chips", "--max-nodata", 0.3, "--block", 32)
+    told = ["--eo-nodata", 0] if kind == "undeclared" else []
+    report = cut(sar_path, eo_path, tmp_path / "chips", "--max-nodata", 0.3, "--block", 32, *told)
     cols = {col for _, _, col in chips_of(tmp_path / "chips")}
     assert cols == {0, 32}
     assert report["counts"]["dropped"]["no_overlap"] == (4 if not warped else 2)
@@ -261,12 +263,13 @@ def test_pixels_without_data_are_known_and_out_of_the_stretch(tmp_path, kind, wa
     assert np.allclose((low, high), np.percentile(eo[:, :64, :3], (1, 99)))
 
 
-def test_zeros_are_data_where_asked(tmp_path):
+def test_undeclared_zeros_are_data_unless_told_otherwise(tmp_path, capsys):
     sar, eo = noise(64, 64), noise(64, 64, 3)
     sar[:, :32:2] = 0
     paths = write_raster(tmp_path / "sar.tif", sar), write_raster(tmp_path / "eo.tif", eo)
-    assert cut(*paths, tmp_path / "kept", "--keep-zeros", "--block", 32)["counts"]["dropped"]["nodata"] == 0
-    assert cut(*paths, tmp_path / "dropped", "--block", 32)["counts"]["dropped"]["nodata"] == 2
+    assert cut(*paths, tmp_path / "kept", "--block", 32)["counts"]["dropped"]["nodata"] == 0
+    assert "25% of the values are exactly 0, the smallest: if that means no data, give --nodata 0" in capsys.readouterr().out
+    assert cut(*paths, tmp_path / "dropped", "--nodata", 0, "--block", 32)["counts"]["dropped"]["nodata"] == 2
 
 
 def test_a_cloud_mask_of_another_grid_and_what_it_does_not_cover(tmp_path):
@@ -375,6 +378,12 @@ def make_bad(case: str, root: Path) -> tuple[Path, Path, list]:
             options = ["--guard", 500]
         case "nothing usable":
             sar[:] = 5
+        case "blank EO":
+            eo[:] = 5
+        case "GCPs alone":
+            sar_place = [Affine.identity(), None]
+        case "too small":
+            options = ["--size", 128]
         case "share":
             options = ["--test-share", 1]
         case "stride":
@@ -384,6 +393,10 @@ def make_bad(case: str, root: Path) -> tuple[Path, Path, list]:
         case "mask":
             options = ["--cloud-mask", root / "none.tif"]
     paths = write_raster(root / "sar.tif", sar, *sar_place), write_raster(root / "eo.tif", eo, *eo_place)
+    if case == "GCPs alone":
+        with rasterio.open(paths[0], "r+") as target:
+            corners = [(0, 0, 600_000, 5_750_000), (0, 96, 600_048, 5_750_000), (64, 0, 600_000, 5_749_968)]
+            target.gcps = [GroundControlPoint(*corner) for corner in corners], rasterio.CRS.from_string(UTM)
     if case == "truncated":
         paths[1].write_bytes(paths[1].read_bytes()[:9000])
     if case == "not a raster":
@@ -399,10 +412,13 @@ def make_bad(case: str, root: Path) -> tuple[Path, Path, list]:
         ("EO without CRS", "CRS on both .*sar.tif .*EPSG:32631.*eo.tif .*none"),
         ("neither with CRS, sizes differ", "same size .*96 x 64.*95 x 64"),
         ("bands", "eo.tif: 2 bands"),
-        ("complex", "sar.tif: pixels of type complex64"),
+        ("complex", "sar.tif: complex pixels .*DERIVED_SUBDATASET:AMPLITUDE:sar.tif"),
         ("one block", "one block of 512 px"),
         ("guard", "guard band of 500 px"),
-        ("nothing usable", r"no usable chip \(dropped: blank 6"),
+        ("nothing usable", "sar.tif: without contrast, every valid pixel is 5"),
+        ("blank EO", r"no usable chip \(dropped: blank 6"),
+        ("GCPs alone", "sar.tif has ground control points alone, .*gdalwarp -tps"),
+        ("too small", r"no usable chip .*smaller than --size 128: eo \(96 x 64 px\)"),
         ("share", "--test-share is 1"),
         ("stride", "--stride is 0"),
         ("nodata", "--max-nodata is 5"),
@@ -442,3 +458,31 @@ def test_folders_need_a_twin_for_every_scene(tmp_path, capsys):
     write_raster(tmp_path / "sar/a.tif", noise(64, 96))
     assert run_command(main, [f"--sar={tmp_path / 'sar'}", f"--eo={tmp_path / 'eo'}", f"--output={tmp_path / 'chips'}"]) == 2
     assert "no twin" in capsys.readouterr().err
+
+
+def test_a_scene_without_contrast_is_left_out_of_a_folder(tmp_path, capsys):
+    for name, sar in (("a", noise(64, 96)), ("blank", np.full((64, 96), 7, np.uint8))):
+        write_raster(tmp_path / f"sar/{name}.tif", sar)
+        write_raster(tmp_path / f"eo/{name}.tif", noise(64, 96, 3))
+    report = cut(tmp_path / "sar", tmp_path / "eo", tmp_path / "chips", "--block", 32)
+    assert [scene["name"] for scene in report["scenes"]] == ["a"] and list(report["left_out"]) == ["blank"]
+    assert "blank.tif: without contrast" in capsys.readouterr().out
+
+
+def test_the_sar_is_read_as_test_py_reads_scenes(tmp_path):
+    """Decibels in two files of one product, an auxiliary file beside them; the EO is named without a polarisation."""
+    power = np.random.default_rng(0).gamma(4, 0.02, (2, 64, 96)).astype(np.float32)
+    for name, band in zip(("VV", "VH"), power, strict=True):
+        write_raster(tmp_path / f"sar/p_{name}.tif", 10 * np.log10(band))
+    write_raster(tmp_path / "sar/p_inc_map.tif", noise(64, 96))
+    write_raster(tmp_path / "eo/p.tif", noise(64, 96, 3))
+    given = ["--bands", "VV,VH", "--channels", "ratio", "--scale", "db", "--stretch", "folder", "--block", 32]
+    report = cut(tmp_path / "sar", tmp_path / "eo", tmp_path / "chips", *given)
+    kept = report["settings"]["radiometry"]
+    assert (kept["bands"], kept["channels"], kept["scale"]) == ("VV,VH", "ratio", "db")
+    amplitude = np.sqrt(power.astype(np.float64))
+    bands = [*amplitude, amplitude[0] / amplitude[1]]
+    limits = [np.percentile(band, (1, 99)) for band in bands]
+    np.testing.assert_allclose([float(n) for n in kept["stretch"][6:].split(",")], np.ravel(limits), rtol=1e-5)
+    expected = [np.clip((band - low) / (high - low), 0, 1) * 255 for band, (low, high) in zip(bands, limits, strict=True)]
+    assert np.abs(as_scene(chips_of(tmp_path / "chips"), "sar") - np.stack(expected, -1)).max() < 0.51
