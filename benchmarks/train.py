@@ -13,6 +13,7 @@ import argparse
 import os
 import statistics
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -346,6 +347,11 @@ def main(argv: list[str] | None = None) -> int:
     left_out = (ON_GPUS if args.device == "cpu" else set()) | (set() if args.processes else OF_SEVERAL)
     rows = [name for name in ROWS if name not in left_out]
     args.rows = speed.chosen(parser, args.rows, rows, (LEAN,) if args.processes else HEADLINE)
+    eight_bit = [name for name in args.rows if EIGHT_BIT.items() <= ROWS[name].items()]
+    if eight_bit and find_spec("bitsandbytes") is None:
+        parser.error(
+            f"{'; '.join(eight_bit)}: needs pip install -r requirements-extra.txt (bitsandbytes), or choose other --rows"
+        )
     if args.curves:
         return compare_curves(args)
     on_gpu = args.device == "cuda" and not args.quick

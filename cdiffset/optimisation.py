@@ -24,7 +24,7 @@ def make_optimizer(name: str, parameters: list, learning_rate: float, weight_dec
         from bitsandbytes.optim import AdamW8bit  # slow to import, and installed by those alone who ask for it
     except ImportError as error:
         raise UserError(
-            f"optimizer: {name} is that of bitsandbytes ({error}), expected it installed: pip install bitsandbytes"
+            f"optimizer: {name} is that of bitsandbytes ({error}), install it: pip install -r requirements-extra.txt"
         ) from error
     return AdamW8bit(parameters, **settings)
 

@@ -258,6 +258,14 @@ def test_benchmark_of_two_processes(work_dir):
     assert [(job["batch_size"], job["settings"]) for job in jobs] == [(2, {}), (4, {"fsdp": True})]
 
 
+def test_rows_that_need_another_package_are_refused_with_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        train.main(["--quick"])  # of the headline rows one needs it
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "bf16_copy, AdamW8bit, gradient_checkpointing: needs pip install -r requirements-extra.txt" in line
+
+
 def test_processes_below_two_are_refused(capsys):
     with pytest.raises(SystemExit):
         train.main(["--processes", "1"])

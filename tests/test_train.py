@@ -652,7 +652,7 @@ def test_an_optimizer_cannot_resume_another(argv, run, begun, tmp_path, monkeypa
 
 def test_eight_bit_moments_need_their_library(argv, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(UserError, match="optimizer: AdamW8bit .*pip install bitsandbytes"):
+    with pytest.raises(UserError, match="optimizer: AdamW8bit .*pip install -r requirements-extra.txt"):
         main.main(argv(tmp_path, num_iter=1, optimizer="AdamW8bit"))
 
 
