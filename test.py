@@ -13,7 +13,7 @@ from pathlib import Path
 from cdiffset import calibration, processes
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.geotiff import is_larger_than
-from cdiffset.images import list_images, require_inside, write_png, write_tiff
+from cdiffset.images import list_images, write_png, write_tiff
 from cdiffset.options import (
     add_scene_options,
     add_translation_options,
@@ -63,7 +63,6 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--overlay-threshold", type=float, metavar="X", help="for --overlay-dir, in 8-bit EO units (0-255)")
     group.add_argument("--calibration", type=Path, help="JSON file of calibrate.py [the one beside the checkpoint]")
     group.add_argument("--skip-existing", action="store_true", help="leave images alone whose outputs are all there")
-    group.add_argument("--follow-links", action="store_true", help="let symbolic links lead out of these folders")
     add_translation_options(parser)
     add_scene_options(parser)
     return parser
@@ -85,9 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 where single images could not be read."""
     args = check(make_parser().parse_args(argv))
     known = load_calibration(args)
-    jobs = make_jobs(
-        args, [Path(args.sar_dir.name)] if args.sar_dir.is_file() else list_images(args.sar_dir, args.follow_links)
-    )
+    jobs = make_jobs(args, [Path(args.sar_dir.name)] if args.sar_dir.is_file() else list_images(args.sar_dir))
     check_scenes(args, jobs)
     mine = my_share(args, jobs)
     todo = [job for job in mine if not (args.skip_existing and job.is_done())]
@@ -215,8 +212,6 @@ def make_jobs(args: argparse.Namespace, images: list[Path]) -> list[Job]:
         if is_scene:
             outputs = {kind: path.with_suffix(".tif") for kind, path in outputs.items() if kind in SCENE_KINDS}
         jobs.append(Job(sar, outputs, is_scene))
-    for folder, kind, _ in wanted:  # a file that is itself a link is replaced, not written through
-        require_inside(folder, {job.outputs[kind].parent for job in jobs if kind in job.outputs}, args.follow_links)
     return jobs
 
 

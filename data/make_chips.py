@@ -114,28 +114,28 @@ class Chip(NamedTuple):
     cloud: np.ndarray
 
 
-def find_pairs(sar: Path, eo: Path, follow_links: bool) -> list[Pair]:
+def find_pairs(sar: Path, eo: Path) -> list[Pair]:
     """Two files, or two folders matched by relative path without suffix or by SpaceNet6's names."""
     if sar.is_file() and eo.is_file():
         return [Pair(eo.stem, sar, eo)]
     if not (sar.is_dir() and eo.is_dir()):
         found = ", ".join(f"{path} ({_kind(path)})" for path in (sar, eo))
         raise UserError(f"--sar and --eo must be two files or two folders; found {found}")
-    names = list_images(eo, follow_links)
+    names = list_images(eo)
     if not any("_PS-RGB_" in name.name for name in names):
-        return match_folders(sar, eo, follow_links)
-    there = set(list_images(sar, follow_links))
+        return match_folders(sar, eo)
+    there = set(list_images(sar))
     twins = [Path(*SpaceNetFeeder.eo_to_sar(PurePosixPath("PS-RGB", name)).parts[1:]) for name in names]
     if lonely := [str(name) for name, twin in zip(names, twins, strict=True) if twin not in there]:
         raise UserError(f"{len(lonely)} of {len(names)} EO tiles of {eo} have no SAR tile in {sar}: {', '.join(lonely[:3])}")
     return [Pair(name.with_suffix("").as_posix(), sar / twin, eo / name) for name, twin in zip(names, twins, strict=True)]
 
 
-def find_masks(cloud_mask: Path | None, pairs: list[Pair], follow_links: bool) -> list[Path | None]:
+def find_masks(cloud_mask: Path | None, pairs: list[Pair]) -> list[Path | None]:
     """The cloud mask of every pair: one file for all, or the file of a folder that is named as the EO scene."""
     if cloud_mask is None or cloud_mask.is_file():
         return [cloud_mask] * len(pairs)
-    masks = {path.with_suffix("").as_posix(): cloud_mask / path for path in list_images(cloud_mask, follow_links)}
+    masks = {path.with_suffix("").as_posix(): cloud_mask / path for path in list_images(cloud_mask)}
     if lonely := [pair.name for pair in pairs if pair.name not in masks]:
         raise UserError(f"--cloud-mask: {cloud_mask} has no mask for {len(lonely)} EO scenes: {', '.join(lonely[:3])}")
     return [masks[pair.name] for pair in pairs]
@@ -532,13 +532,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--min-std", type=float, default=Options.min_std, help="less contrast is blank, of 255 (%(default)s)")
     parser.add_argument("--eo-bands", type=int, nargs=3, metavar="BAND", help="red, green, blue band, from 1 (1 2 3)")
     parser.add_argument("--keep-zeros", action="store_true", help="0 in all bands is data in files that declare no nodata")
-    parser.add_argument("--follow-links", action="store_true", help="let symbolic links lead out of the folders")
     args = vars(parser.parse_args(argv))
-    sar, eo, output, cloud_mask, follow_links = (args.pop(key) for key in ("sar", "eo", "output", "cloud_mask", "follow_links"))
+    sar, eo, output, cloud_mask = (args.pop(key) for key in ("sar", "eo", "output", "cloud_mask"))
     args["eo_bands"] = args["eo_bands"] and tuple(args["eo_bands"])
     options = Options(**args)
-    pairs = find_pairs(sar, eo, follow_links)
-    masks = find_masks(cloud_mask, pairs, follow_links)
+    pairs = find_pairs(sar, eo)
+    masks = find_masks(cloud_mask, pairs)
     try:
         report = make_chips(pairs, masks, output, options)
     except OSError as error:
