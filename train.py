@@ -219,7 +219,8 @@ class Trainer:
             unet, weights = load_unet(str(source), base, latent_channels, option)
             origin = str(weights)
         has_variance = unet.config.out_channels == latent_channels + 1
-        if config.confidence and not has_variance and config.phase == "train":
+        adds_variance = config.confidence and not has_variance and config.phase == "train"
+        if adds_variance:
             unet = patch_conv_out(unet)
         elif has_variance and not config.confidence and config.phase == "train":
             raise UserError(
@@ -229,6 +230,8 @@ class Trainer:
         check_prompt_width(unet, self.prompt_embedding, base, option)
         stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
         self.train_log.info("%s: %s, U-Net from %s", config.phase, stage, origin)
+        if adds_variance:
+            self.train_log.info("it gets a variance channel, since confidence is true; stage 1 is confidence: false")
         if note := without_instructions(self.device, self.accelerator.mixed_precision):
             self.train_log.info(note)
         if config.gradient_checkpointing:
