@@ -24,9 +24,12 @@ from feeders.feeder import ListFeeder, QXSFeeder, SAROptFeeder, SENMSFeeder, Spa
 Split = tuple[list[str], list[str]]  # train, test: EO paths relative to the data root
 
 
+PUBLISHED = {(20_000, 80): 3_999}  # (count, ratio) => held out: QXS-SAROPT's split
+
+
 def held_out(count: int, ratio: int) -> int:
-    """How many of `count` are held out. In floating point as in the published splits: 3,999 of 20,000 at 80, not 4,000."""
-    return int(count * (1 - ratio / 100))
+    """How many of `count` are held out: the nearest whole number, a half rounded up, but for a published split."""
+    return PUBLISHED.get((count, ratio), (count * (100 - ratio) + 50) // 100)
 
 
 def shuffled_split(items: list[str], ratio: int, seed: int) -> Split:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cdiffset.errors import UserError
-from cdiffset.images import MAX_PIXELS, list_images, read_eo, read_sar, sar_statistics, to_signed
+from cdiffset.images import IMAGE_SUFFIXES, MAX_PIXELS, list_images, read_eo, read_sar, sar_statistics, to_signed
 
 if TYPE_CHECKING:
     import torch  # slow to import, and lists can be made without it
 
 SPLITS = ("train", "test")
+PAIR_SUFFIXES = (".csv", ".tsv", ".txt")
 SHOWN = 3  # how many of many faulty pairs a message names
 
 
@@ -257,8 +258,8 @@ class StellarFeeder(PairedFeeder):
 class PairedFolderFeeder(PairedFeeder):
     """Your own pairs: two folders matched by relative path without suffix, or a list of pairs.
 
-    Give `sar_dir` and `eo_dir`, or `dataroot` and `listroot`: a .csv, .tsv or .txt file with `sar,eo` on each line (comma or
-    tab; a header `sar,eo` is optional), relative to `dataroot`. `split` may be left to the list's own name. `hflip`, `vflip`
+    Give `sar_dir` and `eo_dir`, or `dataroot` and `listroot`: a .csv, .tsv or .txt file of pairs relative to `dataroot`, see
+    `read_pair_list`. `split` may be left to the list's own name. `hflip`, `vflip`
     and `rot` switch the augmentations on. `gsd_m` is the ground sampling distance in metres, for the checkpoint's record.
     """
 
@@ -356,22 +357,52 @@ def relative_path(text: str, where: str) -> PurePosixPath:
 
 
 def read_pairs(root: Path, listroot: str | Path) -> list[Pair]:
-    """Pairs from a text or CSV list of `sar,eo` lines."""
-    rows = []
-    for where, text in read_list(listroot, (".csv", ".tsv", ".txt")):
+    """Pairs from a list as `read_pair_list` reads it, relative to `root`."""
+    paths = [[relative_path(text, where) for text in pair] for where, *pair in read_pair_list(listroot)]
+    return [Pair(str(eo.with_suffix("")), root / sar, root / eo) for sar, eo in paths]
+
+
+def read_pair_list(listroot: str | Path) -> list[tuple[str, str, str]]:
+    """Entries of a text or CSV list of pairs as (place, for messages; SAR; EO).
+
+    A header names the columns, in any order and among others: `eo,sar`, `id,SAR_path,EO_path`. Without one, lines are `sar,eo`.
+    """
+    lines = []
+    for where, text in read_list(listroot, PAIR_SUFFIXES):
         try:
             row = [field.strip() for field in next(csv.reader([text], delimiter="\t" if "\t" in text else ","))]
         except csv.Error as error:
             raise UserError(f"{where}: expected 'sar,eo' ({error})") from error
-        if len(row) != 2:
-            raise UserError(f"{where}: expected 'sar,eo', found {text!r}")
-        rows.append((where, row))
-    if [field.lower() for field in rows[0][1]] == ["sar", "eo"]:
-        rows = rows[1:]
-    if not rows:
+        lines.append((where, text, row))
+    where, header, names = lines[0]
+    columns = _pair_columns(names, where)
+    if columns is None:
+        header, names, columns = "sar,eo", ["sar", "eo"], (0, 1)
+    elif not (lines := lines[1:]):
         raise UserError(f"{listroot}: the list is empty")
-    paths = [[relative_path(field, where) for field in row] for where, row in rows]
-    return [Pair(str(eo.with_suffix("")), root / sar, root / eo) for sar, eo in paths]
+    for where, text, row in lines:
+        if len(row) != len(names):
+            raise UserError(f"{where}: expected {header!r}, found {text!r}")
+    return [(where, *(row[column] for column in columns)) for where, _, row in lines]
+
+
+def _pair_columns(names: list[str], where: str) -> tuple[int, int] | None:
+    """The columns of SAR and EO by the words of their names; None for a line of paths, which is no header."""
+    if any("/" in name or PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
+        return None
+    found = [
+        [
+            column
+            for column, name in enumerate(names)
+            if any(word.startswith(kind) for word in re.findall("[a-z]+", name.lower()))
+        ]
+        for kind in ("sar", ("eo", "opt"))
+    ]
+    if not any(found):
+        return None
+    if [len(columns) for columns in found] != [1, 1] or found[0] == found[1]:
+        raise UserError(f"{where}: expected a header with one column of SAR and one of EO paths, found {', '.join(names)}")
+    return found[0][0], found[1][0]
 
 
 def match_folders(sar_dir: Path, eo_dir: Path) -> list[Pair]:
