@@ -247,7 +247,8 @@ class Trainer:
             unet, weights = load_unet(str(source), base, latent_channels, option)
             origin = str(weights)
         has_variance = unet.config.out_channels == latent_channels + 1
-        if config.confidence and not has_variance and config.phase == "train":
+        adds_variance = config.confidence and not has_variance and config.phase == "train"
+        if adds_variance:
             unet = patch_conv_out(unet)
         elif has_variance and not config.confidence and config.phase == "train":
             raise UserError(
@@ -263,6 +264,8 @@ class Trainer:
                 "warning: prediction_type is %s, but the scheduler of the base model %s says %s: its U-Net has to learn "
                 "another target; set prediction_type: %s unless you mean that", config.prediction_type, base, own, own,
             )  # fmt: skip
+        if adds_variance:
+            self.train_log.info("it gets a variance channel, since confidence is true; stage 1 is confidence: false")
         if note := without_instructions(self.device, self.accelerator.mixed_precision):
             self.train_log.info(note)
         if config.gradient_checkpointing:

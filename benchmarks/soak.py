@@ -73,12 +73,13 @@ def main() -> int:
         (root / "few").mkdir()
         for index in range(16):
             (root / "few" / f"{index}.png").symlink_to(root / "sar" / f"{index}.png")
-        feeder = f"{{sar_dir: {root}/few, eo_dir: {root}/eo, crop_size: 32, split: %s, follow_links: true}}"
+        feeder = f"{{sar_dir: {root}/few, eo_dir: {root}/eo, crop_size: 32, split: %s}}"
+        train = "train, hflip: true, vflip: true, rot: true"
         log = root / "run" / "train_log.txt"
         training = watch(
             [
                 str(REPO / "main.py"), "--work-dir", str(root / "run"), "--pretrained-model-name-or-path", BASE, "--feeder",
-                "feeders.feeder.PairedFolderFeeder", "--train-feeder-args", feeder % "train", "--test-feeder-args",
+                "feeders.feeder.PairedFolderFeeder", "--train-feeder-args", feeder % train, "--test-feeder-args",
                 feeder % "test", "--num-iter", str(args.iterations), "--batch-size", "4", "--log-iter", "10", "--num-worker",
                 "1", "--save-iter", str(args.iterations // 20), "--eval-epoch", str(args.iterations // 80), "--val-len", "4",
                 "--num-inference-steps", "2", "--lpips", "false", "--ema-decay", "0.99",

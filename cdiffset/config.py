@@ -7,6 +7,9 @@ import argparse
 import difflib
 import json
 import math
+import os
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,6 +25,7 @@ NOT_DIVIDED = {  # settings that `fsdp` cannot serve
     "mixed_precision": ("fp16", "bf16_copy"), "optimizer": ("AdamW8bit",), "torch_compile": (True,), "ema_on_cpu": (True,),
 }  # fmt: skip
 AUTOCAST_TYPE = {"bf16_copy": "bf16"}  # which is how Accelerate knows it
+UNREAD = ("model", "loss_diff_weight", "loss_cond_weight", "loss_reg_weight")  # keys that the released parser knows, no more
 MAX_VALUES = 10_000  # in a YAML, all aliases written out; a run has some fifty
 
 
@@ -230,6 +234,9 @@ def load_config(argv: list[str] | None = None, launcher: dict[str, str] | None =
     parser = make_parser()
     known, rest = parser.parse_known_args(argv)
     values = read_yaml(known.config) if known.config else {}
+    if unread := [name for name in UNREAD if name in values or getattr(known, name) is not None]:
+        print(f"note: {', '.join(unread)}: known to the released code, without effect", file=sys.stderr)
+        values = {name: value for name, value in values.items() if name not in UNREAD}
     for name in values:
         if name not in KNOBS:
             raise unknown_key(name, f" in {known.config}")
@@ -251,6 +258,8 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="YAML", help="settings that differ from the defaults below")
+    for name in UNREAD:
+        parser.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), dest=name, help=argparse.SUPPRESS)
     group = parser
     for name, knob_field in KNOBS.items():
         if name in GROUPS:
@@ -348,10 +357,27 @@ CarefulLoader.add_constructor(
 )
 
 
+class FileLoader(CarefulLoader):
+    """The same with ${VAR} in a value taken from the environment, and then read as if it had been written there."""
+
+    def compose_scalar_node(self, anchor):
+        node = super().compose_scalar_node(anchor)
+        written = re.sub(r"\$\{(\w+)\}", lambda match: self.variable(match[1], node), node.value)
+        if written != node.value and node.style is None and node.tag == self.DEFAULT_SCALAR_TAG:  # quotes and tags stay text
+            node.tag = self.resolve(yaml.ScalarNode, written, (True, False))
+        node.value = written
+        return node
+
+    def variable(self, name: str, node) -> str:
+        if name not in os.environ:
+            raise yaml.constructor.ConstructorError(None, None, f"${{{name}}} is not set in the environment", node.start_mark)
+        return os.environ[name]
+
+
 def read_yaml(path: str) -> dict:
     try:
         written = Path(path).read_text(encoding="utf-8-sig")
-        values = yaml.load(written, CarefulLoader)
+        values = yaml.load(written, FileLoader)
     except OSError as error:
         raise UserError(f"--config: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -8,9 +8,8 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,7 @@ STRETCH_PERCENTILES = (1, 99)
 PIXEL_PERCENTILES = (5, 50, 95)  # by which images in 0-255 are compared
 STATISTICS_IMAGES, STATISTICS_PX = 64, 2**14  # that a data set's statistics are taken of, and px of each
 LONG_STEM_BYTES = 100
+MAX_LINKS = 100_000  # to folders, followed in one listing
 MAX_PIXELS = 2**28  # 16,384 x 16,384 px: a few kB can claim any size, and are then unpacked to it
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # Pillow opens others too, some by running programs
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, in whose place max_pixels stands
@@ -167,58 +167,41 @@ def hidden_beside(path: Path, ending: str) -> Path:
     return path.with_name(f".{os.fsdecode(stem)}.{ending}")
 
 
-def list_images(folder: str | Path, suffixes: Sequence[str] | None = None, follow_links: bool = False) -> list[Path]:
+def list_images(folder: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
     """Images under a folder, relative to it, numbers in names in counting order; hidden files and folders are skipped.
 
-    A folder is listed once however many links lead to it, under its own name if it has one here. UserError names a link that
-    leads out of the folder, unless `follow_links`, and names that are not UTF-8.
+    `suffixes`: of what is listed, IMAGE_SUFFIXES where there are none. Symbolic links are followed, each under its own name;
+    those that lead back to a folder they lie in, or nowhere, are left out. UserError where there are no images, and for names
+    that are not UTF-8.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     found, wanted = [], suffixes or IMAGE_SUFFIXES
-    for parent, files in _walk(folder, follow_links):
+    for parent, files in _walk(folder):
         names = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in wanted]
-        found += [parent / name for name in names]
+        found += [path for name in names if os.path.isfile(path := parent / name)]
     if not found:
-        raise UserError(f"{folder}: holds no images ({' '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"{folder}: holds no images ({' '.join(wanted)})")
     require_utf8(found)
-    require_inside(folder, found, follow_links)
     return sorted((path.relative_to(folder) for path in found), key=_counting_order)
 
 
-def _walk(root: Path, follow_links: bool) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder under root with the names of its files. Links wait until all else is seen, so that no loop is possible."""
-    seen, starts = set(), [root]
-    for start in starts:  # grows on the way
-        for parent, folders, files in os.walk(start):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            if (real := os.path.realpath(parent)) in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            links = [Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
-            require_inside(root, links, follow_links)
-            starts += links
-            yield Path(parent), files
-
-
-def require_inside(root: Path, paths: Iterable[Path], follow_links: bool) -> None:
-    """Refuse paths that a symbolic link leads out of root, unless `follow_links`: data of others shall not open our files."""
-    if follow_links:
-        return
-    real_folder = cache(os.path.realpath)  # many paths share few folders
-    real_root = os.path.join(real_folder(root), "")
-    for path in paths:
-        if os.path.islink(path) or path == root:
-            real = os.path.realpath(path)
-        else:
-            real = os.path.join(real_folder(path.parent), path.name)
-        if not os.path.join(real, "").startswith(real_root):
-            raise UserError(
-                f"{path}: a link leads out of {root}, to {real}; if you mean it to, give --follow-links, "
-                f"or follow_links: true among the feeder's arguments"
-            )
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder under root with the names of its files, links followed but for those back into a folder above."""
+    pending: list[tuple[Path, tuple[str, ...]]] = [(root, ())]  # with the real paths of the folders above it
+    links = 0
+    while pending:
+        folder, above = pending.pop()
+        real = os.path.realpath(folder)
+        if real in above:
+            continue
+        links += os.path.islink(folder)
+        if links > MAX_LINKS:  # a few folders full of links to each other have endless paths
+            raise UserError(f"{root}: over {MAX_LINKS} links to folders, expected fewer: do they lead to each other?")
+        _, folders, files = next(os.walk(folder), (folder, [], []))
+        pending += [(folder / name, (*above, real)) for name in folders if not name.startswith(".")]
+        yield folder, files
 
 
 def require_utf8(paths: Sequence[Path]) -> None:

@@ -4,6 +4,7 @@ Files belong together by their stem: the path relative to the folder, without su
 and left out, so that one bad file of thousands does not cost the rest.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from cdiffset.errors import UserError
 from cdiffset.images import IMAGE_SUFFIXES, list_images, read_eo, read_sar, read_tiff, to_signed
 from cdiffset.judgement import image_columns, rivals, sample_pixels
-from feeders.feeder import read_list
+from feeders.feeder import PAIR_SUFFIXES, read_list, read_pair_list
 
 POOLED_PIXELS = 5_000_000  # pooled measures see at most about so many pixels, equally many of each image
 MAPS = {
@@ -25,7 +26,7 @@ MAPS = {
 }  # name: its field in Inputs
 MASKS = ("sar_only", "eo_only")  # objects that only one of the two images shows
 MAP_SUFFIXES = (".tif", ".tiff")  # test.py --error-dir writes a picture for the eye beside each map
-LIST_SUFFIXES = (".txt", ".pkl", ".csv", ".tsv")
+LIST_SUFFIXES = (*PAIR_SUFFIXES, ".pkl")
 FAULTS = {
     "missing": "ground truth without a prediction",
     "extra": "predictions without ground truth",
@@ -152,15 +153,15 @@ def stem_of(relative_path: str) -> str:
 def read_split(path: Path, stems: set[str]) -> tuple[set[str], list[str]]:
     """A list as the feeders read them, or of one path a line => (those of `stems` that it names, entries that name none).
 
-    An entry may be relative to a folder further up: of `opt_256_oc_0.2/17.png`, `17` is enough. In lines of `sar,eo` the EO
+    An entry may be relative to a folder further up: of `opt_256_oc_0.2/17.png`, `17` is enough. In lists of pairs the EO
     counts. UserError where two entries name one stem.
     """
     named: dict[str, str] = {}
     unlisted = []
-    for where, text in read_list(path, LIST_SUFFIXES):
-        entry = text.replace("\t", ",").rpartition(",")[2].strip()
-        if text.replace("\t", ",").replace(" ", "").lower() == "sar,eo":
-            continue
+    entries = read_list(path, LIST_SUFFIXES)
+    if path.suffix.lower() in PAIR_SUFFIXES and re.search("[,\t]", entries[0][1]):
+        entries = [(where, eo) for where, _, eo in read_pair_list(path)]
+    for where, entry in entries:
         parts = PurePosixPath(stem_of(entry)).parts
         stem = next((tail for k in range(len(parts)) if (tail := "/".join(parts[k:])) in stems), None)
         if stem is None:

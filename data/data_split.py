@@ -18,15 +18,18 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # so that the script runs from anywhere
 
 from cdiffset.errors import Parser, UserError, run  # noqa: E402
-from cdiffset.images import list_images, require_inside, written_whole  # noqa: E402
+from cdiffset.images import list_images, written_whole  # noqa: E402
 from feeders.feeder import ListFeeder, QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder, relative_path  # noqa: E402
 
 Split = tuple[list[str], list[str]]  # train, test: EO paths relative to the data root
 
 
+PUBLISHED = {(20_000, 80): 3_999}  # (count, ratio) => held out: QXS-SAROPT's split
+
+
 def held_out(count: int, ratio: int) -> int:
-    """How many of `count` are held out. In floating point as in the published splits: 3,999 of 20,000 at 80, not 4,000."""
-    return int(count * (1 - ratio / 100))
+    """How many of `count` are held out: the nearest whole number, a half rounded up, but for a published split."""
+    return PUBLISHED.get((count, ratio), (count * (100 - ratio) + 50) // 100)
 
 
 def shuffled_split(items: list[str], ratio: int, seed: int) -> Split:
@@ -37,42 +40,41 @@ def shuffled_split(items: list[str], ratio: int, seed: int) -> Split:
     return sorted(items[count:]), sorted(items[:count])
 
 
-def eo_paths(root: Path, folder: str, follow_links: bool) -> list[str]:
+def eo_paths(root: Path, folder: str) -> list[str]:
     """Images under a folder of the data root, relative to the root."""
-    require_inside(root, [root / folder], follow_links)
-    return [(PurePosixPath(folder) / path.as_posix()).as_posix() for path in list_images(root / folder, follow_links)]
+    return [(PurePosixPath(folder) / path.as_posix()).as_posix() for path in list_images(root / folder)]
 
 
-def split_qxs(root: Path, ratio: int, seed: int, follow_links: bool) -> Split:
+def split_qxs(root: Path, ratio: int, seed: int) -> Split:
     (folder,) = QXSFeeder.folders
-    return shuffled_split(eo_paths(root, folder, follow_links), ratio, seed)
+    return shuffled_split(eo_paths(root, folder), ratio, seed)
 
 
-def split_spacenet(root: Path, ratio: int, seed: int, follow_links: bool) -> Split:
+def split_spacenet(root: Path, ratio: int, seed: int) -> Split:
     (folder,) = SpaceNetFeeder.folders
-    return shuffled_split(eo_paths(root, f"train/AOI_11_Rotterdam/{folder}", follow_links), ratio, seed)
+    return shuffled_split(eo_paths(root, f"train/AOI_11_Rotterdam/{folder}"), ratio, seed)
 
 
-def split_saropt(root: Path, ratio: int, seed: int, follow_links: bool) -> Split:
+def split_saropt(root: Path, ratio: int, seed: int) -> Split:
     """The official folders; ratio and seed play no part."""
     train, test = SAROptFeeder.folders
-    return sorted(eo_paths(root, train, follow_links)), sorted(eo_paths(root, test, follow_links))
+    return sorted(eo_paths(root, train)), sorted(eo_paths(root, test))
 
 
-def split_senms(root: Path, ratio: int, seed: int, follow_links: bool) -> Split:
+def split_senms(root: Path, ratio: int, seed: int) -> Split:
     """Whole scene folders, season by season: patches of one scene overlap, and must not lie in both splits."""
     seasons = sorted(path.name for path in root.iterdir() if re.fullmatch(r"ROIs[0-9]+_(spring|summer|fall|winter)", path.name))
     train, test = [], []
     for season in seasons:
         scenes = [f"{season}/{path.name}" for path in (root / season).iterdir() if re.fullmatch(r"s2_[0-9]+", path.name)]
         for paths, chosen in zip((train, test), shuffled_split(scenes, ratio, seed), strict=True):
-            paths += [path for scene in chosen for path in eo_paths(root, scene, follow_links)]
+            paths += [path for scene in chosen for path in eo_paths(root, scene)]
     return sorted(train), sorted(test)
 
 
 class Source(NamedTuple):
     feeder: type[ListFeeder]
-    split: Callable[[Path, int, int, bool], Split]
+    split: Callable[[Path, int, int], Split]
     output: str  # default folder of the lists, under data/
     has_ratio: bool = True
 
@@ -85,28 +87,27 @@ SOURCES = {
 }
 
 
-def split_dataset(source: Source, root: Path, ratio: int, seed: int, follow_links: bool) -> Split:
+def split_dataset(source: Source, root: Path, ratio: int, seed: int) -> Split:
     """EO paths of both splits, every one with its SAR twin on disk; UserError otherwise."""
     if not 1 <= ratio <= 99:
         raise UserError(f"--ratio is {ratio}; expected 1 to 99, the percentage of training pairs")
     if not root.is_dir():
         raise UserError(f"--dataroot: no such folder: {root}")
     try:
-        train, test = source.split(root, ratio, seed, follow_links)
+        train, test = source.split(root, ratio, seed)
     except UserError as error:
         raise UserError(f"--dataroot {root} does not have the layout {source.feeder.layout}: {error}") from error
     if not train + test:
         raise UserError(f"--dataroot {root} holds no images of the layout {source.feeder.layout}")
     if not train or not test:
         raise UserError(f"too few images or scenes for --ratio {ratio}: {len(train)} pairs to train on, {len(test)} to test on")
-    require_twins(source.feeder, root, train + test, follow_links)
+    require_twins(source.feeder, root, train + test)
     return train, test
 
 
-def require_twins(feeder: type[ListFeeder], root: Path, paths: list[str], follow_links: bool) -> None:
+def require_twins(feeder: type[ListFeeder], root: Path, paths: list[str]) -> None:
     """Every path can stand in a list, and its SAR image is there."""
     sar = {path: root / feeder.eo_to_sar(relative_path(path, f"--dataroot {root}")) for path in paths}
-    require_inside(root, sar.values(), follow_links)
     lonely = [path for path in paths if not sar[path].is_file()]
     if lonely:
         named = ", ".join(lonely[:3]) + (", ..." if len(lonely) > 3 else "")
@@ -128,10 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ratio", type=int, default=80, help="percentage of training pairs, 1-99; no part in saropt (80)")
     parser.add_argument("--seed", type=int, default=2025, help="another seed is another split; no part in saropt (2025)")
     parser.add_argument("--output", type=Path, help="folder to write the lists to (data/QXS_split etc. of this repository)")
-    parser.add_argument("--follow-links", action="store_true", help="let symbolic links lead out of the data root")
     args = parser.parse_args(argv)
     source = SOURCES[args.dataset]
-    splits = split_dataset(source, args.dataroot, args.ratio, args.seed, args.follow_links)
+    splits = split_dataset(source, args.dataroot, args.ratio, args.seed)
     output = args.output or REPO / "data" / source.output
     suffix = f"_{args.ratio:03d}" if source.has_ratio else ""
     for name, paths in zip(("train", "test"), splits, strict=True):

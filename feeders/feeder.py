@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cdiffset.errors import UserError
-from cdiffset.images import MAX_PIXELS, list_images, read_eo, read_sar, require_inside, sar_statistics, to_signed
+from cdiffset.images import IMAGE_SUFFIXES, MAX_PIXELS, list_images, read_eo, read_sar, sar_statistics, to_signed
 
 if TYPE_CHECKING:
     import torch  # slow to import, and lists can be made without it
 
 SPLITS = ("train", "test")
+PAIR_SUFFIXES = (".csv", ".tsv", ".txt")
 SHOWN = 3  # how many of many faulty pairs a message names
 
 
@@ -143,7 +144,6 @@ class ListFeeder(PairedFeeder):
 
     The list is a .txt file, one path a line, or a .pkl file of a list of strings. `split` defaults to what the list's own
     name says. `crop_size` None is the dataset's own. `hflip`, `vflip` and `rot` switch the augmentations on.
-    `follow_links` lets symbolic links lead out of `dataroot`.
     """
 
     layout: str  # EO -> SAR, in words
@@ -158,7 +158,6 @@ class ListFeeder(PairedFeeder):
         load_size: int | None = None,
         split: str | None = None,
         seed: int = 2024,
-        follow_links: bool = False,
         max_pixels: int = MAX_PIXELS,
         hflip: bool = False,
         vflip: bool = False,
@@ -169,7 +168,6 @@ class ListFeeder(PairedFeeder):
             Pair(str(eo.with_suffix("")), root / self.eo_to_sar(eo), root / eo)
             for eo in (relative_path(text, where) for where, text in read_list(listroot, (".txt", ".pkl")))
         ]
-        _require_files_inside(root, pairs, follow_links)
         crop_size = self.default_crop_size if crop_size is None else crop_size
         super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed, max_pixels, hflip, vflip, rot)
 
@@ -250,23 +248,19 @@ class StellarFeeder(PairedFeeder):
         split: str = "test",
         load_size: int | None = None,
         seed: int = 2024,
-        follow_links: bool = False,
         max_pixels: int = MAX_PIXELS,
     ):
         root = _existing_folder("dataroot", dataroot)
-        folders = [root / "SAR/image", root / "EO/image"]
-        require_inside(root, folders, _yes_or_no("follow_links", follow_links))
-        super().__init__(match_folders(*folders, follow_links), crop_size, load_size, split, seed, max_pixels)
+        super().__init__(match_folders(root / "SAR/image", root / "EO/image"), crop_size, load_size, split, seed, max_pixels)
         self.augment = False
 
 
 class PairedFolderFeeder(PairedFeeder):
     """Your own pairs: two folders matched by relative path without suffix, or a list of pairs.
 
-    Give `sar_dir` and `eo_dir`, or `dataroot` and `listroot`: a .csv, .tsv or .txt file with `sar,eo` on each line (comma or
-    tab; a header `sar,eo` is optional), relative to `dataroot`. `split` may be left to the list's own name. `hflip`, `vflip`
-    and `rot` switch the augmentations on. `follow_links` lets
-    symbolic links lead out of these folders. `gsd_m` is the ground sampling distance in metres, for the checkpoint's record.
+    Give `sar_dir` and `eo_dir`, or `dataroot` and `listroot`: a .csv, .tsv or .txt file of pairs relative to `dataroot`, see
+    `read_pair_list`. `split` may be left to the list's own name. `hflip`, `vflip`
+    and `rot` switch the augmentations on. `gsd_m` is the ground sampling distance in metres, for the checkpoint's record.
     """
 
     def __init__(
@@ -279,7 +273,6 @@ class PairedFolderFeeder(PairedFeeder):
         listroot: str | Path | None = None,
         load_size: int | None = None,
         seed: int = 2024,
-        follow_links: bool = False,
         max_pixels: int = MAX_PIXELS,
         gsd_m: float | None = None,
         hflip: bool = False,
@@ -289,12 +282,10 @@ class PairedFolderFeeder(PairedFeeder):
         options = {"sar_dir": sar_dir, "eo_dir": eo_dir, "dataroot": dataroot, "listroot": listroot}
         given = [name for name, value in options.items() if value is not None]
         if given == ["sar_dir", "eo_dir"]:
-            folders = _existing_folder("sar_dir", sar_dir), _existing_folder("eo_dir", eo_dir)
-            pairs = match_folders(*folders, _yes_or_no("follow_links", follow_links))
+            pairs = match_folders(_existing_folder("sar_dir", sar_dir), _existing_folder("eo_dir", eo_dir))
         elif given == ["dataroot", "listroot"]:
             root = _existing_folder("dataroot", dataroot)
             pairs = read_pairs(root, listroot)
-            _require_files_inside(root, pairs, follow_links)
         else:
             raise UserError(f"expected sar_dir and eo_dir, or dataroot and listroot; found {', '.join(given) or 'none'}")
         if split is None and listroot is None:
@@ -356,7 +347,7 @@ def _unpickle_strings(path: Path) -> list[str]:
 
 
 def relative_path(text: str, where: str) -> PurePosixPath:
-    """Path of a list entry, relative to the data root and staying inside it."""
+    """Path of a list entry, relative to the data root and without a way out but symbolic links."""
     path = PurePosixPath(_real_path(where, text))
     if text != text.strip() or re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):
         raise UserError(f"{where}: {text!r} has spaces at an end, control characters or is not UTF-8; rename the file")
@@ -366,36 +357,66 @@ def relative_path(text: str, where: str) -> PurePosixPath:
 
 
 def read_pairs(root: Path, listroot: str | Path) -> list[Pair]:
-    """Pairs from a text or CSV list of `sar,eo` lines."""
-    rows = []
-    for where, text in read_list(listroot, (".csv", ".tsv", ".txt")):
+    """Pairs from a list as `read_pair_list` reads it, relative to `root`."""
+    paths = [[relative_path(text, where) for text in pair] for where, *pair in read_pair_list(listroot)]
+    return [Pair(str(eo.with_suffix("")), root / sar, root / eo) for sar, eo in paths]
+
+
+def read_pair_list(listroot: str | Path) -> list[tuple[str, str, str]]:
+    """Entries of a text or CSV list of pairs as (place, for messages; SAR; EO).
+
+    A header names the columns, in any order and among others: `eo,sar`, `id,SAR_path,EO_path`. Without one, lines are `sar,eo`.
+    """
+    lines = []
+    for where, text in read_list(listroot, PAIR_SUFFIXES):
         try:
             row = [field.strip() for field in next(csv.reader([text], delimiter="\t" if "\t" in text else ","))]
         except csv.Error as error:
             raise UserError(f"{where}: expected 'sar,eo' ({error})") from error
-        if len(row) != 2:
-            raise UserError(f"{where}: expected 'sar,eo', found {text!r}")
-        rows.append((where, row))
-    if [field.lower() for field in rows[0][1]] == ["sar", "eo"]:
-        rows = rows[1:]
-    if not rows:
+        lines.append((where, text, row))
+    where, header, names = lines[0]
+    columns = _pair_columns(names, where)
+    if columns is None:
+        header, names, columns = "sar,eo", ["sar", "eo"], (0, 1)
+    elif not (lines := lines[1:]):
         raise UserError(f"{listroot}: the list is empty")
-    paths = [[relative_path(field, where) for field in row] for where, row in rows]
-    return [Pair(str(eo.with_suffix("")), root / sar, root / eo) for sar, eo in paths]
+    for where, text, row in lines:
+        if len(row) != len(names):
+            raise UserError(f"{where}: expected {header!r}, found {text!r}")
+    return [(where, *(row[column] for column in columns)) for where, _, row in lines]
 
 
-def match_folders(sar_dir: Path, eo_dir: Path, follow_links: bool = False) -> list[Pair]:
+def _pair_columns(names: list[str], where: str) -> tuple[int, int] | None:
+    """The columns of SAR and EO by the words of their names; None for a line of paths, which is no header."""
+    if any("/" in name or PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
+        return None
+    found = [
+        [
+            column
+            for column, name in enumerate(names)
+            if any(word.startswith(kind) for word in re.findall("[a-z]+", name.lower()))
+        ]
+        for kind in ("sar", ("eo", "opt"))
+    ]
+    if not any(found):
+        return None
+    if [len(columns) for columns in found] != [1, 1] or found[0] == found[1]:
+        raise UserError(f"{where}: expected a header with one column of SAR and one of EO paths, found {', '.join(names)}")
+    return found[0][0], found[1][0]
+
+
+def match_folders(sar_dir: Path, eo_dir: Path) -> list[Pair]:
     """Pairs of the images in two folders that share a relative path but for the suffix; every image needs its twin."""
-    sar, eo = _by_stem(sar_dir, follow_links), _by_stem(eo_dir, follow_links)
+    sar, eo = _by_stem(sar_dir), _by_stem(eo_dir)
     lonely = [eo_dir / eo[stem] for stem in eo if stem not in sar] + [sar_dir / sar[stem] for stem in sar if stem not in eo]
     if lonely:
         raise UserError(f"{len(lonely)} images of {sar_dir} and {eo_dir} have no twin of the same name: {_first(lonely)}")
     return [Pair(stem, sar_dir / sar[stem], eo_dir / eo[stem]) for stem in eo]
 
 
-def _by_stem(folder: Path, follow_links: bool) -> dict[str, Path]:
+def _by_stem(folder: Path) -> dict[str, Path]:
     stems = {}
-    for path in list_images(folder, follow_links):
+    for path in list_images(folder):
         twin = stems.setdefault(path.with_suffix("").as_posix(), path)
         if twin != path:
             raise UserError(f"{folder}: {twin} and {path} differ in the suffix alone; keep one of them")
@@ -410,11 +431,6 @@ def _require_files(pairs: list[Pair]) -> None:
             faults.append(f"SAR {pair.sar}, EO {pair.eo} (missing: {' and '.join(missing)})")
     if faults:
         raise UserError(f"{len(faults)} of {len(pairs)} pairs are incomplete: {_first(faults)}")
-
-
-def _require_files_inside(root: Path, pairs: list[Pair], follow_links: bool) -> None:
-    paths = (path for pair in pairs for path in (pair.sar, pair.eo))
-    require_inside(root, paths, _yes_or_no("follow_links", follow_links))
 
 
 def _require_distinct_names(pairs: list[Pair]) -> None:

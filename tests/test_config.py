@@ -70,6 +70,39 @@ def refusal(call, *arguments) -> str:
     return str(caught.value)
 
 
+# ---------------------------------------------------------------------------------------- released keys and the environment
+def test_keys_that_the_released_parser_never_reads_are_accepted_with_a_note(load, capsys):
+    config = load(
+        "model: x.Y\nloss_diff_weight: 1.0\nloss_cond_weight: 0.5\nseed: 3\n", "--loss-reg-weight", "2", "--model", "z"
+    )
+    assert config == Config(seed=3)
+    assert capsys.readouterr().err == (
+        "note: model, loss_diff_weight, loss_cond_weight, loss_reg_weight: known to the released code, without effect\n"
+    )
+    assert load("seed: 3\n", "--loss_diff_weight=1") == config and "note: loss_diff_weight: " in capsys.readouterr().err
+    assert load("seed: 3\n") == config and not capsys.readouterr().err
+    assert "unknown key 'loss_weight'" in refusal(load, "loss_weight: 1\n")
+
+
+def test_variables_of_the_environment_stand_for_what_they_hold(load, monkeypatch):
+    for name, value in {"DATA": "/data/sets", "N": "200", "OFF": "false", "DEEP": "[1, 2]", "LR": "1e-5"}.items():
+        monkeypatch.setenv(name, value)
+    config = load(
+        "work_dir: ${DATA}/runs/${N}\nnum_iter: ${N}\nconfidence: ${OFF}\nlearning_rate: ${LR}\nprompt: '${N}'\n"
+        'feeder: a.$B\ntrain_feeder_args:\n  dataroot: "${DATA}"\n'
+        "  limits:\n    - ${N}\n    - {a: '${DATA}/x'}\n  text: ${DEEP}\n"
+    )
+    assert (config.work_dir, config.num_iter, config.confidence) == ("/data/sets/runs/200", 200, False)
+    assert (config.learning_rate, config.prompt, config.feeder) == (1e-5, "200", "a.$B")
+    assert config.train_feeder_args == {"dataroot": "/data/sets", "limits": [200, {"a": "/data/sets/x"}], "text": "[1, 2]"}
+
+
+def test_a_variable_that_is_not_set_is_named(load, monkeypatch):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    message = refusal(load, "seed: 1\ntest_feeder_args:\n  dataroot: ${NOWHERE}/x\n")
+    assert message.endswith(", line 3: ${NOWHERE} is not set in the environment")
+
+
 # ------------------------------------------------------------------------------------------------------- files that ship
 def test_all_configurations_are_there():
     data_sets = ("qxs_eps", "saropt_eps", "spacenet_eps", "senms_eps", "paired_folder", "demo")

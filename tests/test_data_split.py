@@ -65,9 +65,22 @@ def lines(files, name):
 
 
 @pytest.mark.parametrize(
-    ("count", "ratio", "size"), [(20000, 80, 3999), (3401, 80, 680), (50, 80, 9), (100, 50, 50), (4, 80, 0)]
+    ("count", "ratio", "size"),
+    [
+        (20000, 80, 3999),
+        (3401, 80, 680),
+        (5, 80, 1),
+        (10, 80, 2),
+        (8, 80, 2),
+        (50, 80, 10),
+        (100, 50, 50),
+        (3, 50, 2),
+        (2, 80, 0),
+        (1000, 90, 100),
+        (19990, 80, 3998),
+    ],
 )
-def test_published_sizes(count, ratio, size):
+def test_sizes_are_rounded_and_those_of_qxs_are_the_published_ones(count, ratio, size):
     assert held_out(count, ratio) == size
 
 
@@ -79,7 +92,7 @@ def test_lists_are_complete_sorted_disjoint_and_feed(dataset, tmp_path, capsys):
     assert set(files) == {f"{name}_eo_list{suffix}{kind}" for name in ("train", "test") for kind in (".txt", ".pkl")}
     train, test = (lines(files, f"{name}_eo_list{suffix}.txt") for name in ("train", "test"))
     assert train == sorted(train) and test == sorted(test) and len(set(train + test)) == len(train) + len(test)
-    sizes = {"qxs": (41, 9), "spacenet": (21, 4), "saropt": (7, 3), "senms": (108, 12)}[dataset]
+    sizes = {"qxs": (40, 10), "spacenet": (20, 5), "saropt": (7, 3), "senms": (96, 24)}[dataset]
     assert (len(train), len(test)) == sizes
     assert f"train: {sizes[0]} pairs" in (printed := capsys.readouterr().out) and f"test: {sizes[1]} pairs" in printed
     for name, paths in (("train", train), ("test", test)):
@@ -116,7 +129,7 @@ def test_seed_and_ratio_decide(tmp_path):
     first = split("qxs", tmp_path / "root", tmp_path / "a", "--seed", "1")
     assert first == split("qxs", tmp_path / "root", tmp_path / "b", "--seed", "1")
     assert first != split("qxs", tmp_path / "root", tmp_path / "c", "--seed", "2")
-    assert len(lines(split("qxs", tmp_path / "root", tmp_path / "d", "--ratio", "5"), "test_eo_list_005.txt")) == 47
+    assert len(lines(split("qxs", tmp_path / "root", tmp_path / "d", "--ratio", "5"), "test_eo_list_005.txt")) == 48
 
 
 def test_split_of_the_default_seed_stays_what_it_is():
@@ -160,8 +173,8 @@ def test_roots_of_another_layout(dataset, tmp_path):
 
 
 def test_too_few_images(tmp_path):
-    fill_qxs(tmp_path / "root", count=4)
-    with pytest.raises(UserError, match="too few images or scenes for --ratio 80: 4 pairs to train on, 0 to test on"):
+    fill_qxs(tmp_path / "root", count=2)
+    with pytest.raises(UserError, match="too few images or scenes for --ratio 80: 2 pairs to train on, 0 to test on"):
         split("qxs", tmp_path / "root", tmp_path / "out")
 
 
@@ -185,7 +198,7 @@ def test_as_a_script_from_anywhere(tmp_path):
 
 def test_real_qxs_samples(samples, tmp_path):
     files = split("qxs", samples / "QXSLAB_SAROPT", tmp_path)
-    assert [len(lines(files, f"{name}_eo_list_080.txt")) for name in ("train", "test")] == [81, 19]
+    assert [len(lines(files, f"{name}_eo_list_080.txt")) for name in ("train", "test")] == [80, 20]
 
 
 def test_real_sar2opt_samples(samples, tmp_path):

@@ -232,6 +232,9 @@ def test_a_list_chooses_what_counts(scene):
     assert report["faults"] == {"unlisted": ["nowhere.png"]}
     (scene / "pairs.csv").write_text("sar,eo\na/1.png,b/2.png\n")
     assert run(scene, "--split-list", str(scene / "pairs.csv"), output="csv")["images"] == 1
+    (scene / "pairs.csv").write_text('id,EO_path,SAR_path\n1,"b/2.png",a/1.png\n2,sub/3.png,a/4.png\n')
+    assert run(scene, "--split-list", str(scene / "pairs.csv"), output="columns")["faults"] == {}
+    assert [row["name"] for row in table_of(scene / "columns")] == ["2", "sub/3"]
     with pytest.raises(UserError, match="x/2.png and y/2.png would both be 2"):
         (scene / "twice.txt").write_text("y/2.png\nx/2.png\n")
         run(scene, "--split-list", str(scene / "twice.txt"))

@@ -99,6 +99,24 @@ def test_sar_and_eo_stay_aligned_in_every_orientation_and_all_crops(root):
     assert corners == {(top, left) for top in range(SIZE - CROP + 1) for left in range(SIZE - CROP + 1)}
 
 
+def test_linked_and_renamed_datasets_have_a_feeder(tmp_path):
+    """SAR2EO and rendered SpaceNet6: plain, and linked into one folder from outside it."""
+    folders = {"A": tmp_path / "SAR-EO/SAR/train", "B": tmp_path / "SAR-EO/EO/train"}
+    for letter, blue in (("A", 7), ("B", 5)):
+        save(folders[letter] / "HH_0001.png", coded(blue=blue)[..., 2])
+        (tmp_path / f"AB/train{letter}").mkdir(parents=True)
+        (tmp_path / f"AB/train{letter}/HH_0001.png").symlink_to(folders[letter] / "HH_0001.png")
+        save(tmp_path / f"chips/train{letter}/SN6_tile_1_2.png", coded(blue=blue)[..., 2])
+    (tmp_path / "train.txt").write_text("trainB/HH_0001.png\n")
+    (tmp_path / "chips_train.txt").write_text("trainB/SN6_tile_1_2.png\n")
+    for feeder in (
+        PairedFolderFeeder(SIZE, "train", sar_dir=folders["A"], eo_dir=folders["B"]),
+        SAROptFeeder(tmp_path / "AB", tmp_path / "train.txt", crop_size=SIZE),
+        SAROptFeeder(tmp_path / "chips", tmp_path / "chips_train.txt", crop_size=SIZE),
+    ):
+        assert (levels(feeder[0]["sar"]) == 7).all() and (levels(feeder[0]["eo"]) == 5).all()
+
+
 @pytest.mark.parametrize("on", list(product((False, True), repeat=3)))
 def test_each_switch_turns_its_own_augmentation_on_and_leaves_the_crops(root, on):
     feeder = qxs(root, seed=3, **dict(zip(AUGMENTATIONS, on, strict=True)))
@@ -510,6 +528,10 @@ def test_paired_folders(tmp_path):
         ("test.csv", '"s/1.png", o/one.png\r\ns/2.png,"o/two.png"\r\n'),
         ("test.txt", "SAR\tEO\n\ns/1.png\to/one.png\ns/2.png\to/two.png"),
         ("test.tsv", "s/1.png\to/one.png\ns/2.png\to/two.png\n"),
+        ("test.csv", "eo,sar\no/one.png,s/1.png\no/two.png,s/2.png\n"),
+        ("test.csv", "\ufeffSAR_path,EO_path\ns/1.png,o/one.png\ns/2.png,o/two.png\n"),
+        ("test.csv", 'id,"optical image",place,sar file\n1,o/one.png,"a, b",s/1.png\n2,o/two.png,,s/2.png\n'),
+        ("test.tsv", "EO\tvideo\tSAR\no/one.png\tx.mp4\ts/1.png\no/two.png\t\ts/2.png\n"),
     ],
 )
 def test_lists_of_pairs(tmp_path, name, text):
@@ -529,6 +551,13 @@ def test_unusable_lists_of_pairs(tmp_path):
 
     with pytest.raises(UserError, match="train.csv, line 2: expected 'sar,eo', found 'c'"):
         read("a.png,b.png\nc\n")
+    with pytest.raises(UserError, match="train.csv, line 3: expected 'id,sar,eo', found 'a.png,b.png'"):
+        read("id,sar,eo\n1,c.png,d.png\na.png,b.png\n")
+    for header in ("sar,label", "id,eo", "sar,eo,opt", "sar_eo,file", "sar_1,sar_2"):
+        with pytest.raises(
+            UserError, match=f"line 1: expected a header with one column of SAR and one of EO paths, .*{header[:3]}"
+        ):
+            read(f"{header}\na.png,b.png\n")
     with pytest.raises(UserError, match=r"train.csv, line 1: '../a.png' is not a path relative"):
         read("../a.png,b.png\n")
     with pytest.raises(UserError, match="train.csv: the list is empty"):

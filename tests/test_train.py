@@ -16,11 +16,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from training import (
@@ -1017,6 +1019,80 @@ def test_a_yaml_of_the_released_keys_alone_trains(tiny_base, pair_folders, tmp_p
     for name in ("best", "latest", "checkpoint-4", "epoch-2"):
         assert UNet2DConditionModel.from_pretrained(tmp_path / "run" / name / "unet").config.out_channels == 5
     assert [line["n"] for line in val_lines(tmp_path / "run")] == [2, 2]
+
+
+def link_to(place: Path, file: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(file)
+
+
+def lay_out_qxs(pairs: Path, root: Path) -> dict[str, list[str]]:
+    for kind, folder in (("sar", "sar_256_oc_0.2"), ("eo", "opt_256_oc_0.2")):
+        shutil.copytree(pairs / "train" / kind, root / folder)
+    entries = [f"opt_256_oc_0.2/{index}.png" for index in range(PAIRS)]
+    return {"train": entries[:8], "test": entries[8:]}
+
+
+def lay_out_links(pairs: Path, root: Path) -> dict[str, list[str]]:
+    """trainA, trainB, testA, testB, full of symbolic links that lead out of the root."""
+    for split in ("train", "test"):
+        for kind, letter in (("sar", "A"), ("eo", "B")):
+            for file in (pairs / split / kind).iterdir():
+                link_to(root / f"{split}{letter}" / f"scene_{file.name}", file)
+    return {split: sorted(f"{split}B/{file.name}" for file in (root / f"{split}B").iterdir()) for split in ("train", "test")}
+
+
+def lay_out_spacenet(pairs: Path, root: Path) -> dict[str, list[str]]:
+    """GeoTIFFs: four float bands of SAR, 8-bit RGB."""
+    folder, rng = "train/AOI_11_Rotterdam", np.random.default_rng(0)
+    for kind, count, dtype in (("SAR-Intensity", 4, "float32"), ("PS-RGB", 3, "uint8")):
+        (root / folder / kind).mkdir(parents=True)
+        for index in range(6):
+            bands = (rng.random((count, 40, 40)) * 255).astype(dtype)
+            profile = {"driver": "GTiff", "height": 40, "width": 40, "count": count, "dtype": dtype, "photometric": "RGB"}
+            profile = profile if count == 3 else {**profile, "photometric": "MINISBLACK"}
+            with rasterio.open(root / folder / kind / f"SN6_{kind}_tile_{index}.tif", "w", **profile) as target:
+                target.write(bands)
+    entries = [f"{folder}/PS-RGB/SN6_PS-RGB_tile_{index}.tif" for index in range(6)]
+    return {"train": entries[:4], "test": entries[4:]}
+
+
+LAYOUTS = {"QXSFeeder": lay_out_qxs, "SAROptFeeder": lay_out_links, "SpaceNetFeeder": lay_out_spacenet}
+RELEASED = ("released_qxs", "released_saropt", "released_spacenet", "later_stage1_qxs", "later_sar2eo_linked")
+
+
+def test_every_released_configuration_is_tried(samples):
+    assert {file.stem for file in (samples / "configs").glob("*.yaml")} == set(RELEASED)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_configuration_runs(name, samples, tiny_base, pair_folders, tmp_path, monkeypatch):
+    """Nothing changed but paths, and numbers made small; from the weights that a run of the released code leaves."""
+    values = yaml.safe_load((samples / "configs" / f"{name}.yaml").read_text())
+    lists = LAYOUTS[values["feeder"].rpartition(".")[2]](pair_folders, tmp_path / "data")
+    unet = patch_conv_in(load_base_unet(tiny_base))
+    (tmp_path / "lastest").mkdir()
+    save_file(unet.state_dict(), tmp_path / "lastest/model.safetensors")
+    for split, entries in lists.items():
+        arguments = values[f"{split}_feeder_args"]
+        list_file = tmp_path / Path(arguments["listroot"]).name
+        list_file.write_text("\n".join(entries))
+        arguments |= {"dataroot": "${DATA}", "listroot": str(list_file), "load_size": 40, "crop_size": 32}
+    values |= {
+        "work_dir": "${DATA}/run", "pretrained_model_name_or_path": tiny_base, "num_iter": 2, "num_warmup": 1, "num_worker": 0,
+        "accelerator_path": str(tmp_path / "lastest/model.safetensors"), "batch_size": 2, "val_len": 2, "log_iter": 1,
+        "num_inference_steps": 2,
+    }  # fmt: skip
+    (tmp_path / "released.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.setenv("DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # set by `gpu`, restored afterwards
+    monkeypatch.setattr(utils, "_load_lpips", no_network)
+    assert main.main(["--config", str(tmp_path / "released.yaml")]) == 0
+    log = (tmp_path / "data/run/train_log.txt").read_text()
+    assert "train: stage 2 (C-Diff loss), U-Net from " in log and "stage 1 is confidence: false" in log
+    assert val_lines(tmp_path / "data/run")[-1]["n"] == 2
+    trained = UNet2DConditionModel.from_pretrained(tmp_path / "data/run/latest/unet")
+    assert trained.config.out_channels == 5 and not torch.equal(trained.conv_in.weight, unet.conv_in.weight)
 
 
 def no_network():

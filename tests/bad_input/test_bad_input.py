@@ -263,7 +263,8 @@ FEEDER_ARGUMENTS = [
     ("unknown argument", {"cropsize": 8}, ("test_feeder_args", "unexpected keyword argument 'cropsize'")),
     ("unknown split", {"split": "val"}, ("split is 'val'; expected train or test",)),
     ("limit of zero pixels", {"max_pixels": 0}, ("max_pixels is 0; expected",)),
-    ("links in words", {"follow_links": "no"}, ("follow_links is 'no'; expected true or false",)),
+    ("augmentation in words", {"hflip": "no"}, ("hflip is 'no'; expected true or false",)),
+    ("augmentation of test pairs", {"rot": True}, ("rot: split test shows images as they are",)),
 ]
 
 
@@ -305,17 +306,7 @@ def test_a_work_dir_that_cannot_be_written(root, tmp_path, tiny_base, capsys):
     assert_refused(train_command.main, argv, ("work_dir: cannot write into test.txt/run", "Not a directory"), tmp_path, capsys)
 
 
-# ------------------------------------------------------------------------------------------------------------ links outwards
-def link_file(root: Path, outside: Path) -> None:
-    (root / qxs(1)).unlink()
-    (root / qxs(1)).symlink_to(outside / "1.png")
-
-
-def link_folder(root: Path, outside: Path) -> None:
-    shutil.rmtree(root / "opt_256_oc_0.2")
-    (root / "opt_256_oc_0.2").symlink_to(outside)
-
-
+# ------------------------------------------------------------------------------------------------------------ broken links
 @pytest.fixture
 def outside(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("outside")
@@ -324,34 +315,11 @@ def outside(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("link", [link_file, link_folder])
-def test_links_out_of_the_data_root(link, root, outside, tmp_path, tiny_base, capsys):
-    link(root, outside)
-    arguments = {"dataroot": "data", "listroot": "test.txt", "crop_size": 16}
-    words = (qxs(1), f"leads out of data, to {outside}/1.png", "follow_links: true")
-    assert_refused(train_command.main, with_feeder("QXSFeeder", tiny_base, **arguments), words, tmp_path, capsys)
-    assert errors.run(train_command.main, with_feeder("QXSFeeder", tiny_base, **arguments, follow_links=True)) == 2
-    assert "accelerator_path" in capsys.readouterr().err  # the next mistake
-    folders = {"sar_dir": "data/sar_256_oc_0.2", "eo_dir": "data/opt_256_oc_0.2", "split": "test", "crop_size": 16}
-    if link is link_file:  # a folder that is named itself may be a link
-        words = ("1.png", "leads out of data/opt_256_oc_0.2")
-        assert_refused(train_command.main, with_feeder("PairedFolderFeeder", tiny_base, **folders), words, tmp_path, capsys)
-
-
-@pytest.mark.parametrize("link", [link_file, link_folder])
-def test_links_out_of_the_data_root_to_split(link, root, outside, tmp_path, capsys):
-    for number in range(3, 11):
-        for kind in ("opt", "sar"):
-            Image.new("L", (4, 4)).save(root / qxs(number, kind))
-            Image.new("L", (4, 4)).save(outside / f"{number}.png")
-    link(root, outside)
-    argv = ["--dataset", "qxs", "--dataroot", "data", "--output", "lists"]
-    assert_refused(
-        data_split.main, argv, ("--dataroot data", "a link leads out of", str(outside), "--follow-links"), tmp_path, capsys
-    )
-    assert errors.run(data_split.main, [*argv, "--follow-links"]) == 0
-    listed = [line for name in ("train", "test") for line in (tmp_path / f"lists/{name}_eo_list_080.txt").read_text().split()]
-    assert sorted(listed) == sorted(qxs(number) for number in range(1, 11))
+def test_a_listed_link_that_leads_nowhere_is_missing(root, tmp_path, tiny_base, capsys):
+    (root / qxs(1)).unlink()
+    (root / qxs(1)).symlink_to(root / "gone.png")
+    argv = with_feeder("QXSFeeder", tiny_base, dataroot="data", listroot="test.txt", crop_size=16)
+    assert_refused(train_command.main, argv, (qxs(1), "(missing: EO)"), tmp_path, capsys)
 
 
 # ------------------------------------------------------------------------------------------------- images: a folder of each
@@ -563,30 +531,19 @@ def test_a_mask_beside_a_raster_is_not_opened(tiny_base, stage2, tmp_path):
     assert (masked == read_sar(tmp_path / "sar/x.tif")).all() and masked.any()
 
 
-@pytest.mark.parametrize("way", ["file", "folder", "output"])
-def test_links_out_of_the_folders_of_a_translation(way, tiny_base, stage2, outside, tmp_path, capsys):
+def test_links_are_followed_by_a_translation(tiny_base, stage2, outside, tmp_path):
+    """To images, to folders of images, and to folders of results."""
     (tmp_path / "sar/sub").mkdir(parents=True)
     (tmp_path / "sar/sub/x.png").write_bytes(PNG)
+    (tmp_path / "sar/3.png").symlink_to(outside / "1.png")
+    (tmp_path / "sar/more").symlink_to(outside)
     (tmp_path / "out").mkdir()
-    match way:
-        case "file":
-            (tmp_path / "sar/1.png").symlink_to(outside / "1.png")
-        case "folder":
-            (tmp_path / "sar/more").symlink_to(outside)
-        case "output":
-            (tmp_path / "out/sub").symlink_to(outside)
-    argv = translate(tiny_base, stage2, tmp_path / "sar", tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out/sub").symlink_to(tmp_path / "elsewhere")
     before = everything(outside)
-    assert_refused(translate_command.main, argv, ("a link leads out of", str(outside), "--follow-links"), tmp_path, capsys)
-    assert everything(outside) == before
-    assert errors.run(translate_command.main, [*argv, "--follow-links"]) == 0
-    expected = {
-        "file": {"1.png", "sub", "sub/x.png"},
-        "folder": {"more", "more/1.png", "more/2.png", "sub", "sub/x.png"},
-        "output": {"sub"},
-    }
-    assert everything(tmp_path / "out") == expected[way]
-    assert everything(outside) == before | ({"x.png"} if way == "output" else set())
+    assert errors.run(translate_command.main, translate(tiny_base, stage2, tmp_path / "sar", tmp_path / "out")) == 0
+    assert everything(tmp_path / "out") == {"3.png", "more", "more/1.png", "more/2.png", "sub"}
+    assert everything(tmp_path / "elsewhere") == {"x.png"} and everything(outside) == before
 
 
 def test_an_output_that_is_a_link_is_replaced_and_not_written_through(tiny_base, stage2, outside, tmp_path):
