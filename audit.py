@@ -10,7 +10,15 @@ from pathlib import Path
 
 from cdiffset.config import Config, load_config
 from cdiffset.errors import Parser, UserError, run
-from cdiffset.options import add_machine_options, add_model_options, begin_reading, check_limits, check_model_options
+from cdiffset.images import require_declared_range, require_writable
+from cdiffset.options import (
+    add_eo_range,
+    add_machine_options,
+    add_model_options,
+    begin_reading,
+    check_limits,
+    check_model_options,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -24,6 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--which", choices=("train", "test"), default="train", help="the feeder of --config [train]")
     group.add_argument("--sar-dir", type=Path, help="instead of --config: folder of SAR images, and")
     group.add_argument("--eo-dir", type=Path, help="folder of EO images of the same names; for changes, of another date")
+    add_eo_range(group)
     group.add_argument("--output", type=Path, required=True, help="folder for maps, overlays, table, contact sheet and list")
     group.add_argument("--skip-existing", action="store_true", help="keep the maps that are there already, of equal settings")
     group = parser.add_argument_group("what to show and keep")
@@ -45,13 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     from cdiffset.auditor import Auditor, write_maps
 
     feeder, arguments, root = find_pairs(args, config)
+    require_declared_range(feeder.pairs[0].eo, args.eo_range, "--eo-range", args.max_pixels)
     auditor = Auditor(args, weights)
     try:
         failures = write_maps(auditor, feeder.pairs, args.output, args.skip_existing)
         pairs = [pair for pair in feeder.pairs if pair not in failures]
         if not pairs:
-            raise UserError(f"all {len(failures)} pairs were skipped, one is {min(failures).eo}")
-        findings = audit_report.write_findings(args.output, pairs, args.boxes, args.max_pixels)
+            raise UserError(f"none of the {len(failures)} pairs can be used, for the reasons above; one is {min(failures).eo}")
+        findings = audit_report.write_findings(args.output, pairs, args.boxes, args.max_pixels, args.eo_range)
         audit_report.choose_kept(findings, args.drop_share, args.max_score)
         audit_report.write_table(args.output / "audit.csv", findings)
         audit_report.write_contact_sheet(args.output / "contact_sheet.html", findings, args.top)
@@ -62,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(findings)} pairs, {sum(finding.kept for finding in findings)} kept: see {args.output / 'contact_sheet.html'}")
     print(f"To train on the kept ones: {training_options(args.which, arguments, root, kept_list)}")
     if failures:
-        print(f"{len(failures)} skipped: {', '.join(str(pair.eo) for pair in sorted(failures)[:3])}", file=sys.stderr)
+        names = ", ".join(str(pair.eo) for pair in sorted(failures)[:3])
+        print(f"{len(failures)} of {len(feeder.pairs)} pairs skipped for the reasons above: {names}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -81,6 +92,7 @@ def check(args: argparse.Namespace, further: list[str]) -> Config | None:
             raise UserError(f"--output: {args.output} lies in {option}, whose images would then include the overlays")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output: {args.output} is a file, expected a folder")
+    require_writable("--output", args.output)
     config = None
     if args.config:
         from cdiffset.checkpoint import read_meta

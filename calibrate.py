@@ -10,13 +10,21 @@ intervals (split conformal prediction), and the last quarter judges both; the nu
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from cdiffset import calibration
 from cdiffset.calibration import LEVELS, Calibration
 from cdiffset.errors import Parser, UserError, run
-from cdiffset.options import add_translation_options, begin_reading, calibrated_settings, check_translation_options
+from cdiffset.images import require_declared_range, require_writable
+from cdiffset.options import (
+    add_eo_range,
+    add_translation_options,
+    begin_reading,
+    calibrated_settings,
+    check_translation_options,
+)
 
 PARTS = {"fit": 0.5, "intervals": 0.25, "judge": 0.25}
 MIN_PAIRS = 4
@@ -25,11 +33,20 @@ MAX_PIXELS = 4_000_000  # of all images together; more are drawn from at random,
 Pixels = tuple[dict[str, np.ndarray], np.ndarray]  # maps by name, each [n], and the error [n]
 
 
+class Drawn(NamedTuple):
+    """Of one pair."""
+
+    maps: dict[str, np.ndarray]  # [n] each
+    error: np.ndarray  # [n]
+    share: float  # of its pixels that count
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Calibrate the maps of a checkpoint to an expected error.", allow_abbrev=False)
     group = parser.add_argument_group("files")
     group.add_argument("--sar-dir", type=Path, required=True, help="folder of SAR images, recursive")
     group.add_argument("--eo-dir", type=Path, required=True, help="the true EO images, same relative paths but for the suffix")
+    add_eo_range(group)
     group.add_argument("--list", type=Path, help="text file of the pairs to take, a relative path per line [all]")
     group.add_argument("--output", type=Path, help="the JSON file [beside the checkpoint, where test.py looks for it]")
     group.add_argument("--split-seed", type=int, default=0, help="splits the pairs into fitting, intervals and judging [0]")
@@ -47,19 +64,20 @@ def main(argv: list[str] | None = None) -> int:
 
     needing_variance = ["calibrate.py without --ensemble"] if args.ensemble == 1 else []
     translator = Translator(args, weights, needing_variance, with_fingerprint=True)
-    pixels, unreadable = collect(translator, pairs, args)
+    pixels, skipped = collect(translator, pairs, args)
     drawn = {part: pooled([pixels[index] for index in chosen if index in pixels], part) for part, chosen in parts.items()}
     fitted = fit(drawn, calibrated_settings(args), translator.fingerprint)
     fitted.report["images"] = {part: sum(index in pixels for index in chosen) for part, chosen in parts.items()}
-    path = args.output or calibration.path_beside(args.checkpoint)
+    fitted.report["counted"] = float(np.mean([pixels[index].share for index in pixels]))
     try:
-        calibration.save(path, fitted)
+        calibration.save(args.output, fitted)
     except OSError as error:
-        raise UserError(f"--output: cannot write {path}: {error}") from error
-    print(table(fitted), f"\nCalibration: {path}")
-    if unreadable:
-        print(f"{len(unreadable)} skipped: {', '.join(map(str, unreadable[:3]))}", file=sys.stderr)
-    return 1 if unreadable else 0
+        raise UserError(f"--output: cannot write {args.output}: {error}") from error
+    print(table(fitted), f"\nCalibration: {args.output}")
+    if skipped:
+        names = ", ".join(str(pair.eo) for pair in skipped[:3])
+        print(f"{len(skipped)} of {len(pairs)} pairs skipped for the reasons above: {names}", file=sys.stderr)
+    return 1 if skipped else 0
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
@@ -71,6 +89,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     if args.output and args.output.is_dir():
         raise UserError(f"--output: {args.output} is a folder, expected a JSON file")
     check_translation_options(args)
+    args.output = args.output or calibration.path_beside(args.checkpoint)
+    require_writable("--output", args.output.parent)
     return args
 
 
@@ -87,6 +107,7 @@ def find_pairs(args: argparse.Namespace) -> list:
         pairs = [pair for pair in pairs if pair.name in wanted]
     if len(pairs) < MIN_PAIRS:
         raise UserError(f"--sar-dir, --eo-dir: expected at least {MIN_PAIRS} pairs to fit and to judge, found {len(pairs)}")
+    require_declared_range(pairs[0].eo, args.eo_range, "--eo-range", args.max_pixels)
     return pairs
 
 
@@ -98,33 +119,32 @@ def split(count: int, seed: int) -> dict[str, np.ndarray]:
     return {"fit": np.sort(fitted), "intervals": np.sort(intervals), "judge": np.sort(judged)}
 
 
-def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int, Pixels], list[Path]]:
-    """Translate every pair => (maps and errors of pixels drawn from each, by index of the pair; files that cannot be used)."""
-    from cdiffset.images import read_eo
-    from cdiffset.translator import translate_files
+def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int, Drawn], list]:
+    """Translate every pair => (what is drawn from the pixels of each that count, by its index; pairs that cannot be used)."""
+    from cdiffset.pairs import read_judged_pair
+    from cdiffset.pipeline import batches_of_one_size, file_threads
 
-    pixels, unreadable = {}, []  # a pair of two sizes counts as unreadable too
-    for index, translation in translate_files(translator, [pair.sar for pair in pairs], unreadable):
-        try:
-            eo = read_eo(pairs[index].eo, args.max_pixels)
-            if eo.shape != translation.eo.shape:
-                sizes = " and ".join(f"{image.shape[1]} x {image.shape[0]} px" for image in (translation.eo, eo))
-                raise UserError(f"{pairs[index].sar} and {pairs[index].eo} differ in size: {sizes}")
-        except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-            unreadable.append(pairs[index].eo)
-            continue
-        error = np.abs(translation.eo - eo).mean(-1, dtype=np.float64).ravel()
-        drawn = np.random.default_rng([args.split_seed, index]).permutation(error.size)[: max(1, MAX_PIXELS // len(pairs))]
-        pixels[index] = {name: values.ravel()[drawn] for name, values in translation.uncertainties.items()}, error[drawn]
-    return pixels, unreadable
+    def read(pair) -> tuple[np.ndarray, ...]:
+        return read_judged_pair(pair.sar, pair.eo, args.eo_range, args.max_pixels)
+
+    pixels, skipped = {}, []
+    batches = batches_of_one_size(
+        pairs, read, translator.factor, translator.images_together, skipped, "translating", file_threads(translator.device)
+    )
+    for indices, (sar, *truths) in batches:
+        for index, translation, eo, valid in zip(indices, translator(sar), *truths, strict=True):
+            error = np.abs(translation.eo - eo).mean(-1, dtype=np.float64)[valid]
+            drawn = np.random.default_rng([args.split_seed, index]).permutation(error.size)[: max(1, MAX_PIXELS // len(pairs))]
+            maps = {name: values[valid][drawn] for name, values in translation.uncertainties.items()}
+            pixels[index] = Drawn(maps, error[drawn], float(valid.mean()))
+    return pixels, skipped
 
 
-def pooled(pixels: list[Pixels], part: str) -> Pixels:
+def pooled(pixels: list[Drawn], part: str) -> Pixels:
     if not pixels:
-        raise UserError(f"no pair is left for the part {part!r}: too few of them are readable")
-    maps = {name: np.concatenate([maps[name] for maps, _ in pixels]).astype(np.float64) for name in pixels[0][0]}
-    return maps, np.concatenate([error for _, error in pixels])
+        raise UserError(f"no pair is left for the part {part!r}: too few of them can be used")
+    maps = {name: np.concatenate([each.maps[name] for each in pixels]).astype(np.float64) for name in pixels[0].maps}
+    return maps, np.concatenate([each.error for each in pixels])
 
 
 def fit(drawn: dict[str, Pixels], settings: dict, model: str) -> Calibration:
@@ -146,6 +166,7 @@ def table(calibrated: Calibration) -> str:
     """What the held-out images say, as Markdown."""
     report = calibrated.report
     lines = [f"Held out: {report['images']['judge']} images, mean absolute error {report['mean_error']:.2f} of 255", ""]
+    lines += [f"Pixels of the true EO that count: {100 * report['counted']:.4g} %", ""]
     lines += ["| expected error | ENCE ↓ |", "|---|---|"]
     names = {"variance": "σ", "spread": "spread"}
     lines += [f"| {names[name]}, one global scale | {value:.3f} |" for name, value in report["ence_before"].items()]

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 from cdiffset.errors import Parser, UserError, run
+from cdiffset.images import MAX_PIXELS, require_writable
+from cdiffset.options import check_limits, value_range
 
 WORKERS = min(8, (os.cpu_count() or 1) // 2)
 
@@ -25,6 +27,12 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--ensemble-dir", type=Path, help="standard deviation over samples in 8-bit units, float32 TIFF")
     group.add_argument("--mask-dir", type=Path, help="known discrepancies: mask_sar_only/ and mask_eo_only/, 8-bit")
     group.add_argument("--split-list", type=Path, help="list of the images that count, as the feeders read them [all]")
+    group = parser.add_argument_group("value ranges; nothing is stretched, alpha 0, nodata and NaN do not count")
+    for name, what in (("pred", "--pred-dir"), ("gt", "--gt-dir")):
+        group.add_argument(
+            f"--{name}-range", type=value_range, metavar="LOW,HIGH",
+            help=f"what black and white are in {what}, e.g. 0,1 or -1,1, where its files are deeper than 8 bits",
+        )  # fmt: skip
     group = parser.add_argument_group("report")
     group.add_argument("--output", type=Path, required=True, help="folder of the report")
     group.add_argument("--baseline", type=Path, help="report.json of another method, to compare with image by image")
@@ -33,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("machine")
     group.add_argument("--batch-size", type=int, default=16, help="images of one size measured together [16]")
     group.add_argument("--num-workers", type=int, default=WORKERS, help=f"processes that read and rank [{WORKERS}]")
+    group.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help=f"leave out images that claim more [{MAX_PIXELS}]")
     group.add_argument("--device", help="of the networks, e.g. cuda, cpu [cuda if there is one]")
     return parser
 
@@ -40,15 +49,14 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 where single pairs could not be judged."""
     args = make_parser().parse_args(argv)
-    for name, low in (("batch_size", 1), ("num_workers", 0)):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, found {getattr(args, name)}")
+    check_limits(args, {"batch_size": (1, None), "num_workers": (0, None), "max_pixels": (1, None)})
     for name in ("pred_dir", "gt_dir", "sar_dir", "variance_dir", "error_dir", "ensemble_dir", "mask_dir"):
         folder = getattr(args, name)
         if folder is not None and not folder.is_dir():
             raise UserError(f"--{name.replace('_', '-')}: there is no folder {folder}")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output: {args.output} is a file, expected a folder")
+    require_writable("--output", args.output)
     import torch  # heavy imports, only once the arguments hold
 
     from cdiffset.evaluation import evaluate_folders, named
@@ -62,13 +70,13 @@ def main(argv: list[str] | None = None) -> int:
     inputs = Inputs(**{name: getattr(args, name) for name in Inputs.__dataclass_fields__})
     report = evaluate_folders(
         inputs, args.output, device=device, batch_size=args.batch_size, num_workers=args.num_workers,
-        networks=not args.no_networks, strict=args.strict, baseline=args.baseline,
+        networks=not args.no_networks, strict=args.strict, baseline=args.baseline, max_pixels=args.max_pixels,
     )  # fmt: skip
     print((args.output / "report.md").read_text(encoding="utf-8"))
     print(f"To look at: {args.output / 'report.html'}")
     if report["faults"]:
         print(named(report["faults"]), file=sys.stderr)
-    return 1 if report["faults"].keys() & {"size", "unreadable"} else 0
+    return 1 if report["faults"].keys() & {"size", "range", "empty", "unreadable"} else 0
 
 
 if __name__ == "__main__":

@@ -765,7 +765,7 @@ class Trainer:
                 num_workers=self.config.num_worker, networks=self.config.lpips,
             )  # fmt: skip
             self.val_log.info("test  n %d  %s", report["images"], json.dumps(report["means"]["standard"]))
-            print((folder / "report.md").read_text())
+            print((folder / "report.md").read_text(encoding="utf-8"))
 
     def evaluate(self, indices: range, folder: Path) -> list[dict]:
         """Translate test pairs, each process its share => one row of metrics per pair, in list order, on all processes.
@@ -979,7 +979,7 @@ def text_log(file: Path, is_main: bool) -> logging.Logger:
         logger.removeHandler(handler)
         handler.close()
     if is_main:
-        for handler in (LogFile(file), TqdmHandler()):
+        for handler in (LogFile(file, encoding="utf-8"), TqdmHandler()):
             handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
             logger.addHandler(handler)
     return logger

@@ -18,15 +18,22 @@ from cdiffset.images import to_uint8
 # isort: split
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
     spatial_correlation_coefficient,
     structural_similarity_index_measure,
 )
+from torchmetrics.functional.image.scc import _scc_per_channel_compute  # the one way to the local values
 
 # SSIM's reflected border, SCC's window, VGG's four poolings (DISTS pads them, and would compare single pixels below).
 MIN_SIDE_PX = {"psnr": 1, "ssim": 6, "scc": 8, "lpips": 16, "dists": 16}
+MAX_PX = {"lpips": 2**24, "dists": 2**24}  # VGG's first features of an image of so many px take 4 GiB
+WHOLE_PX = 2**22  # larger images are measured by strips
+STRIP_ROWS, HALO_ROWS = 256, 8
+SSIM_WINDOW_PX, SCC_WINDOW_PX = 11, 8  # torchmetrics' own: a Gaussian, σ = 1.5 px, and a mean
+NEEDS_WHOLE = "a network sees whole images: those with excluded pixels are left out"
 FID_DIMS = 2048  # Inception pool3
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 500
 IS_MIN_IMAGES = 11
@@ -82,6 +89,53 @@ def _scc(generated: torch.Tensor, eo: torch.Tensor) -> torch.Tensor:
 PIXEL_METRICS = {"psnr": _psnr, "ssim": _ssim, "scc": _scc}  # two images [B, 3, H, W] in [0, 1] => [B]
 
 
+def _masked_psnr(generated: torch.Tensor, eo: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    squared = (generated - eo).square().mean(1)  # [B, H, W]
+    mean = (squared * valid).sum((1, 2), dtype=torch.float64) / valid.sum((1, 2))
+    return -10 * mean.log10()
+
+
+def _masked_ssim(generated: torch.Tensor, eo: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The mean of the local SSIM over the windows, reflected at the border as they are, that hold valid pixels only."""
+
+    def local(generated: torch.Tensor, eo: torch.Tensor) -> torch.Tensor:
+        options = {"data_range": 1.0, "reduction": "none", "return_full_image": True}
+        return structural_similarity_index_measure(generated, eo, **options)[1]
+
+    reach = SSIM_WINDOW_PX // 2
+    invalid = F.pad((~valid).float()[:, None], (reach, reach, reach, reach), mode="reflect")
+    return _mean_by_strips(local, generated, eo, F.max_pool2d(invalid, SSIM_WINDOW_PX, 1) == 0)
+
+
+def _masked_scc(generated: torch.Tensor, eo: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The mean of the local SCC over the windows, 0 beyond the border as they are, whose high-pass sees valid pixels only."""
+    kernel = torch.tensor([[-1.0, -1, -1], [-1, 8, -1], [-1, -1, -1]], device=eo.device)[None, None]
+
+    def local(generated: torch.Tensor, eo: torch.Tensor) -> torch.Tensor:
+        channels = zip(generated.split(1, 1), eo.split(1, 1), strict=True)
+        return torch.cat([_scc_per_channel_compute(*pair, kernel, SCC_WINDOW_PX) for pair in channels], 1)
+
+    before, after = SCC_WINDOW_PX // 2, (SCC_WINDOW_PX - 1) // 2
+    invalid = F.max_pool2d(F.pad((~valid).float()[:, None], (1, 1, 1, 1), mode="replicate"), 3, 1)
+    invalid = F.max_pool2d(F.pad(invalid, (before, after, before, after)), SCC_WINDOW_PX, 1)
+    return _mean_by_strips(local, generated, eo, invalid == 0)
+
+
+def _mean_by_strips(local: Callable, generated: torch.Tensor, eo: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """The mean of `local`(images) [B, 3, H, W] where `counted` [B, 1, H, W] => [B], NaN where nothing is; strip by strip,
+    since the local values of a whole scene would not fit into memory."""
+    height, total = eo.shape[2], torch.zeros(len(eo), dtype=torch.float64, device=eo.device)
+    for top in range(0, height, STRIP_ROWS):
+        bottom = min(top + STRIP_ROWS, height)
+        rows = slice(max(0, top - HALO_ROWS), min(bottom + HALO_ROWS, height))
+        values = local(generated[:, :, rows], eo[:, :, rows])[:, :, top - rows.start : bottom - rows.start]
+        total += (values * counted[:, :, top:bottom]).sum((1, 2, 3), dtype=torch.float64)
+    return total / (counted.sum((1, 2, 3)) * eo.shape[1])
+
+
+MASKED_METRICS = {"psnr": _masked_psnr, "ssim": _masked_ssim, "scc": _masked_scc}  # with valid, bool [B, H, W]; NaN: undefined
+
+
 class PairMetrics:
     """PSNR, SSIM, SCC, DISTS (torchmetrics) and LPIPS with VGG (lpips) of image pairs, per image, in every one of CONVENTIONS.
 
@@ -113,11 +167,17 @@ class PairMetrics:
         return None
 
     @torch.inference_mode()
-    def __call__(self, generated: torch.Tensor, eo: torch.Tensor) -> dict[str, dict[str, list[float]]]:
-        """Two batches [B, 3, H, W] in [-1, 1] => {convention: {metric: [one value per image]}}; `generated` is clamped.
+    def __call__(
+        self,
+        generated: torch.Tensor,  # [B, 3, H, W] in [-1, 1], else clamped
+        eo: torch.Tensor,  # [B, 3, H, W] in [-1, 1]
+        valid: torch.Tensor | None = None,  # bool [B, H, W], the pixels that count; None: all
+    ) -> dict[str, dict[str, list[float | None]]]:
+        """=> {convention: {metric: [one value per image, None where it is undefined]}}. PSNR of equal images is inf.
 
-        A metric that these images are too small for is left out, with its reason in `absent`. PSNR of equal images is inf.
-        ValueError where the shapes differ, a value is not finite, or `eo` leaves [-1, 1].
+        Where `valid` is given, PSNR is of the valid pixels, SSIM and SCC are means over the windows of valid pixels only, and
+        LPIPS and DISTS are left out. So is a metric that these images are too small or too large for. `absent` then holds the
+        reason. ValueError where the shapes differ, a value is not finite, or `eo` leaves [-1, 1].
         """
         if generated.shape != eo.shape or eo.ndim != 4 or eo.shape[1] != 3:
             raise ValueError(f"image pairs must be [B, 3, H, W], got {list(generated.shape)} and {list(eo.shape)}")
@@ -127,23 +187,47 @@ class PairMetrics:
         if not (eo.abs() <= 1 + 1e-3).all():
             raise ValueError(f"EO images must be in [-1, 1], got {eo.min():g} to {eo.max():g}")
         generated = generated.clamp(-1, 1)
-        return {name: self._measure(convention, generated, eo) for name, convention in CONVENTIONS.items()}
+        valid = None if valid is None else valid.to(self.device)
+        return {name: self._measure(convention, generated, eo, valid) for name, convention in CONVENTIONS.items()}
 
-    def _measure(self, convention: Convention, generated: torch.Tensor, eo: torch.Tensor) -> dict[str, list[float]]:
+    def _measure(
+        self, convention: Convention, generated: torch.Tensor, eo: torch.Tensor, valid: torch.Tensor | None
+    ) -> dict[str, list[float | None]]:
         pixels = convention.pixels(generated), convention.pixels(eo)
-        values = {name: metric(*pixels).tolist() for name, metric in PIXEL_METRICS.items() if self._fits(name, eo)}
-        if self._lpips is not None and self._fits("lpips", eo):
+        fitting = [name for name in PIXEL_METRICS if self._fits(name, eo)]
+        if valid is None and eo.shape[-2:].numel() <= WHOLE_PX:
+            values = {name: PIXEL_METRICS[name](*pixels).tolist() for name in fitting}
+        else:
+            counted = torch.ones_like(eo[:, 0], dtype=torch.bool) if valid is None else valid
+            values = {name: self._defined(name, MASKED_METRICS[name](*pixels, counted).tolist()) for name in fitting}
+        if self._sees("lpips", self._lpips, eo, valid):
             values["lpips"] = self._lpips(convention.lpips(generated), convention.lpips(eo)).flatten().tolist()
-        if self._dists is not None and self._fits("dists", eo):
+        if self._sees("dists", self._dists, eo, valid):
             values["dists"] = self._dists(*pixels).flatten().tolist()
         return values
 
+    def _defined(self, metric: str, values: list[float]) -> list[float | None]:
+        if any(map(math.isnan, values)):
+            self.absent[metric] = "no window of an image is free of excluded pixels"
+        return [None if math.isnan(value) else value for value in values]
+
+    def _sees(self, metric: str, network: torch.nn.Module | None, images: torch.Tensor, valid: torch.Tensor | None) -> bool:
+        """Whether there is a network for the metric that may see these images."""
+        if network is None or not self._fits(metric, images):
+            return False
+        if valid is not None:
+            self.absent[metric] = NEEDS_WHOLE
+        return valid is None
+
     def _fits(self, metric: str, images: torch.Tensor) -> bool:
         height, width = images.shape[-2:]
-        fits = min(height, width) >= MIN_SIDE_PX[metric]
-        if not fits:
+        if min(height, width) < MIN_SIDE_PX[metric]:
             self.absent[metric] = f"needs sides of at least {MIN_SIDE_PX[metric]} px, an image has {height} x {width}"
-        return fits
+        elif height * width > MAX_PX.get(metric, math.inf):
+            self.absent[metric] = f"takes images of at most {MAX_PX[metric]} px, one has {height} x {width}"
+        else:
+            return True
+        return False
 
 
 @contextmanager
@@ -204,7 +288,7 @@ class SetMetrics:
         self._features: dict[str, list[torch.Tensor]] = {"generated": [], "eo": []}
         self._inception = self._load(("fid", "kid"), wanted, _load_inception)
         self._score = self._load(("inception_score",), wanted, _load_inception_score)
-        self._images = 0
+        self.images = 0
 
     def _load(self, metrics: tuple[str, ...], wanted: bool, load: Callable):
         reason = "switched off"
@@ -219,7 +303,7 @@ class SetMetrics:
     @torch.inference_mode()
     def update(self, generated: torch.Tensor, eo: torch.Tensor) -> None:
         """Two batches [B, 3, H, W] in [-1, 1], both rounded to 8 bits."""
-        self._images += len(generated)
+        self.images += len(generated)
         for kind, images in (("generated", generated), ("eo", eo)):
             pixels = torch.from_numpy(to_uint8(images)).movedim(-1, 1).to(self.device)  # [B, 3, H, W]
             if self._inception is not None:
@@ -243,8 +327,8 @@ class SetMetrics:
         return values
 
     def _stacked(self) -> list[torch.Tensor]:
-        if self._images < 2:
-            raise MetricUnavailable(f"needs at least 2 images, got {self._images}")
+        if self.images < 2:
+            raise MetricUnavailable(f"needs at least 2 images, got {self.images}")
         return [torch.cat(features).double() for features in self._features.values()]
 
     def _fid(self) -> dict[str, float]:
@@ -262,7 +346,7 @@ class SetMetrics:
     def _kid(self) -> dict[str, float]:
         """A set of at most KID_SUBSET_SIZE images is its own and only subset; more are drawn from, KID_SUBSETS times."""
         generated, eo = self._stacked()
-        subsets, size = (KID_SUBSETS, KID_SUBSET_SIZE) if self._images > KID_SUBSET_SIZE else (1, self._images)
+        subsets, size = (KID_SUBSETS, KID_SUBSET_SIZE) if self.images > KID_SUBSET_SIZE else (1, self.images)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # the metric draws from the global generator
             warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all extracted features")
             from torchmetrics.image.kid import KernelInceptionDistance
@@ -277,8 +361,8 @@ class SetMetrics:
 
     def _inception_score(self) -> dict[str, float]:
         """At least 1, mean over 10 splits drawn from a fixed seed."""
-        if self._images < IS_MIN_IMAGES:
-            raise MetricUnavailable(f"needs more than {IS_MIN_IMAGES - 1} images, got {self._images}")
+        if self.images < IS_MIN_IMAGES:
+            raise MetricUnavailable(f"needs more than {IS_MIN_IMAGES - 1} images, got {self.images}")
         with torch.random.fork_rng(devices=[]):  # the metric shuffles with the global generator
             torch.manual_seed(0)
             mean, std = self._score.compute()
@@ -291,7 +375,8 @@ def image_rows(names: list[str], values: dict[str, dict[str, list[float]]]) -> l
     for convention, metrics in values.items():
         for metric, per_image in metrics.items():
             for row, value in zip(rows, per_image, strict=True):
-                row[f"{convention}/{metric}"] = value
+                if value is not None:
+                    row[f"{convention}/{metric}"] = value
     return rows
 
 

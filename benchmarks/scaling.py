@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks import speed
 from benchmarks.speed import REPO, between, now, table
+from cdiffset.errors import run
 from cdiffset.options import PRESETS
 
 SIDES = {"full": (128, 256, 512), "tiny": (32, 64, 128)}  # px
@@ -275,7 +276,7 @@ def write_report(record: dict, flops: dict, output: Path) -> None:
         *training_table(flops[SIZE], read), *area_table(flops[TILE], write), *storage_table(),
     ]  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join(lines))
+    output.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
 
@@ -322,4 +323,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import speed
 from benchmarks.speed import REFERENCE, REPO, shown
+from cdiffset.errors import run
 
 ROWS = {  # the script, and test.py's options
     REFERENCE: ["benchmarks/reference.py"],
@@ -97,4 +98,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

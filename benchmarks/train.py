@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import speed
 from benchmarks.speed import REFERENCE, REPO, Parts, between, now, shown
+from cdiffset.errors import run
 
 CACHE = "CACHE"
 CACHED, COPY, CHECKPOINTED = {"latent_cache": CACHE}, {"mixed_precision": "bf16_copy"}, {"gradient_checkpointing": True}
@@ -366,4 +367,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

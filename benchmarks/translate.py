@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks import speed
 from benchmarks.speed import REFERENCE, Parts, shown
+from cdiffset.errors import run
 
 ROWS = {  # test.py's options
     REFERENCE: [],
@@ -214,4 +215,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

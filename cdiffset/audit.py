@@ -70,19 +70,20 @@ def upsampled(residual: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def scores_of(residual: np.ndarray) -> tuple[float, float]:
-    """Map [H, W] => (mean, 99th percentile): the first ranks mismatched and shifted pairs, the second local changes."""
+    """Map, of any shape => (mean, 99th percentile): the first ranks mismatched and shifted pairs, the second local changes."""
     return float(residual.mean(dtype=np.float64)), float(np.quantile(residual, LOCAL_QUANTILE))
 
 
 def strongest_boxes(residual: np.ndarray, threshold: float, most: int) -> list[tuple[int, int, int, int]]:
-    """Map [H, W] => boxes (x0, y0, x1, y1) in px, x1 and y1 exclusive, of its connected regions above `threshold`.
+    """Map [H, W], NaN where nothing is known => boxes (x0, y0, x1, y1) in px, x1 and y1 exclusive, of its connected regions
+    above `threshold`.
 
     The strongest come first and no more than `most`; a region is as strong as its excess over the threshold, summed.
     """
     labels, count = ndimage.label(residual > threshold, structure=np.ones((3, 3)))
     if not count:
         return []
-    strengths = ndimage.sum_labels(residual - threshold, labels, np.arange(1, count + 1))
+    strengths = ndimage.sum_labels(np.nan_to_num(residual) - threshold, labels, np.arange(1, count + 1))
     regions = ndimage.find_objects(labels)
     order = np.argsort(-strengths, kind="stable")[:most]
     return [(columns.start, rows.start, columns.stop, rows.stop) for rows, columns in (regions[k] for k in order)]

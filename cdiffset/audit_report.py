@@ -14,13 +14,13 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from cdiffset.audit import scores_of, strongest_boxes
-from cdiffset.images import read_eo, read_sar, read_tiff, to_signed, write_png, written_whole
+from cdiffset.images import read_judged_eo, read_sar, read_tiff, to_signed, write_png, written_whole
 from feeders.feeder import ListFeeder, Pair, PairedFeeder
 from utils import panel
 
 MAPS = "maps"  # the folder of them
 BOX_QUANTILE = 0.98  # of the discrepancies of all pixels of the set: what is above belongs to a box
-HEAT, BOX = (255, 30, 0), (255, 235, 0)  # RGB
+HEAT, BOX, EXCLUDED = (255, 30, 0), (255, 235, 0), (128, 128, 128)  # RGB
 MIN_SIDE_PX = 192  # smaller images are enlarged in overlays
 
 
@@ -32,6 +32,7 @@ class Finding:
     score: float  # mean of the discrepancy map: is it a pair at all, and aligned?
     local: float  # its 99th percentile: has a part of it changed?
     maximum: float
+    counted: float  # share of the pixels that count
     boxes: list[tuple[int, int, int, int]]  # x0, y0, x1, y1 in px, the strongest first
     kept: bool = True
 
@@ -45,7 +46,9 @@ def overlay_path(pair: Pair) -> Path:
     return Path("overlays") / f"{pair.name}.png"
 
 
-def write_findings(output: Path, pairs: list[Pair], most_boxes: int, max_pixels: int) -> list[Finding]:
+def write_findings(
+    output: Path, pairs: list[Pair], most_boxes: int, max_pixels: int, eo_range: tuple[float, float] | None = None
+) -> list[Finding]:
     """Score and box every pair from its map in `output`, and write its overlay => findings, the highest score first.
 
     One threshold and one colour scale serve the whole set, so that pairs compare.
@@ -53,24 +56,29 @@ def write_findings(output: Path, pairs: list[Pair], most_boxes: int, max_pixels:
     findings, samples = [], []
     for pair in pairs:
         residual = read_tiff(map_path(output, pair))
-        findings.append(Finding(pair, *scores_of(residual), float(residual.max()), []))
+        counted = residual[np.isfinite(residual)]
+        share = counted.size / residual.size
+        findings.append(Finding(pair, *scores_of(counted), float(counted.max()), share, []))
         step = max(1, min(residual.shape) // 64)  # a grid of some thousand pixels represents a pair
-        samples.append(residual[::step, ::step].ravel())
+        grid = residual[::step, ::step]
+        samples.append(grid[np.isfinite(grid)] if np.isfinite(grid).any() else counted)
     threshold = float(np.quantile(np.concatenate(samples), BOX_QUANTILE))
     for finding in tqdm(findings, desc="drawing", unit="pair", mininterval=1):
         residual = read_tiff(map_path(output, finding.pair))
         finding.boxes = strongest_boxes(residual, threshold, most_boxes)
-        sar, eo = read_sar(finding.pair.sar, max_pixels), read_eo(finding.pair.eo, max_pixels)
+        sar = read_sar(finding.pair.sar, max_pixels)
+        eo, valid, _ = read_judged_eo(finding.pair.eo, eo_range, "--eo-range", max_pixels)
+        eo[~valid] = EXCLUDED
         write_png(output / overlay_path(finding.pair), overlay(sar, eo, residual, finding.boxes, threshold))
     return sorted(findings, key=lambda finding: (-finding.score, finding.pair.name))
 
 
 def overlay(sar: np.ndarray, eo: np.ndarray, residual: np.ndarray, boxes: list, threshold: float) -> np.ndarray:
-    """SAR, EO [H, W, 3] in 0-255 and the map [H, W] => SAR | EO | EO with heat and boxes, uint8 [H', W', 3].
+    """SAR, EO [H, W, 3] in 0-255 and the map [H, W], NaN: no heat => SAR | EO | EO with heat and boxes, uint8 [H', W', 3].
 
     Heat is half opaque at the threshold and lets the image shine through everywhere.
     """
-    opacity = (residual / max(2 * threshold, np.finfo(np.float32).tiny)).clip(0, 0.8)[..., None]  # [H,W,1]
+    opacity = (np.nan_to_num(residual) / max(2 * threshold, np.finfo(np.float32).tiny)).clip(0, 0.8)[..., None]  # [H,W,1]
     heated = eo * (1 - opacity) + np.array(HEAT) * opacity
     scale = max(1, -(-MIN_SIDE_PX // min(eo.shape[:2])))
     pictures = [picture.repeat(scale, 0).repeat(scale, 1).round().astype(np.uint8) for picture in (sar, eo, heated)]
@@ -92,13 +100,13 @@ def choose_kept(findings: list[Finding], drop_share: float, max_score: float | N
 
 
 def write_table(path: Path, findings: list[Finding]) -> None:
-    """CSV, a line per pair in the order given. Boxes: x0 y0 x1 y1 in px, parted by semicolons."""
+    """CSV, a line per pair in the order given. counted: share of the pixels. Boxes: x0 y0 x1 y1 in px, parted by semicolons."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["name", "score", "local", "max", "kept", "boxes", "sar", "eo"])
+    writer.writerow(["name", "score", "local", "max", "counted", "kept", "boxes", "sar", "eo"])
     for finding in findings:
         boxes = "; ".join(" ".join(map(str, box)) for box in finding.boxes)
-        numbers = [f"{number:.6g}" for number in (finding.score, finding.local, finding.maximum)]
+        numbers = [f"{number:.6g}" for number in (finding.score, finding.local, finding.maximum, finding.counted)]
         writer.writerow(
             [finding.pair.name, *numbers, "yes" if finding.kept else "no", boxes, finding.pair.sar, finding.pair.eo]
         )
@@ -117,7 +125,7 @@ def write_contact_sheet(path: Path, findings: list[Finding], top: int) -> None:
         figures.append(f'<figure><img src="{source}" alt="{name}" loading="lazy"><figcaption>{caption}</figcaption></figure>')
     style = "body{font-family:sans-serif}figure{display:inline-block;margin:8px;max-width:640px}img{max-width:100%}"
     title = f"The {len(figures)} most discrepant of {len(findings)} pairs"
-    legend = "SAR, EO, EO with what contradicts the SAR in red; yellow boxes: the strongest regions."
+    legend = "SAR, EO, EO with what contradicts the SAR in red; yellow boxes: the strongest regions; plain grey: not counted."
     page = [
         "<!DOCTYPE html>", '<html lang="en">',
         f'<head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>',

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.ndimage import distance_transform_edt
 
 from cdiffset.audit import residual_map, upsampled
 from cdiffset.audit_report import MAPS, map_path
 from cdiffset.errors import UserError
-from cdiffset.images import read_eo, read_sar, write_tiff
+from cdiffset.images import write_tiff
 from cdiffset.options import recorded_settings
+from cdiffset.pairs import read_judged_pair
 from cdiffset.pipeline import batches_of_one_size, skip_too_long
 from cdiffset.record import Record
 from cdiffset.translator import Model
@@ -32,32 +34,32 @@ class Auditor(Model):
 
 
 def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, skip_existing: bool) -> list[Pair]:
-    """Write the map of every pair => the pairs that were skipped."""
-    record = Record(output / MAPS, recorded_settings(auditor.args))
+    """Write the map of every pair, NaN where its EO does not count => the pairs that were skipped."""
+    record = Record(output / MAPS, recorded_settings(auditor.args) | {"eo_range": auditor.args.eo_range})
     if skip_existing:
         record.require_same()
     todo = [pair for pair in pairs if not (skip_existing and record.has(map_path(output, pair)))]
     if len(todo) < len(pairs):
         print(f"{len(pairs) - len(todo)} of {len(pairs)} maps are there already")
-
     if todo:
         record.write(skip_existing)
 
-    def read(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-        return read_pair(pair, auditor.args.max_pixels)
+    def read(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        sar, eo, valid = read_judged_pair(pair.sar, pair.eo, auditor.args.eo_range, auditor.args.max_pixels)
+        return sar, continued(eo, valid), valid
 
     skipped: list[Pair] = []
-    for indices, (sar, eo) in batches_of_one_size(todo, read, auditor.factor, auditor.images_together, skipped, "auditing"):
-        for index, discrepancy in zip(indices, auditor(sar, eo), strict=True):
+    for indices, (sar, eo, valid) in batches_of_one_size(
+        todo, read, auditor.factor, auditor.images_together, skipped, "auditing"
+    ):
+        for index, discrepancy, counted in zip(indices, auditor(sar, eo), valid, strict=True):
             with skip_too_long(todo[index], todo[index].eo, skipped):
-                write_tiff(map_path(output, todo[index]), discrepancy)
+                write_tiff(map_path(output, todo[index]), np.where(counted, discrepancy, np.float32(np.nan)))
     return skipped
 
 
-def read_pair(pair: Pair, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """=> SAR and EO [H, W, 3] in 0-255. UserError where one is unreadable or their sizes differ."""
-    sar, eo = read_sar(pair.sar, max_pixels), read_eo(pair.eo, max_pixels)
-    if sar.shape != eo.shape:
-        sizes = [f"{image.shape[1]} x {image.shape[0]} px" for image in (sar, eo)]
-        raise UserError(f"the images of a pair differ in size: SAR {pair.sar} is {sizes[0]}, EO {pair.eo} is {sizes[1]}")
-    return sar, eo
+def continued(pixels: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Pixels [H, W, 3], each that is not valid [H, W] replaced by the nearest that is, so that no edge is seen there."""
+    if valid.all():
+        return pixels
+    return pixels[tuple(distance_transform_edt(~valid, return_distances=False, return_indices=True))]

@@ -1,6 +1,8 @@
 """How commands end: mistakes of the user, told from faults of the program, and runs that were asked to stop."""
 
 import argparse
+import io
+import re
 import sys
 from collections.abc import Callable
 
@@ -23,12 +25,24 @@ def message_of(error: UserError) -> str:
 class Parser(argparse.ArgumentParser):
     """Tells a mistake on the command line as every other one: in one line, without the usage of all options."""
 
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._negative_number_matcher = re.compile(r"-\.?[0-9]")  # so that -1,1 is a value, not an option
+
     def error(self, message: str):
         raise UserError(message)
 
 
+def print_anything() -> None:
+    """Let stdout and stderr escape what their encoding lacks, such as the arrows of a table in an ASCII terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # tests and notebooks put in others
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(main: Callable[..., int], argv: list[str] | None = None) -> int:
     """Exit code of `main(argv)`; a UserError becomes `error: <message>` on stderr and 2, Stopped 75, Ctrl-C 130."""
+    print_anything()
     try:
         return main(argv)
     except UserError as error:

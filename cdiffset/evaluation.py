@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import utils
 from cdiffset.errors import UserError
-from cdiffset.images import written_whole
+from cdiffset.images import MAX_PIXELS, written_whole
 from cdiffset.judgement import pooled
 from cdiffset.pairs import FAULTS, MAPS, Inputs, PairFolders
 from cdiffset.report import render_html, render_markdown
@@ -24,6 +24,8 @@ RESAMPLES = 2000  # of the bootstrap
 INTERVAL = (2.5, 97.5)  # percentiles
 EXAMPLES = 3  # best, median and worst images shown, each
 COLLAPSE = ("8-bit/mae_sar", "8-bit/mae")
+PICTURE_PX = 512  # longer sides of example pictures are reduced
+BATCH_PX = 2**24  # of all images of a batch
 SHOWN = 3  # how many of many faulty files a message names
 
 
@@ -37,6 +39,7 @@ def evaluate_folders(
     networks: bool = True,  # False: spare LPIPS, DISTS, FID, KID and IS
     strict: bool = False,  # any fault is an error
     baseline: Path | None = None,  # report.json of another method on the same images
+    max_pixels: int = MAX_PIXELS,  # larger images are unreadable
 ) -> dict:
     """Judge the folders and write report.json, report.md, report.html and metrics.csv to `output` => report.json's content.
 
@@ -44,33 +47,42 @@ def evaluate_folders(
     judge, or for any fault when `strict`.
     """
     other = None if baseline is None else read_report(baseline)
-    folders = PairFolders(inputs)
+    folders = PairFolders(inputs, max_pixels)
     refuse(folders.faults, strict)
+    if other is not None:
+        refuse_stranger(folders.stems, other)
     metrics = utils.PairMetrics(device, with_lpips=networks, with_dists=networks)
     set_metrics = utils.SetMetrics(device, wanted=networks)
-    rows, samples, sizes = [], [], Counter()
+    rows, samples, sizes, counted, with_excluded = [], [], Counter(), 0, 0
     bar = tqdm(total=len(folders), desc="evaluating", unit="image", mininterval=1)
     loader = DataLoader(folders, batch_size=None, num_workers=num_workers)
     with bar:
         for batch in batches(usable(loader, folders.faults, bar), batch_size):
-            generated, eo = (torch.stack([item[kind] for item in batch]) for kind in ("generated", "eo"))
-            set_metrics.update(generated, eo)
-            values = utils.image_rows([item["stem"] for item in batch], metrics(generated, eo))
+            generated, eo, valid = (torch.stack([item[kind] for item in batch]) for kind in ("generated", "eo", "valid"))
+            if whole := bool(valid.all()):
+                set_metrics.update(generated, eo)
+            values = utils.image_rows([item["stem"] for item in batch], metrics(generated, eo, None if whole else valid))
+            counted, with_excluded = counted + int(valid.sum()), with_excluded + len(batch) * (not whole)
             rows += [row | item["values"] for row, item in zip(values, batch, strict=True)]
             samples += [item["sample"] for item in batch if item["sample"] is not None]
-            sizes[f"{eo.shape[3]} x {eo.shape[2]}"] += len(batch)
+            sizes[eo.shape[3], eo.shape[2]] += len(batch)
     refuse(folders.faults, strict)
     if not rows:
-        raise UserError(f"none of {len(folders)} pairs can be judged: {named(folders.faults)}")
-    set_values = set_metrics.compute()
+        raise UserError(f"none of {len(folders)} pairs can be judged: {named(folders.faults, 1)}")
+    set_values = {name: entry | {"n": set_metrics.images} for name, entry in set_metrics.compute().items()}
+    not_whole = dict.fromkeys(set_values, utils.NEEDS_WHOLE) if with_excluded else {}
     report = {
         "images": len(rows),
-        "sizes": dict(sizes),
-        "inputs": {name: None if value is None else str(value) for name, value in vars(inputs).items()},
+        "sizes": {f"{width} x {height}": count for (width, height), count in sizes.items()},
+        "counted": {
+            "share": counted / sum(width * height * count for (width, height), count in sizes.items()),
+            "images_with_excluded_pixels": with_excluded,
+        },
+        "inputs": {name: None if value is None else shown(value) for name, value in vars(inputs).items()},
         "conventions": {name: convention.description for name, convention in utils.CONVENTIONS.items()},
         "means": means_with_intervals(rows),
         "set": set_values | identity_collapse(rows),
-        "absent": metrics.absent | set_metrics.absent | absent_inputs(inputs, bool(samples)),
+        "absent": metrics.absent | not_whole | set_metrics.absent | absent_inputs(inputs, bool(samples)),
         "faults": {kind: faults for kind, faults in folders.faults.items() if faults},
         "uncertainty": pooled(samples, folders.pixels_per_image) if samples else None,
         "comparison": None if other is None else compare(rows, set_values, *other),
@@ -91,22 +103,33 @@ def usable(items: Iterable[dict], faults: dict[str, list[str]], bar: tqdm) -> It
 
 
 def batches(items: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
-    """Neighbours of one size together, up to batch_size of them."""
+    """Neighbours of one size together, all with excluded pixels or all without, up to batch_size of them or BATCH_PX."""
     batch: list[dict] = []
+    kind_before = None
     for item in items:
-        if batch and (len(batch) == batch_size or item["eo"].shape != batch[0]["eo"].shape):
+        height, width = item["valid"].shape
+        kind = height, width, bool(item["valid"].all())
+        full = len(batch) >= min(batch_size, max(1, BATCH_PX // (height * width)))
+        if batch and (full or kind != kind_before):
             yield batch
             batch = []
         batch.append(item)
+        kind_before = kind
     if batch:
         yield batch
 
 
-def named(faults: dict[str, list[str]]) -> str:
+def named(faults: dict[str, list[str]], most: int = SHOWN) -> str:
     """All faults on one line: how many of each kind, and the first of them."""
     kinds = [(FAULTS[kind], texts) for kind, texts in faults.items() if texts]
-    shown = [f"{kind}: {len(texts)} ({', '.join(texts[:SHOWN])}{', ...' * (len(texts) > SHOWN)})" for kind, texts in kinds]
-    return "; ".join(shown)
+    return "; ".join(
+        f"{kind}: {len(texts)} ({', '.join(texts[:most])}{', ...' * (len(texts) > most)})" for kind, texts in kinds
+    )
+
+
+def shown(value: Path | tuple[float, float]) -> str:
+    """A folder or a range as on the command line."""
+    return ",".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
 
 
 def refuse(faults: dict[str, list[str]], strict: bool) -> None:
@@ -206,20 +229,25 @@ def read_report(path: Path) -> tuple[dict, list[dict], Path]:
                 {key: value if key == "name" else float(value) for key, value in row.items() if value != ""}
                 for row in csv.DictReader(file)
             ]
-        _ = report["set"], report["images"], [row["name"] for row in rows]
+        _ = report["images"], [row["name"] for row in rows], [entry["value"] for entry in report["set"].values()]
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; expected report.json with metrics.csv beside it") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
         raise UserError(f"{path}: neither it nor {table.name} beside it may be changed by hand ({error})") from error
     return report, rows, path
 
 
+def refuse_stranger(names: list[str], baseline: tuple[dict, list[dict], Path]) -> None:
+    _, rows, path = baseline
+    if not {row["name"] for row in rows}.intersection(names):
+        raise UserError(f"--baseline: {path} judged none of these images")
+
+
 def compare(rows: list[dict], set_values: dict, report: dict, other_rows: list[dict], path: Path) -> dict:
     """This method minus the baseline on the images that both judged, with 95 % intervals of a paired bootstrap."""
+    refuse_stranger([row["name"] for row in rows], (report, other_rows, path))
     theirs = {row["name"]: row for row in other_rows}
     mine = [row for row in rows if row["name"] in theirs]
-    if not mine:
-        raise UserError(f"--baseline: {path} judged none of these images")
     theirs = [theirs[row["name"]] for row in mine]
     groups_compared = {*utils.CONVENTIONS, "8-bit", *MAPS}  # not the maps' rivals
     shared = set(utils.columns_of(theirs))
@@ -233,7 +261,12 @@ def compare(rows: list[dict], set_values: dict, report: dict, other_rows: list[d
         groups.setdefault(group, {})[metric] = entry
     both = [name for name in set_values if name in report["set"]]
     of_set = {name: {"value": set_values[name]["value"], "baseline": report["set"][name]["value"]} for name in both}
-    return {"baseline": str(path), "images": len(mine), "images_of_baseline": report["images"], "means": groups, "set": of_set}
+    shares = ([row.get("share/counted", 1.0) for row in each] for each in (mine, theirs))
+    return {
+        "baseline": str(path), "images": len(mine), "images_of_baseline": report["images"],
+        "images_of_other_pixels": sum(share != other for share, other in zip(*shares, strict=True)),
+        "means": groups, "set": of_set,
+    }  # fmt: skip
 
 
 # ---- files
@@ -267,13 +300,20 @@ def pictures(chosen: dict[str, list[str]], folders: PairFolders) -> dict[str, di
 
 
 def picture(item: dict) -> np.ndarray:
-    """SAR, EO, generated EO, their absolute difference (white: half of the range or more), maps on each one's own scale."""
+    """SAR, EO, generated EO, their absolute difference (white: half of the range or more), maps on each one's own scale.
+
+    What does not count is grey, but for the SAR. Large images are shown reduced, small ones enlarged.
+    """
     images = {name: item[kind] for name, kind in (("SAR", "sar"), ("EO", "eo"), ("generated EO", "generated")) if kind in item}
     images["error"] = (item["generated"] - item["eo"]).abs().mean(0, keepdim=True).clamp(0, 1)
     for name, values in item["maps"].items():
-        scale = np.ptp(values) or 1
-        images[name] = torch.from_numpy((values - values.min()) / scale)[None]
-    side = min(item["eo"].shape[-2:])
-    scale = max(1, 128 // side)  # small images are shown larger
-    enlarged = [image.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for image in images.values()]
-    return utils.panel(enlarged, list(images))
+        low, high = np.nanmin(values), np.nanmax(values)
+        images[name] = torch.from_numpy((values - low) / ((high - low) or 1))[None]
+    for name in images.keys() - {"SAR"}:
+        excluded = ~item["valid"] | images[name].isnan().any(0)
+        images[name] = torch.where(excluded, 0.0 if len(images[name]) == 3 else 0.5, images[name])
+    height, width = item["valid"].shape
+    enlarge = max(1, min(128 // min(height, width), PICTURE_PX // max(height, width)))
+    reduce = -(-max(height, width) // PICTURE_PX)
+    sized = [image.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2) for image in images.values()]
+    return utils.panel([torch.nn.functional.avg_pool2d(image, reduce, ceil_mode=True) for image in sized], list(images))

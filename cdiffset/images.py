@@ -7,11 +7,12 @@ Files are read into 0-255 (float32 [H, W, 3]); networks work in [-1, 1]. SAR and
 import hashlib
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import rasterio
@@ -94,11 +95,65 @@ def read_eo(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     colours. UserError names the file if it is unreadable or claims more than max_pixels.
     """
     bands, valid = _read(Path(path), max_pixels)
-    if bands.shape[-1] not in (1, 3):
-        raise UserError(f"{path}: {bands.shape[-1]} bands besides alpha; an EO image has 1 or 3")
+    _require_rgb(path, bands)
     if bands.dtype != np.uint8:
         bands = stretch(bands, valid)
     return np.repeat(bands, 3 // bands.shape[-1], axis=-1).astype(np.float32)
+
+
+class UndeclaredRange(UserError):
+    """EO to be judged that is deeper than 8 bits without a declared range, or 8-bit with one."""
+
+
+class JudgedEO(NamedTuple):
+    """EO for judging, on the scale of its numbers: nothing is stretched by its percentiles."""
+
+    pixels: np.ndarray  # float32 [H, W, 3] in 0-255, 0 where not valid
+    valid: np.ndarray  # bool [H, W]: finite in every band, and excluded neither by alpha 0, nor by nodata, nor by a mask
+    clipped: float  # share of the valid pixels with a value beyond the declared range
+
+
+def read_judged_eo(
+    path: str | Path, limits: tuple[float, float] | None, option: str | None, max_pixels: int = MAX_PIXELS
+) -> JudgedEO:
+    """EO file to judge or to judge by. 8-bit data is taken as is; of deeper data, the declared `limits` become 0 and 255.
+
+    UndeclaredRange where deeper data comes without limits, or 8-bit data with limits other than 0 and 255; its message says
+    what was found and names `option`, which declares them (None: there is no such option). Other UserErrors as in read_eo. A
+    file without a valid pixel is no error.
+    """
+    bands, valid = _decoded(Path(path), max_pixels)
+    _require_rgb(path, bands)
+    valid, clipped = valid.all(-1), 0.0
+    values = bands[valid]  # [n, 1 or 3]
+    if values.dtype == np.uint8:
+        if limits not in (None, (0, 255)):
+            raise UndeclaredRange(f"{path}: 8-bit pixels, which are taken as 0 to 255; leave out {option}")
+    elif values.size:
+        if limits is None:
+            what = f"{path}: {values.dtype} pixels from {values.min():g} to {values.max():g}, expected 8-bit"
+            raise UndeclaredRange(f"{what}; declare what 0 and 255 are by {option} LOW,HIGH" if option else what)
+        low, high = limits
+        clipped = float(((values < low) | (values > high)).any(-1).mean())
+        values = (np.clip(values.astype(np.float64), low, high) - low) / (high - low) * 255
+    pixels = np.zeros((*valid.shape, 3), np.float32)
+    pixels[valid] = values
+    return JudgedEO(pixels, valid, clipped)
+
+
+def require_declared_range(path: Path, limits: tuple[float, float] | None, option: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise UndeclaredRange if it is that for this file, one for all of its folder, before hours of work."""
+    try:
+        read_judged_eo(path, limits, option, max_pixels)
+    except UndeclaredRange:
+        raise
+    except UserError:
+        pass  # told when its turn comes
+
+
+def _require_rgb(path: str | Path, bands: np.ndarray) -> None:
+    if bands.shape[-1] not in (1, 3):
+        raise UserError(f"{path}: {bands.shape[-1]} bands besides alpha; an EO image has 1 or 3")
 
 
 def stretch(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -140,6 +195,26 @@ def read_tiff(path: str | Path) -> np.ndarray:
     """What write_tiff wrote: float32 [H, W]."""
     with without_georeference(), rasterio.open(path) as source:
         return source.read(1)
+
+
+def require_writable(option: str, folder: str | Path) -> None:
+    """UserError with the option's name where no file can be written into a folder, which need not exist yet.
+
+    For use before hours of work. Nothing is left behind, neither a file nor a folder.
+    """
+    folder, missing = Path(folder), []
+    try:
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        if missing:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UserError(f"{option}: cannot write into {folder}: {error.strerror}") from error
+    finally:
+        for each in missing:
+            with suppress(OSError):  # it was not made, or someone else uses it by now
+                each.rmdir()
 
 
 @contextmanager
@@ -227,6 +302,14 @@ def without_georeference() -> Iterator[None]:
 
 
 def _read(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """`_decoded`, but a deep band without a valid pixel is a UserError: it has no percentiles."""
+    bands, valid = _decoded(path, max_pixels)
+    if bands.dtype != np.uint8 and not valid.any(axis=(0, 1)).all():
+        raise UserError(f"{path}: a band without a single valid pixel (all NaN, infinite, nodata or masked)")
+    return bands, valid
+
+
+def _decoded(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
     """Any supported file => (bands [H, W, C], alpha dropped, uint8 or deeper; valid [H, W, C] bool)."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -242,10 +325,7 @@ def _read(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
         bands = bands.astype(np.uint8) * 255
     if bands.dtype.kind not in "uif":
         raise UserError(f"{path}: pixels of type {bands.dtype}; expected real numbers")
-    valid = unmasked & np.isfinite(bands)
-    if bands.dtype != np.uint8 and not valid.any(axis=(0, 1)).all():
-        raise UserError(f"{path}: a band without a single valid pixel (all NaN, infinite, nodata or masked)")
-    return bands, valid
+    return bands, unmasked & np.isfinite(bands)
 
 
 def require_size(path: Path, height: int, width: int, bands: int, max_pixels: int) -> None:
@@ -265,9 +345,11 @@ def _read_picture(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
             raise UserError(f"{path}: {image.n_frames} frames; expected one image")
         if image.format == "PNG" and image.mode != "I;16" and "16" in str(image.tile[0].args):
             return _read_raster(path, max_pixels, "PNG")  # Pillow would cut 16-bit colour down to 8 bits
-        bands = np.array(_plain_mode(ImageOps.exif_transpose(image)))
+        upright = ImageOps.exif_transpose(image)
+        bands = np.array(_plain_mode(upright))
+        opaque = np.array(upright.convert("RGBA").getchannel("A")) > 0 if upright.has_transparency_data else True
     bands = bands.reshape(*bands.shape[:2], -1)
-    return bands, np.ones(bands.shape, bool)
+    return bands, np.broadcast_to(np.atleast_3d(opaque), bands.shape)
 
 
 def _plain_mode(image: Image.Image) -> Image.Image:

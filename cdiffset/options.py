@@ -1,6 +1,7 @@
 """The options that several commands share: model, sampling, machine. No heavy import, so that --help is quick."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +100,24 @@ def add_scene_options(parser: argparse.ArgumentParser) -> None:
         "--resample-gsd", type=metres, nargs="?", const=True, metavar="METRES", help="translate at the GSD of the "
         "checkpoint's training images, or at this one; results come back on the scene's own grid [no resampling]"
     )  # fmt: skip
+
+
+def add_eo_range(group) -> None:
+    group.add_argument(
+        "--eo-range", type=value_range, metavar="LOW,HIGH", help="what black and white are in the true EO, e.g. 0,1 or -1,1, "
+        "where its files are deeper than 8 bits; it is not stretched, and alpha 0, nodata and NaN do not count"
+    )  # fmt: skip
+
+
+def value_range(text: str) -> tuple[float, float]:
+    """LOW,HIGH, two finite numbers that rise."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not 0 < high - low < math.inf:
+        raise argparse.ArgumentTypeError(f"expected LOW,HIGH with LOW below HIGH, e.g. 0,1 or -1,1, found {text!r}")
+    return low, high
 
 
 def add_radiometry_options(group, default: str = "[") -> None:

@@ -14,7 +14,18 @@ from rasterio.errors import RasterioError
 from torch.utils.data import Dataset
 
 from cdiffset.errors import UserError
-from cdiffset.images import IMAGE_SUFFIXES, list_images, read_eo, read_sar, read_tiff, to_signed
+from cdiffset.images import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    UndeclaredRange,
+    list_images,
+    open_alone,
+    read_judged_eo,
+    read_sar,
+    require_declared_range,
+    require_size,
+    to_signed,
+)
 from cdiffset.judgement import image_columns, rivals, sample_pixels
 from feeders.feeder import PAIR_SUFFIXES, read_list, read_pair_list
 
@@ -33,6 +44,8 @@ FAULTS = {
     "unlisted": "entries of the list without a file",
     "cropped": "ground truth larger than the prediction, centre-cropped to it",
     "size": "ground truth smaller than the prediction, left out",
+    "range": "pairs whose value range is not declared, left out",
+    "empty": "pairs without a pixel that is valid in both images, left out",
     "unreadable": "unreadable pairs, left out",
     "beside": "pairs without a usable SAR, map or mask, left out of what needs it",
 }
@@ -40,7 +53,7 @@ FAULTS = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """The folders to judge; None: not given."""
+    """The folders to judge, and what their numbers are; None: not given."""
 
     pred_dir: Path  # EO as any method made it
     gt_dir: Path  # true EO
@@ -50,24 +63,34 @@ class Inputs:
     ensemble_dir: Path | None = None  # float32 TIFF, standard deviation over samples in 8-bit units
     mask_dir: Path | None = None  # mask_sar_only/ and mask_eo_only/, 8-bit, above 127 is positive
     split_list: Path | None = None  # which stems count
+    pred_range: tuple[float, float] | None = None  # what 0 and 255 are in pred_dir; None: its files are 8-bit
+    gt_range: tuple[float, float] | None = None
 
 
 class SizeFault(UserError):
     """An image that is smaller than what it should be cropped to."""
 
 
+class EmptyFault(UserError):
+    """A pair without a pixel that counts."""
+
+
+FAULT_OF = {SizeFault: "size", EmptyFault: "empty", UndeclaredRange: "range"}  # others: unreadable
+
+
 class PairFolders(Dataset):
     """The pairs of `inputs` in counting order of their stems, each as a dict:
 
-    {"stem"; "sar" (where given), "eo", "generated": float32 [3, H, W] in [-1, 1]; "maps": {name: float32 [H, W]};
+    {"stem"; "sar" (where given), "eo", "generated": float32 [3, H, W] in [-1, 1]; "valid": bool [H, W], the pixels that count,
+    which both EO images hold; the others are black in both; "maps": {name: float32 [H, W], NaN where not valid};
     "values": {column: number} of this image; "sample": {name: [n]} of its pixels, or None; "faults": [(kind, text)]}.
 
     A pair that cannot be used has "stem" and "faults" alone. What the folders' lists tell already is in `faults`:
-    {kind of FAULTS: [names]}. UserError where no pair is left.
+    {kind of FAULTS: [names]}. UserError where no pair is left, and where a range does not fit the first pair's files.
     """
 
-    def __init__(self, inputs: Inputs):
-        self.inputs = inputs
+    def __init__(self, inputs: Inputs, max_pixels: int = MAX_PIXELS):
+        self.inputs, self.max_pixels = inputs, max_pixels
         self.files = {"generated": images_by_stem(inputs.pred_dir), "eo": images_by_stem(inputs.gt_dir)}
         generated, eo = set(self.files["generated"]), set(self.files["eo"])
         self.faults: dict[str, list[str]] = {}
@@ -86,6 +109,9 @@ class PairFolders(Dataset):
             beside |= {mask: inputs.mask_dir / f"mask_{mask}" for mask in MASKS}
         self.files |= {kind: images_by_stem(folder) for kind, folder in beside.items()}
         self.pixels_per_image = max(1, POOLED_PIXELS // len(self.stems))
+        self.ranges = {"generated": (inputs.pred_range, "--pred-range"), "eo": (inputs.gt_range, "--gt-range")}
+        for kind, (limits, option) in self.ranges.items():
+            require_declared_range(self._path(kind, self.stems[0]), limits, option, max_pixels)
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -93,37 +119,60 @@ class PairFolders(Dataset):
     def __getitem__(self, index: int) -> dict:
         stem = self.stems[range(len(self))[index]]  # raises the IndexError that ends an iteration
         try:
-            generated, eo = read_eo(self._path("generated", stem)), read_eo(self._path("eo", stem))  # [H, W, 3]
-            faults = [] if eo.shape == generated.shape else [("cropped", f"{stem} ({_size(eo)} to {_size(generated)})")]
-            eo = centre_crop(eo, generated.shape[:2], stem)
+            generated, eo, valid, values, faults = self._read_pair(stem)
         except UserError as error:
-            return {"stem": stem, "faults": [("size" if isinstance(error, SizeFault) else "unreadable", str(error))]}
-        item = {"stem": stem, "generated": as_tensor(generated), "eo": as_tensor(eo)}
-        item |= {"maps": {}, "values": {"8-bit/mae": float(np.abs(generated - eo).mean())}, "sample": None, "faults": faults}
+            return {"stem": stem, "faults": [(FAULT_OF.get(type(error), "unreadable"), str(error))]}
+        values |= {"share/counted": float(valid.mean()), "8-bit/mae": mean_difference(generated, eo, valid)}
+        item = {"stem": stem, "generated": as_tensor(generated), "eo": as_tensor(eo), "valid": torch.from_numpy(valid)}
+        item |= {"maps": {}, "values": values, "sample": None, "faults": faults}
         try:
-            self._add_what_stands_beside(item, generated, eo)
+            self._add_what_stands_beside(item, generated, eo, valid)
         except UserError as error:
             faults.append(("beside", str(error)))
         return item
 
-    def _add_what_stands_beside(self, item: dict, generated: np.ndarray, eo: np.ndarray) -> None:
-        stem, size, sar = item["stem"], generated.shape[:2], None
+    def _read_pair(self, stem: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, float], list[tuple[str, str]]]:
+        """=> (generated and EO [H, W, 3] in 0-255; valid [H, W]; columns of the ranges; faults)."""
+        (generated, valid, clipped), (eo, eo_valid, eo_clipped) = (
+            read_judged_eo(self._path(kind, stem), limits, option, self.max_pixels)
+            for kind, (limits, option) in self.ranges.items()
+        )
+        faults = [] if eo.shape == generated.shape else [("cropped", f"{stem} ({_size(eo)} to {_size(generated)})")]
+        eo, eo_valid = (centre_crop(array, valid.shape, stem) for array in (eo, eo_valid))
+        valid = valid & eo_valid
+        if not valid.any():
+            raise EmptyFault(f"{stem}: no pixel is valid in both images")
+        generated, eo = (np.where(valid[..., None], image, np.float32(0)) for image in (generated, eo))
+        declared = {"pred": (self.inputs.pred_range, clipped), "gt": (self.inputs.gt_range, eo_clipped)}
+        shares = {f"share/clipped_{kind}": share for kind, (limits, share) in declared.items() if limits is not None}
+        return generated, eo, valid, shares, faults
+
+    def _add_what_stands_beside(self, item: dict, generated: np.ndarray, eo: np.ndarray, valid: np.ndarray) -> None:
+        stem, sar = item["stem"], None
         if "sar" in self.files:
-            sar = centre_crop(read_sar(self._path("sar", stem)), size, f"{stem}: SAR")
-            item["sar"], item["values"]["8-bit/mae_sar"] = as_tensor(sar), float(np.abs(generated - sar).mean())
+            sar = centre_crop(read_sar(self._path("sar", stem), self.max_pixels), valid.shape, f"{stem}: SAR")
+            item["sar"], item["values"]["8-bit/mae_sar"] = as_tensor(sar), mean_difference(generated, sar, valid)
         if not self.map_names:
             return
-        maps = {name: centre_crop(read_map(self._path(name, stem)), size, f"{stem}: {name}") for name in self.map_names}
-        masks = {}
-        if self.inputs.mask_dir is not None:
-            for name in MASKS:
-                masks[name] = centre_crop(read_eo(self._path(name, stem)), size, f"{stem}: mask {name}")[..., 0] > 127
+        maps = {
+            name: centre_crop(read_map(self._path(name, stem), self.max_pixels), valid.shape, f"{stem}: {name}")
+            for name in self.map_names
+        }
+        masks = {name: self._read_mask(name, stem, valid.shape) for name in MASKS if name in self.files}
+        valid = np.logical_and.reduce([valid, *(np.isfinite(values) for values in maps.values())])
+        if not valid.any():
+            raise UserError(f"{stem}: no pixel that counts is valid in every map")
         difference = generated - eo
         errors = {"absolute": np.abs(difference).mean(-1), "squared": np.square(difference).mean(-1)}  # [H, W]
-        candidates = maps | rivals(sar, size, stem)
-        item["maps"] = maps
-        item["values"] |= image_columns(candidates, errors)
+        candidates = {name: values[valid] for name, values in (maps | rivals(sar, valid.shape, stem)).items()}  # [n]
+        errors, masks = ({name: values[valid] for name, values in each.items()} for each in (errors, masks))
+        item["maps"] = {name: np.where(valid, values, np.float32(np.nan)) for name, values in maps.items()}
+        item["values"] |= {"share/counted_in_maps": float(valid.mean()), **image_columns(candidates, errors)}
         item["sample"] = sample_pixels({**errors, **candidates, **masks}, self.pixels_per_image, stem)
+
+    def _read_mask(self, name: str, stem: str, size: tuple[int, int]) -> np.ndarray:
+        mask = read_judged_eo(self._path(name, stem), None, None, self.max_pixels).pixels[..., 0] > 127
+        return centre_crop(mask, size, f"{stem}: mask {name}")
 
     def _path(self, kind: str, stem: str) -> Path:
         if stem not in self.files[kind]:
@@ -180,15 +229,39 @@ def centre_crop(image: np.ndarray, size: tuple[int, int], what: str) -> np.ndarr
     return image[top : top + new_height, left : left + new_width]
 
 
-def read_map(path: Path) -> np.ndarray:
-    """A float TIFF => float32 [H, W], finite and not negative; else UserError."""
+def read_judged_pair(
+    sar_path: Path, eo_path: Path, eo_range: tuple[float, float] | None, max_pixels: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """=> SAR and true EO [H, W, 3] in 0-255, and valid [H, W], the pixels of the EO that count.
+
+    UserError where one is unreadable, their sizes differ, no pixel counts, or --eo-range does not fit the EO.
+    """
+    sar, (eo, valid, _) = read_sar(sar_path, max_pixels), read_judged_eo(eo_path, eo_range, "--eo-range", max_pixels)
+    if sar.shape != eo.shape:
+        raise SizeFault(f"the images of a pair differ in size: SAR {sar_path} is {_size(sar)}, EO {eo_path} is {_size(eo)}")
+    if not valid.any():
+        raise EmptyFault(f"{eo_path}: no pixel is valid")
+    return sar, eo, valid
+
+
+def read_map(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A float TIFF => float32 [H, W], NaN where it is NaN, nodata or masked; UserError where it is infinite or negative."""
     try:
-        values = read_tiff(path)
+        with open_alone(path, "GTiff") as source:
+            require_size(path, source.height, source.width, 1, max_pixels)
+            values, masked = source.read(1).astype(np.float32), source.read_masks(1) == 0
     except RasterioError as error:
         raise UserError(f"{path}: unreadable, truncated or not a TIFF ({error})") from error
-    if not (np.isfinite(values).all() and values.min() >= 0):
-        raise UserError(f"{path}: expected finite values from 0, found {np.min(values):g} to {np.max(values):g}")
+    values[masked] = np.nan
+    known = values[~np.isnan(values)]
+    if not (np.isfinite(known).all() and (known >= 0).all()):
+        raise UserError(f"{path}: expected finite values from 0, found {known.min():g} to {known.max():g}")
     return values
+
+
+def mean_difference(one: np.ndarray, other: np.ndarray, valid: np.ndarray) -> float:
+    """Mean absolute difference of two images [H, W, 3] over the valid pixels [H, W]."""
+    return float(np.abs(one - other)[valid].mean())
 
 
 def as_tensor(pixels: np.ndarray) -> torch.Tensor:

@@ -35,6 +35,7 @@ LABELS |= {
     for error in ERRORS
     for measure, label in (RANKING | {"ence": "ENCE, {} ↓"}).items()
 }
+CLIPPED_SHARE = 0.01  # of the pixels beyond a declared range, from which it is doubtful
 FID_UNBIASED_IMAGES = 2049  # fewer leave the covariances of 2048 features rank-deficient
 DISCARDED = (0, 10, 20, 30, 50, 70, 90)  # percent, in the table of the discard curve
 FAULTS_SHOWN = 20
@@ -116,6 +117,7 @@ def render_html(report: dict, pictures: dict[str, dict[str, np.ndarray]]) -> str
 
 def blocks(report: dict) -> Iterator[NamedTuple]:
     yield Text(f"Image sizes [px]: {', '.join(f'{size} ({count})' for size, count in report['sizes'].items())}.")
+    yield Text(counted_pixels(report["counted"], report["images"]))
     yield Items([f"{name}: {value}" for name, value in report["inputs"].items() if value is not None])
     yield from warnings(report)
     yield Heading("Images")
@@ -137,15 +139,34 @@ def blocks(report: dict) -> Iterator[NamedTuple]:
         yield Items([f"{plain_label(name)}: {reason}" for name, reason in report["absent"].items()])
 
 
+def counted_pixels(counted: dict, images: int) -> str:
+    excluded = counted["images_with_excluded_pixels"]
+    text = f"Pixels that count: {100 * counted['share']:.4g} %."
+    if not excluded:
+        return text
+    return (
+        f"{text} In {excluded} of {images} images, alpha, nodata, a mask, NaN or infinity in the generated or the true EO "
+        "exclude some. PSNR and mean differences are of the pixels that count, SSIM and SCC means over the windows without an "
+        "excluded pixel, and LPIPS, DISTS, FID, KID and IS of the images without one."
+    )
+
+
 def warnings(report: dict) -> Iterator[Text]:
+    for kind in ("pred", "gt"):
+        clipped = report["means"].get("share", {}).get(f"clipped_{kind}", {"mean": 0})["mean"]
+        if clipped > CLIPPED_SHARE:
+            yield Text(
+                f"Warning: {100 * clipped:.3g} % of the pixels lie beyond --{kind}-range {report['inputs'][f'{kind}_range']} "
+                "and are clipped. Check the range."
+            )
     ratio = report["set"].get("identity_collapse")
     if ratio and ratio["value"] < 1:
         yield Text(
             f"Warning: the identity-collapse ratio is {ratio['value']:.4f}, below 1. The images are closer to the SAR than to "
             "the EO: the output copies its input."
         )
-    if "fid" in report["set"] and report["images"] < FID_UNBIASED_IMAGES:
-        yield Text(f"FID of {report['images']} images is biased upwards: compare it with FIDs of equally many images only.")
+    if "fid" in report["set"] and (images := report["set"]["fid"]["n"]) < FID_UNBIASED_IMAGES:
+        yield Text(f"FID of {images} images is biased upwards: compare it with FIDs of equally many images only.")
 
 
 def plain_label(metric: str) -> str:
@@ -165,7 +186,7 @@ def image_blocks(report: dict) -> Iterator[NamedTuple]:
     yield Table([["in 8-bit units (0 to 255)", "mean over images"], *rows])
     if report["set"]:
         yield Table(
-            [["of the set", "value"], *([LABELS[name], set_cell(name, entry)] for name, entry in report["set"].items())]
+            [["of the set", "value"], *([LABELS[name], set_cell(name, entry, images)] for name, entry in report["set"].items())]
         )
 
 
@@ -179,14 +200,15 @@ def cell(entry: dict | None, images: int) -> str:
     return f"{text} (n = {entry['n']}" + (f", {entry['infinite']} infinite)" if entry["infinite"] else ")")
 
 
-def set_cell(metric: str, entry: dict) -> str:
+def set_cell(metric: str, entry: dict, images: int) -> str:
+    """A value of the set, with the number of images wherever it is not all of them."""
     text = number(entry["value"], 5 if metric == "kid" else 4) + bracket(entry)
     if "std" in entry:
         text += f" ± {number(entry['std'], 5 if metric == 'kid' else 4)}"
     if "subsets" in entry:
         whole = "the whole set" if entry["subsets"] == 1 else f"{entry['subsets']} subsets"
         text += f" ({whole} of {entry['subset_size']} images)"
-    return text
+    return text + (f" (n = {entry['n']})" if entry.get("n", images) != images else "")
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -202,6 +224,8 @@ def comparison_blocks(comparison: dict) -> Iterator[NamedTuple]:
         f"This minus {comparison['baseline']}, on the {comparison['images']} images that both judged (the baseline has "
         f"{comparison['images_of_baseline']}). In brackets: 95 % interval, paired bootstrap over images."
     )
+    if comparison["images_of_other_pixels"]:
+        yield Text(f"Warning: {comparison['images_of_other_pixels']} of these images were judged by other pixels there.")
     rows = [
         [group, LABELS.get(metric, metric), number(entry["difference"]) + bracket(entry), str(entry["n"])]
         for group, metrics in comparison["means"].items()
@@ -215,10 +239,11 @@ def comparison_blocks(comparison: dict) -> Iterator[NamedTuple]:
 
 
 def uncertainty_blocks(part: dict, means: dict, images: int) -> Iterator[NamedTuple]:
-    maps, mean_error = part["maps"], part["mean_error"]
+    maps, mean_error, share = part["maps"], part["mean_error"], means["share"]["counted_in_maps"]["mean"]
     yield Text(
         f"Pooled over {part['pixels']} pixels of {part['images']} images, at most {part['pixels_per_image']} of each, drawn at "
-        f"random with a fixed seed. Error: absolute or squared, mean over RGB, in 8-bit units; its mean is "
+        f"random with a fixed seed from those that count and are valid in every map (mean over images: {100 * share:.4g} %). "
+        f"Error: absolute or squared, mean over RGB, in 8-bit units; its mean is "
         f"{mean_error['absolute']:.3f} and {mean_error['squared']:.1f}. Rivals: a random map, and the SAR's brightness, "
         f"coefficient of variation in {WINDOW_PX} x {WINDOW_PX} px and gradient (Gaussian, σ = {GRADIENT_SIGMA_PX:g} px)."
     )
@@ -307,7 +332,10 @@ def calibration_blocks(maps: dict, means: dict, images: int) -> Iterator[NamedTu
 
 def picture_blocks(pictures: dict[str, dict[str, np.ndarray]]) -> Iterator[NamedTuple]:
     yield Heading("Best, median and worst images by PSNR")
-    yield Text("Error: white is half of the range or more. Maps: white is the least certain, each image on its own scale.")
+    yield Text(
+        "Error: white is half of the range or more. Maps: white is the least certain, each image on its own scale. Plain grey: "
+        "pixels that do not count."
+    )
     for kind, some in pictures.items():
         for stem, pixels in some.items():
             yield Figure(png_image(pixels, f"{kind}: {stem}"), f"{kind}: {stem}")

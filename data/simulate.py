@@ -24,6 +24,10 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
+
+from cdiffset.errors import run  # noqa: E402
+
 GSD_M = 1.5
 SAR_DB_RANGE = (-26.0, 10.0)  # dB shown as 0 ... 255
 FOLDERS = ("sar", "eo", "mask_sar_only", "mask_eo_only")
@@ -357,4 +361,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

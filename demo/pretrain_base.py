@@ -26,6 +26,7 @@ from tqdm import tqdm, trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from cdiffset.errors import run
 from cdiffset.model import embed_prompt, encode, load_vae
 from data.simulate import Simulation, simulate_scene
 
@@ -179,4 +180,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

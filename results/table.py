@@ -60,8 +60,8 @@ def set_table(reports: dict[str, dict]) -> list[list[str]]:
 
     metrics = [metric for metric in LABELS if any(metric in report["set"] for report in reports.values())]
     rows = [
-        [name, str(report["images"]), *(set_cell(m, report["set"][m]) if m in report["set"] else "–" for m in metrics)]
-        for name, report in reports.items()
+        [name, str(images), *(set_cell(metric, of_set[metric], images) if metric in of_set else "–" for metric in metrics)]
+        for name, images, of_set in ((name, report["images"], report["set"]) for name, report in reports.items())
     ]
     return [["run", "n", *(LABELS[metric] for metric in metrics)], *rows]
 

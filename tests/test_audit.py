@@ -274,6 +274,18 @@ def test_training_on_the_kept_list(checkpoint, tiny_base, pair_folders, tmp_path
     assert (tmp_path / "run" / "latest" / "checkpoint.json").is_file()
 
 
+def test_eo_of_a_declared_range_is_audited_as_the_same_in_8_bit(checkpoint, pair_folders, tmp_path):
+    expected = audited(checkpoint, tmp_path / "8-bit", *folders_of(pair_folders, "test"))
+    (tmp_path / "eo").mkdir()
+    for path in (pair_folders / "test" / "eo").iterdir():
+        np.save(tmp_path / "eo" / f"{path.stem}.npy", np.array(Image.open(path)) / np.float32(255))
+    folders = ["--sar-dir", pair_folders / "test" / "sar", "--eo-dir", tmp_path / "eo"]
+    found = audited(checkpoint, tmp_path / "float", *folders, "--eo-range", "0,1")
+    for row, other in zip(found, expected, strict=True):
+        assert row["name"] == other["name"] and float(row["score"]) == pytest.approx(float(other["score"]), rel=1e-4)
+        assert float(row["counted"]) == 1
+
+
 def test_skip_existing_keeps_maps_and_makes_the_missing(checkpoint, pair_folders, tmp_path, capsys):
     words = folders_of(pair_folders, "test")
     first = audited(checkpoint, tmp_path, *words)
@@ -316,7 +328,8 @@ def test_broken_pairs_are_named_and_the_rest_done(checkpoint, pair_folders, tmp_
     rows = audited(checkpoint, tmp_path / "out", "--sar-dir", tmp_path / "sar", "--eo-dir", tmp_path / "eo", code=1)
     stderr = capsys.readouterr().err
     assert [row["name"] for row in rows] == ["0"] and "Traceback" not in stderr
-    assert f"skipped: {tmp_path / 'sar' / '1.png'}" in stderr and "differ in size" in stderr and "2 skipped: " in stderr
+    assert f"skipped: {tmp_path / 'sar' / '1.png'}" in stderr and "differ in size" in stderr
+    assert "2 of 3 pairs skipped for the reasons above" in stderr
     assert (tmp_path / "out" / "kept_train.txt").read_text() == "sar,eo\nsar/0.png,eo/0.png\n"
 
 
@@ -328,6 +341,8 @@ def test_broken_pairs_are_named_and_the_rest_done(checkpoint, pair_folders, tmp_
         (["--sar-dir", "missing", "--eo-dir", "eo"], "--sar-dir: there is no folder missing"),
         (["--sar-dir", "sar", "--eo-dir", "eo", "--output", "eo/out"], "--output: eo/out lies in --eo-dir"),
         (["--sar-dir", "sar", "--eo-dir", "eo", "--output", "file"], "--output: file is a file"),
+        (["--sar-dir", "sar", "--eo-dir", "eo", "--output", "file/out"], "--output: cannot write into file/out: Not a"),
+        (["--sar-dir", "sar", "--eo-dir", "eo", "--eo-range", "0,1"], "eo/x.png: 8-bit pixels"),
         (["--sar-dir", "sar", "--eo-dir", "eo", "--drop-share", "1.5"], "--drop-share: expected at least 0 and at most 1"),
         (["--sar-dir", "sar", "--eo-dir", "eo", "--drop-share", "nan"], "--drop-share: expected at least 0"),
         (["--sar-dir", "sar", "--eo-dir", "eo", "--top", "0"], "--top: expected at least 1, found 0"),

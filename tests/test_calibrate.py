@@ -367,6 +367,16 @@ def test_calibration_is_repeatable_in_any_batching_and_on_a_list(run_calibrate, 
     assert chosen["report"]["images"] == {"fit": 3, "intervals": 1, "judge": 1}
 
 
+def test_eo_of_a_declared_range_calibrates_as_the_same_in_8_bit(run_calibrate, calibrated_once, pair_folders, tmp_path):
+    (tmp_path / "eo").mkdir()
+    for path in (pair_folders / "train" / "eo").iterdir():
+        np.save(tmp_path / "eo" / f"{path.stem}.npy", np.array(Image.open(path)) / np.float32(127.5) - 1)
+    found = json.loads(run_calibrate(eo_dir=tmp_path / "eo", eo_range="-1,1").read_text())
+    expected = json.loads(calibrated_once)
+    assert found["quantiles"] == pytest.approx(expected["quantiles"], rel=1e-4) and found["report"]["counted"] == 1
+    np.testing.assert_allclose(found["curves"]["variance"]["y"], expected["curves"]["variance"]["y"], rtol=1e-4)
+
+
 def test_a_stage_1_checkpoint_is_calibrated_by_its_spread(run_calibrate, checkpoints):
     path = run_calibrate(checkpoint=checkpoints["stage1"], ensemble=2)
     assert list(json.loads(path.read_text())["curves"]) == ["spread"]
@@ -434,6 +444,9 @@ def calibrated_once(pair_folders, tiny_base, checkpoints, tmp_path_factory) -> b
         ({"eo_dir": "missing"}, "--eo-dir: there is no folder missing"),
         ({"eo_dir": "test/eo"}, "7 images of .* have no twin"),
         ({"output": "train"}, "--output: train is a folder"),
+        ({"output": "short.txt/c.json"}, "--output: cannot write into short.txt: Not a directory"),
+        ({"output": "short.txt/new/c.json"}, "--output: cannot write into short.txt/new: Not a directory"),
+        ({"eo_range": "0,1"}, "train/eo/0.png: 8-bit pixels, .*; leave out --eo-range"),
         ({"list": "missing.txt"}, "missing.txt: cannot read the list"),
         ({"list": "wrong.txt"}, "--list: wrong.txt, line 2: there is no pair '99'"),
         ({"list": "short.txt"}, "--sar-dir, --eo-dir: expected at least 4 pairs .*, found 3"),
@@ -470,11 +483,11 @@ def test_pairs_that_are_unreadable_or_of_two_sizes_are_named_and_left_out(
     options = {"sar_dir": tmp_path / "sar", "eo_dir": tmp_path / "eo", "device": "cpu", "output": tmp_path / "c.json"}
     options |= {"checkpoint": checkpoints["stage2"], "pretrained_model_name_or_path": tiny_base, "num_inference_steps": 1}
     assert calibrate.main(words(options)) == 1
-    assert "1 skipped: " in capsys.readouterr().err
+    assert f"1 of 9 pairs skipped for the reasons above: {tmp_path / 'eo' / '2.png'}" in capsys.readouterr().err
     assert sum(json.loads((tmp_path / "c.json").read_text())["report"]["images"].values()) == 8
     Image.new("RGB", (40, 39)).save(tmp_path / "eo" / "4.png")
     assert calibrate.main(words(options)) == 1
-    assert re.search("4.png and .*4.png differ in size: 40 x 40 px and 40 x 39 px", capsys.readouterr().err)
+    assert re.search("differ in size: SAR .*4.png is 40 x 40 px, EO .*4.png is 40 x 39 px", capsys.readouterr().err)
     assert sum(json.loads((tmp_path / "c.json").read_text())["report"]["images"].values()) == 7
     for index in range(9):
         (tmp_path / "eo" / f"{index}.png").write_bytes(b"")

@@ -259,7 +259,7 @@ def test_mistakes_are_one_line(scene, capsys, options, message):
 def test_a_report_that_cannot_be_written_is_one_line(scene, capsys):
     (scene / "file").write_text("kept")
     argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--no-networks", "--num-workers", "0"]
-    for output, message in (("file", "--output: .*file is a file, expected"), ("file/report", "cannot write the report to .*")):
+    for output, message in (("file", "--output: .*file is a file"), ("file/report", "--output: cannot write into .*")):
         assert errors.run(evaluate.main, [*argv, "--output", str(scene / output)]) == 2
         assert re.match(f"error: {message}", capsys.readouterr().err.splitlines()[-1])
     assert (scene / "file").read_text() == "kept"

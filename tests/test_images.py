@@ -14,7 +14,16 @@ from PIL import Image
 
 from cdiffset import images
 from cdiffset.errors import UserError, run
-from cdiffset.images import list_images, read_eo, read_sar, to_signed, to_uint8, write_png, write_tiff
+from cdiffset.images import (
+    list_images,
+    read_eo,
+    read_sar,
+    require_writable,
+    to_signed,
+    to_uint8,
+    write_png,
+    write_tiff,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -423,6 +432,18 @@ def test_missing_or_empty_folder(tmp_path):
         list_images(tmp_path / "gone")
     with pytest.raises(UserError, match="holds no images"):
         list_images(tmp_path)
+
+
+def test_trying_to_write_leaves_nothing_behind(tmp_path):
+    (tmp_path / "there").mkdir()
+    for folder in (tmp_path, tmp_path / "there", tmp_path / "new" / "deep" / "er"):
+        require_writable("--output", folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    (tmp_path / "file").write_text("kept")
+    for folder in ("file", "file/a", "there/" + "x" * 300, "new/" + "x" * 300):
+        with pytest.raises(UserError, match="--output: cannot write into .*: "):
+            require_writable("--output", tmp_path / folder)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "there"]
 
 
 # commands
