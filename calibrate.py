@@ -25,6 +25,7 @@ from cdiffset.options import (
     calibrated_settings,
     check_translation_options,
 )
+from cdiffset.radiometry import RadiometryOptions, read_whole
 
 PARTS = {"fit": 0.5, "intervals": 0.25, "judge": 0.25}
 MIN_PAIRS = 4
@@ -121,11 +122,17 @@ def split(count: int, seed: int) -> dict[str, np.ndarray]:
 
 def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int, Drawn], list]:
     """Translate every pair => (what is drawn from the pixels of each that count, by its index; pairs that cannot be used)."""
+    from cdiffset.checkpoint import read_meta
     from cdiffset.pairs import read_judged_pair
     from cdiffset.pipeline import batches_of_one_size, file_threads
 
+    trained = read_meta(args.checkpoint)
+    options = RadiometryOptions(max_pixels=args.max_pixels).completed(trained.get("radiometry"))
+
     def read(pair) -> tuple[np.ndarray, ...]:
-        return read_judged_pair(pair.sar, pair.eo, args.eo_range, args.max_pixels)
+        return read_judged_pair(
+            pair.sar, pair.eo, args.eo_range, args.max_pixels, lambda path, _: read_whole(path, options, trained)
+        )
 
     pixels, skipped = {}, []
     batches = batches_of_one_size(

@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cdiffset import calibration, processes
-from cdiffset.checkpoint import read_meta
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.geotiff import find_sources, is_scene, open_scene
-from cdiffset.images import require_utf8, write_png, write_tiff
+from cdiffset.images import require_utf8, require_writable, write_png, write_tiff
 from cdiffset.options import (
     add_scene_options,
     add_translation_options,
@@ -98,6 +97,8 @@ class Job:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 where single images were skipped."""
     args = check(make_parser().parse_args(argv))
+    from cdiffset.checkpoint import read_meta  # a heavy import, only once the options hold
+
     known = load_calibration(args)
     trained = read_meta(args.checkpoint)
     radiometry = radiometry_options(args).completed(trained.get("radiometry"))
@@ -214,6 +215,9 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     args.scene_options = scene_options_given(args)
     check_scene_options(args)
     check_translation_options(args)
+    if processes.place()[0] == 0:
+        for option, folder in {option: folder for option, *_ in OUTPUTS if (folder := folder_of(args, option))}.items():
+            require_writable(option, folder)
     return args
 
 

@@ -457,6 +457,7 @@ class Trainer:
                 "best_psnr": self.best_psnr if math.isfinite(self.best_psnr) else None,
                 "gsd_m": getattr(self.train_feeder, "gsd_m", None),
                 "sar_statistics": self.sar_statistics,
+                "radiometry": getattr(self.train_feeder, "radiometry", {}),
                 "data": self.data,
                 "base_folder": os.path.abspath(base) if base.is_dir() else None,  # which commands started elsewhere find
                 "config": asdict(self.config),

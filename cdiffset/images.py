@@ -7,6 +7,7 @@ Files are read into 0-255 (float32 [H, W, 3]); networks work in [-1, 1]. SAR and
 import hashlib
 import os
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,13 @@ def read_sar(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     declares the fourth band of an 8-bit TIFF to be alpha unless told otherwise. UserError names the file if it is unreadable
     or claims more than max_pixels.
     """
-    return _to_channels(path, *_read(Path(path), max_pixels))
+    return read_sar_valid(path, max_pixels)[0]
+
+
+def read_sar_valid(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, np.ndarray]:
+    """As `read_sar` => (pixels, bool [H, W]: where every band is data, see `read_bands`)."""
+    bands, valid = _read(Path(path), max_pixels)
+    return _to_channels(path, bands, valid), valid.all(-1)
 
 
 def _to_channels(path: str | Path, bands: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -370,6 +377,8 @@ def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np
         if any("complex" in dtype for dtype in source.dtypes):
             raise UserError(complex_message(path, source.dtypes[0]))
         kept = [k for k in source.indexes if source.colorinterp[k - 1] != ColorInterp.alpha]
+        if len(kept) < source.count:
+            _note_alpha(path.name, source.count)
         if source.colorinterp[0] == ColorInterp.palette:
             bands, unmasked = source.read(kept), source.read_masks(kept) > 0
             bands, unmasked = _expand_palette(bands[0], source.colormap(1)), np.repeat(unmasked, 3, axis=0)
@@ -379,6 +388,16 @@ def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np
             bits = int(source.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
             bands = np.round(bands * (255 / (2**bits - 1))).astype(np.uint8)  # GDAL unpacks 1 to 7 bits without scaling them
     return np.moveaxis(bands, 0, -1), np.moveaxis(unmasked, 0, -1)
+
+
+def _note_alpha(name: str, count: int) -> None:
+    """Said once: GDAL takes the fourth band of an 8-bit TIFF for alpha, which may be a fourth polarisation."""
+    if not _noted_alpha:
+        _noted_alpha.append(name)
+        print(f"note: {name}: one of its {count} bands is declared as alpha and no part of the picture", file=sys.stderr)
+
+
+_noted_alpha: list[str] = []
 
 
 @contextmanager

@@ -41,6 +41,7 @@ INDEX, LOCK = "index.json", ".lock"
 STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # NumPy knows no bfloat16
 MAX_SHARD_BYTES, MIN_SHARDS = 2**27, 16  # small enough to share, and to lose little when killed
 IN_USE = 2**30  # the byte of a lock file that stands for the whole folder; shard k's is byte k
+UNCACHED = ("pairs", "seed", "max_pixels", "radiometry")  # attributes of a feeder that no latent depends on
 HASH_THREADS = 8
 POLL_S = 0.5
 
@@ -208,7 +209,7 @@ class LatentCache:
         self.settings = {
             "format": FORMAT,
             "feeder": f"{type(feeder).__module__}.{type(feeder).__qualname__}",
-            **{name: str(value) for name, value in vars(feeder).items() if name not in ("pairs", "seed", "max_pixels")},
+            **{name: str(value) for name, value in vars(feeder).items() if name not in UNCACHED},
             "images": digest(*(found.encode() for found in hashes_of(root, feeder.pairs))),
             "first pair as read": digest(*(image.tobytes() for image in first)),  # other code may read the same file otherwise
             "vae": hash_encoder(vae),

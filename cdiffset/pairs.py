@@ -5,6 +5,7 @@ and left out, so that one bad file of thousands does not cost the rest.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -19,9 +20,10 @@ from cdiffset.images import (
     MAX_PIXELS,
     UndeclaredRange,
     list_images,
-    open_alone,
+    open_raster,
     read_judged_eo,
     read_sar,
+    read_sar_valid,
     require_declared_range,
     require_size,
     to_signed,
@@ -230,24 +232,29 @@ def centre_crop(image: np.ndarray, size: tuple[int, int], what: str) -> np.ndarr
 
 
 def read_judged_pair(
-    sar_path: Path, eo_path: Path, eo_range: tuple[float, float] | None, max_pixels: int
+    sar_path: Path,
+    eo_path: Path,
+    eo_range: tuple[float, float] | None,
+    max_pixels: int,
+    read: Callable[[Path, int], tuple[np.ndarray, np.ndarray]] = read_sar_valid,  # of the SAR
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """=> SAR and true EO [H, W, 3] in 0-255, and valid [H, W], the pixels of the EO that count.
+    """=> SAR and true EO [H, W, 3] in 0-255, and valid [H, W], the pixels that count: data in both.
 
     UserError where one is unreadable, their sizes differ, no pixel counts, or --eo-range does not fit the EO.
     """
-    sar, (eo, valid, _) = read_sar(sar_path, max_pixels), read_judged_eo(eo_path, eo_range, "--eo-range", max_pixels)
+    sar, sar_valid = read(sar_path, max_pixels)
+    eo, valid, _ = read_judged_eo(eo_path, eo_range, "--eo-range", max_pixels)
     if sar.shape != eo.shape:
         raise SizeFault(f"the images of a pair differ in size: SAR {sar_path} is {_size(sar)}, EO {eo_path} is {_size(eo)}")
-    if not valid.any():
-        raise EmptyFault(f"{eo_path}: no pixel is valid")
-    return sar, eo, valid
+    if not (valid & sar_valid).any():
+        raise EmptyFault(f"{sar_path} and {eo_path}: no pixel is valid in both")
+    return sar, eo, valid & sar_valid
 
 
 def read_map(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A float TIFF => float32 [H, W], NaN where it is NaN, nodata or masked; UserError where it is infinite or negative."""
     try:
-        with open_alone(path, "GTiff") as source:
+        with open_raster(path, "GTiff") as source:
             require_size(path, source.height, source.width, 1, max_pixels)
             values, masked = source.read(1).astype(np.float32), source.read_masks(1) == 0
     except RasterioError as error:

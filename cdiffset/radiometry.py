@@ -14,8 +14,8 @@ from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from cdiffset.errors import UserError
-from cdiffset.geotiff import MAX_PIXELS, POLARISATIONS, Scene, is_auxiliary, open_scene
-from cdiffset.images import PIXEL_PERCENTILES, STRETCH_PERCENTILES
+from cdiffset.geotiff import MAX_PIXELS, POLARISATIONS, Scene, is_auxiliary, is_scene, open_scene
+from cdiffset.images import PIXEL_PERCENTILES, STRETCH_PERCENTILES, read_sar_valid
 from cdiffset.resampling import apply_weights, gsd_of, require_gsd, resampled_size, steps_to, weights
 
 SAMPLE_PX = 2**22  # what percentiles are taken of; a scene of at most so many pixels is read whole
@@ -244,6 +244,16 @@ def doubled(coarse: np.ndarray) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
+def read_whole(path: Path, options: RadiometryOptions, trained: dict) -> tuple[np.ndarray, np.ndarray]:
+    """A SAR file as test.py reads it, on its own grid => (float32 [H, W, 3] in 0-255, valid [H, W])."""
+    if not is_scene(path, math.inf):
+        return read_sar_valid(path, options.max_pixels)
+    with open_scene(path, options.max_pixels) as scene:
+        radiometry, _ = measure(scene, options, trained)
+        pixels, valid = radiometry.read(scene, Window(0, 0, scene.width, scene.height))
+    return np.ascontiguousarray(np.moveaxis(pixels, 0, -1)), valid
+
+
 @np.errstate(over="ignore", invalid="ignore")  # refused below
 def measure(scene: Scene, options: RadiometryOptions, trained: dict | None = None) -> tuple[Radiometry, list[str]]:
     """The radiometry of a scene by its options, and notes for the user.

@@ -6,6 +6,8 @@ derive each SAR path from it, so such a subclass is little more than the facts o
 
 import csv
 import io
+import json
+import math
 import operator
 import os
 import pickle
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import torch  # slow to import, and lists can be made without it
 
 SPLITS = ("train", "test")
+CHIPS = "chips.json"
 PAIR_SUFFIXES = (".csv", ".tsv", ".txt")
 SHOWN = 3  # how many of many faulty pairs a message names
 
@@ -58,6 +61,7 @@ class PairedFeeder:
     """
 
     gsd_m: float | None = None  # ground sampling distance
+    radiometry: dict = {}  # how the SAR scenes were read that the images were cut from: RadiometryOptions by name
 
     def __init__(
         self,
@@ -259,8 +263,9 @@ class PairedFolderFeeder(PairedFeeder):
     """Your own pairs: two folders matched by relative path without suffix, or a list of pairs.
 
     Give `sar_dir` and `eo_dir`, or `dataroot` and `listroot`: a .csv, .tsv or .txt file of pairs relative to `dataroot`, see
-    `read_pair_list`. `split` may be left to the list's own name. `hflip`, `vflip`
-    and `rot` switch the augmentations on. `gsd_m` is the ground sampling distance in metres, for the checkpoint's record.
+    `read_pair_list`. `split` may be left to the list's own name. `hflip`, `vflip`, `rot` switch the augmentations on. `gsd_m`
+    is the ground sampling distance in metres, for the checkpoint's record. Beside chips of data/make_chips.py, chips.json tells
+    it, and how their scenes were read.
     """
 
     def __init__(
@@ -293,7 +298,28 @@ class PairedFolderFeeder(PairedFeeder):
         super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed, max_pixels, hflip, vflip, rot)
         if gsd_m is not None and (isinstance(gsd_m, bool) or not isinstance(gsd_m, int | float) or not 0 < gsd_m < 1e5):
             raise UserError(f"gsd_m is {gsd_m!r}; expected metres per pixel")
-        self.gsd_m = gsd_m
+        chips = _chips_record(Path(dataroot or sar_dir))
+        self.gsd_m = gsd_m or _chips_gsd(chips)
+        self.radiometry = {
+            name: value for name, value in chips.get("settings", {}).get("radiometry", {}).items() if value is not None
+        }
+
+
+def _chips_record(folder: Path) -> dict:
+    """chips.json of data/make_chips.py, which lies in the data root, two folders above train/sar; {} for other pairs."""
+    for file in (folder / CHIPS, folder.absolute().parent.parent / CHIPS):
+        if file.is_file():
+            try:
+                return dict(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"{file} is damaged ({error}); expected what data/make_chips.py writes") from error
+    return {}
+
+
+def _chips_gsd(chips: dict) -> float | None:
+    """The mean pixel size of the scenes that chips were cut from, in metres; None where they do not tell."""
+    sizes = [math.sqrt(math.prod(scene["gsd_m"])) for scene in chips.get("scenes", []) if scene.get("gsd_m")]
+    return sum(sizes) / len(sizes) if sizes else None
 
 
 def split_of(listroot: str | Path) -> str:
