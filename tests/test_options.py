@@ -1,0 +1,131 @@
+"""No option of test.py is ignored in silence: over a PNG, a small and a large GeoTIFF each changes the files or is refused."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+from rasterio.transform import Affine
+from safetensors.torch import load_file, save_file
+from test_translate import command, save_checkpoint
+
+from cdiffset.errors import UserError
+
+UTM = {"crs": "EPSG:32631", "transform": Affine(10, 0, 500_000, 0, -10, 5_700_000)}
+INPUTS = {"picture": "picture.png", "small": "small.tif", "large": "large.tif"}
+GIVEN = {"--sar-dir", "--output-dir", "--variance-dir", "--checkpoint", "--num-inference-steps", "--help"}
+# What is computed, not what comes out: these change nothing but speed, memory or the files that are left alone.
+SPEED = {"--batch-size": ["2"], "--device": ["cpu"], "--skip-existing": []}
+CHANGING = {
+    "--conf-dir": ["conf"], "--spread-dir": ["spread", "--ensemble", "2"], "--error-dir": ["error"],
+    "--overlay-dir": ["overlay", "--overlay-threshold", "9"], "--overlay-threshold": ["9"], "--calibration": ["c.json"],
+    "--pretrained-model-name-or-path": ["OTHER_BASE"], "--prompt": ["another"], "--prediction-type": ["sample"],
+    "--preset": ["fast"], "--scheduler": ["unipc"], "--timestep-spacing": ["trailing"], "--readout": ["first"],
+    "--ensemble": ["2"], "--ensemble-output": ["mean", "--ensemble", "2"], "--seed": ["3"], "--precision": ["bf16"],
+    "--tile": ["64"], "--overlap": ["16"], "--blend": ["pixels"], "--bands": ["1"],
+    "--channels": ["single"], "--scale": ["amplitude"], "--stretch": ["fixed:10,200"], "--despeckle": ["lee:3,4"],
+    "--nodata": ["7"], "--gsd": ["5"], "--resample-gsd": ["20"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with a PNG, a GeoTIFF of one tile and one of two."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+    for name, (height, width) in (("picture.png", (24, 32)), ("small.tif", (24, 32)), ("large.tif", (16, 1032))):
+        pixels = np.array(Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8)).resize((width, height)))
+        if name.endswith("png"):
+            Image.fromarray(pixels).save(folder / name)
+            continue
+        size = {"driver": "GTiff", "count": 1, "height": height, "width": width, "dtype": "uint8"}
+        with rasterio.open(folder / name, "w", **size, **UTM) as target:
+            target.write(pixels, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_base, tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("options"), tiny_base, 5)
+
+
+@pytest.fixture(scope="module")
+def outputs(inputs, checkpoint, tmp_path_factory):
+    """What a run leaves: {relative path: bytes}, without the records of its settings, which would differ by themselves."""
+
+    def make(*further: str, only: str = "") -> dict[str, bytes]:
+        out = tmp_path_factory.mktemp("out")
+        steps = [] if "--preset" in further else ["--num-inference-steps", "2"]
+        argv = ["--sar-dir", inputs / only, "--output-dir", out / "eo", "--variance-dir", out / "variance", *steps]
+        further = [out / word if word in ("conf", "spread", "error", "overlay") else word for word in further]
+        assert command.main([str(word) for word in [*argv, "--checkpoint", checkpoint, *further]]) in (0, 1)
+        files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".settings.json"]
+        return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plain(outputs) -> dict[str, bytes]:
+    return outputs()
+
+
+def of(stem: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if Path(name).name.startswith(stem)}
+
+
+def options_of_the_command() -> set[str]:
+    return {max(action.option_strings, key=len) for action in command.make_parser()._actions}
+
+
+def test_every_option_is_walked():
+    assert options_of_the_command() == GIVEN | SPEED.keys() | CHANGING.keys() | {
+        "--compile",
+        "--max-pixels",
+    }  # minutes; a limit
+
+
+@pytest.mark.parametrize("option", CHANGING)
+def test_an_option_changes_the_files_or_is_refused(outputs, plain, tiny_base, tmp_path, option):
+    values = CHANGING[option]
+    if values == ["OTHER_BASE"]:
+        values = [str(shutil.copytree(tiny_base, tmp_path / "base"))]
+        weights = tmp_path / "base/vae/diffusion_pytorch_model.safetensors"
+        save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
+    try:  # all at once, else one by one
+        after = outputs(option, *values)
+        assert all(of(name, after) != of(name, plain) for name in INPUTS)
+    except UserError:
+        for stem, name in INPUTS.items():
+            try:
+                assert of(stem, outputs(option, *values, only=name)) != of(stem, plain), name
+            except UserError as error:
+                assert option in str(error), error
+
+
+def test_options_of_speed_change_nothing(outputs, plain):
+    for option, values in SPEED.items():
+        after = outputs(option, *values)
+        assert after.keys() == plain.keys()
+        assert after == plain or option == "--batch-size", option
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--readout", "mean"], "--readout mean: it changes maps alone"),
+        (["--ensemble", "2"], "--ensemble 2: nothing shows it"),
+        (["--ensemble-output", "mean"], "--ensemble-output mean: it chooses among samples"),
+        (["--scale", "db"], "--scale: .*picture.npy is an array"),
+    ],
+)
+def test_options_without_an_effect_are_refused(inputs, checkpoint, tmp_path, given, message):
+    sar = inputs / "picture.png"
+    if "--scale" in given:
+        sar = tmp_path / "picture.npy"
+        np.save(sar, np.ones((8, 8), np.float32))
+    argv = ["--sar-dir", sar, "--output-dir", tmp_path / "eo", "--checkpoint", checkpoint, *given]
+    with pytest.raises(UserError, match=message):
+        command.main([str(word) for word in argv])
