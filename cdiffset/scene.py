@@ -438,7 +438,7 @@ def facts_of(scene: Scene, look: Look) -> dict[str, str]:
         "scene": ", ".join(path.name for path in scene.paths),
         "size": f"{scene.width} x {scene.height} px",
         "CRS": f"{named if len(named) < 40 else crs.to_dict().get('proj', named)} ({georeference})" if crs else georeference,
-        "GSD": " x ".join(f"{each:.3g}" for each in dict.fromkeys(look.gsd)) + " m" if look.gsd else None,
+        "GSD": " x ".join(dict.fromkeys(f"{each:.3g}" for each in look.gsd)) + " m" if look.gsd else None,
         "acquired": look.acquired,
         "bands": f"{', '.join(channels)} ({radiometry.channels})",
         "scale and stretch": f"{radiometry.scale}, {stretch} => 0 to 255",
