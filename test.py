@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,15 +124,18 @@ def translate(
     translator = Translator(args, weights, needing_variance, with_fingerprint)
     if known and known.model != translator.fingerprint:
         raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
-    started, (rank, count) = time.monotonic(), processes.place()
-    try:
-        for kind in {kind for job in todo for kind in job.outputs if rank == 0 or not job.is_scene}:
+
+    def begin(job: Job) -> None:
+        for kind in job.outputs:
             records[kind].write(args.skip_existing)
-        failures = translate_all(translator, [job for job in todo if not job.is_scene], args, known)
-        failures += translate_scenes(translator, [job for job in todo if job.is_scene], args, known)
+
+    started = time.monotonic()
+    try:
+        failures = translate_all(translator, [job for job in todo if not job.is_scene], args, known, begin)
+        failures += translate_scenes(translator, [job for job in todo if job.is_scene], args, known, begin)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
-    seconds = time.monotonic() - started
+    seconds, (rank, count) = time.monotonic() - started, processes.place()
     done = sum(rank == 0 or not job.is_scene for job in todo) - len(failures)  # the first process counts the scenes of all
     whose = f"process {rank + 1} of {count}: " if count > 1 else ""
     print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
@@ -248,8 +252,10 @@ def make_jobs(args: argparse.Namespace, images: list[Path]) -> list[Job]:
     return jobs
 
 
-def translate_all(translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None) -> list[Path]:
-    """Read, translate and write every job => the images that were skipped."""
+def translate_all(
+    translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None, begin: Callable[[Job], None]
+) -> list[Path]:
+    """Read, translate and write every job => the images that were skipped. `begin(job)` comes before its first output."""
     if not jobs:
         return []
     from cdiffset.pipeline import WriteBehind, file_threads, skip_too_long
@@ -263,12 +269,13 @@ def translate_all(translator, jobs: list[Job], args: argparse.Namespace, known: 
 
     with WriteBehind(file_threads(translator.device)) as later:
         for index, translation in translate_files(translator, [job.sar for job in jobs], skipped):
+            begin(jobs[index])
             later(write_or_skip, jobs[index], translation)
     return skipped
 
 
 def translate_scenes(
-    translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None
+    translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None, begin: Callable[[Job], None]
 ) -> list[Path]:
     """Translate every scene => those that could not be read. Processes of a launcher share each scene; the first one tells."""
     if not jobs:
@@ -281,6 +288,7 @@ def translate_scenes(
         team.help()
         return []
     for job in jobs:
+        begin(job)
         try:
             translate_scene(translator, team, job.sar, job.outputs, args, known)
         except UserError as error:

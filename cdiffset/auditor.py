@@ -40,15 +40,13 @@ def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, skip_existing:
     if len(todo) < len(pairs):
         print(f"{len(pairs) - len(todo)} of {len(pairs)} maps are there already")
 
-    if todo:
-        record.write(skip_existing)
-
     def read(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         return read_pair(pair, auditor.args.max_pixels)
 
     skipped: list[Pair] = []
     for indices, (sar, eo) in batches_of_one_size(todo, read, auditor.factor, auditor.images_together, skipped, "auditing"):
         for index, discrepancy in zip(indices, auditor(sar, eo), strict=True):
+            record.write(skip_existing)
             with skip_too_long(todo[index], todo[index].eo, skipped):
                 write_tiff(map_path(output, todo[index]), discrepancy)
     return skipped
