@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -137,18 +138,22 @@ def translate(
     translator = Translator(args, weights, needing_variance, with_fingerprint)
     if known and known.model != translator.fingerprint:
         raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
-    started, (rank, count) = time.monotonic(), processes.place()
-    try:
-        for kind in {kind for job in todo for kind in job.outputs if rank == 0 or not job.is_fused}:
+
+    def begin(job: Job) -> None:
+        for kind in job.outputs:
             records[kind].write(args.skip_existing)
-        failures = translate_images(translator, [job for job in todo if not job.is_scene], args, known)
-        failures += translate_whole_scenes(
-            translator, [job for job in todo if job.is_scene and not job.is_fused], args, radiometry, known
-        )
-        failures += translate_fused_scenes(translator, [job for job in todo if job.is_fused], args, radiometry, known)
+
+    started = time.monotonic()
+    images, scenes, fused = (
+        [job for job in todo if (job.is_scene, job.is_fused) == kind] for kind in ((False, False), (True, False), (True, True))
+    )
+    try:
+        failures = translate_images(translator, images, args, known, begin)
+        failures += translate_whole_scenes(translator, scenes, args, radiometry, known, begin)
+        failures += translate_fused_scenes(translator, fused, args, radiometry, known, begin)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
-    seconds = time.monotonic() - started
+    seconds, (rank, count) = time.monotonic() - started, processes.place()
     done = sum(rank == 0 or not job.is_fused for job in todo) - len(failures)  # the first process counts the scenes of all
     whose = f"process {rank + 1} of {count}: " if count > 1 else ""
     print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
@@ -306,10 +311,13 @@ def with_shared_stretch(radiometry: RadiometryOptions, jobs: list[Job], trained:
     return replace(radiometry, stretch=stretch)
 
 
+Begin = Callable[[Job], None]  # to be called before a job's first output
+
+
 def translate_images(
-    translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None
+    translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None, begin: Begin
 ) -> list[Path]:
-    """Read, translate and write images => the images that were skipped."""
+    """Read, translate and write images => those that were skipped."""
     if not jobs:
         return []
     from cdiffset.pipeline import WriteBehind, file_threads, skip_too_long
@@ -323,12 +331,18 @@ def translate_images(
 
     with WriteBehind(file_threads(translator.device)) as later:
         for index, translation in translate_files(translator, [job.sar for job in jobs], skipped):
+            begin(jobs[index])
             later(write_or_skip, jobs[index], translation)
     return skipped
 
 
 def translate_whole_scenes(
-    translator, jobs: list[Job], args: argparse.Namespace, radiometry: RadiometryOptions, known: calibration.Calibration | None
+    translator,
+    jobs: list[Job],
+    args: argparse.Namespace,
+    radiometry: RadiometryOptions,
+    known: calibration.Calibration | None,
+    begin: Begin,
 ) -> list[Path]:
     """Scenes of one tile, batched as images are => those that were skipped."""
     if not jobs:
@@ -339,12 +353,18 @@ def translate_whole_scenes(
     with WriteBehind(file_threads(translator.device)) as later:
         scenes = WholeScenes(translator, args, radiometry, known)
         for index, translation in scenes.translate([job.files for job in jobs]):
+            begin(jobs[index])
             later(scenes.write, index, translation, jobs[index].outputs)
     return [job.sar for job in jobs if job.files in scenes.skipped]
 
 
 def translate_fused_scenes(
-    translator, jobs: list[Job], args: argparse.Namespace, radiometry: RadiometryOptions, known: calibration.Calibration | None
+    translator,
+    jobs: list[Job],
+    args: argparse.Namespace,
+    radiometry: RadiometryOptions,
+    known: calibration.Calibration | None,
+    begin: Begin,
 ) -> list[Path]:
     """Translate every scene => those that were skipped. Processes of a launcher share each scene; the first one tells."""
     if not jobs:
@@ -358,6 +378,7 @@ def translate_fused_scenes(
         team.help()
         return []
     for job in jobs:
+        begin(job)
         try:
             with skip_too_long(job.sar, job.sar, skipped):
                 translate_scene(translator, team, job.files, job.outputs, args, radiometry, known)

@@ -257,8 +257,8 @@ class Trainer:
             )
         check_prompt_width(unet, self.prompt_embedding, base, option)
         stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
-        self.train_log.info("%s: %s, U-Net from %s", config.phase, stage, origin)
         self.train_log.info(", ".join(f"{name} {getattr(config, name)}" for name, _ in launcher.SETTINGS.values()))
+        self.train_log.info("%s: %s, U-Net from %s", config.phase, stage, origin)
         if config.phase == "train" and (own := base_prediction_type(base)) != config.prediction_type:
             self.train_log.info(
                 "warning: prediction_type is %s, but the scheduler of the base model %s says %s: its U-Net has to learn "

@@ -41,8 +41,6 @@ def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, skip_existing:
     todo = [pair for pair in pairs if not (skip_existing and record.has(map_path(output, pair)))]
     if len(todo) < len(pairs):
         print(f"{len(pairs) - len(todo)} of {len(pairs)} maps are there already")
-    if todo:
-        record.write(skip_existing)
 
     def read(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         sar, eo, valid = read_judged_pair(pair.sar, pair.eo, auditor.args.eo_range, auditor.args.max_pixels)
@@ -53,6 +51,7 @@ def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, skip_existing:
         todo, read, auditor.factor, auditor.images_together, skipped, "auditing"
     ):
         for index, discrepancy, counted in zip(indices, auditor(sar, eo), valid, strict=True):
+            record.write(skip_existing)
             with skip_too_long(todo[index], todo[index].eo, skipped):
                 write_tiff(map_path(output, todo[index]), np.where(counted, discrepancy, np.float32(np.nan)))
     return skipped

@@ -283,7 +283,7 @@ def identity(weights: Path, option: str) -> str:
     try:
         hashes = [fingerprint(part)["sha256"] for part in parts_of(weights, option)]
     except OSError as error:
-        raise UserError(f"{option}: cannot read {weights} ({error.strerror})") from error
+        raise UserError(f"{option}: {error.filename} is damaged or no safetensors file ({error.strerror})") from error
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

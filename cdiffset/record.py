@@ -19,6 +19,7 @@ class Record:
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
+        self.is_written = False  # by this object, or found to be needless
         self.since_ns = 0  # files last changed earlier do not count
         self.is_there, self.changed = (folder / FILE_NAME).exists(), []
         if self.is_there:
@@ -53,10 +54,13 @@ class Record:
             return False
 
     def write(self, skip_existing: bool) -> None:
-        """Before the first output: have the folder say the settings of now. A record of the same settings stays.
+        """Before any output: have the folder say the settings of now, once. A record of the same settings stays.
 
         With `skip_existing` a folder that has files but no record gets none, since it could not hold for all of them.
         """
+        if self.is_written:
+            return
+        self.is_written = True
         self.folder.mkdir(parents=True, exist_ok=True)
         present = Record(self.folder, self.settings)  # another process of the same command may have written it meanwhile
         if present.is_there and not present.changed or skip_existing and present.has_files():

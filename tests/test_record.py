@@ -71,5 +71,5 @@ def test_files_without_a_record_are_told_and_get_none(tmp_path, capsys):
     record.write(True)
     assert "has no record" in capsys.readouterr().out and record.has(tmp_path / "a.png")
     assert not (tmp_path / FILE_NAME).exists()
-    record.write(False)
+    Record(tmp_path, SETTINGS).write(False)
     assert (tmp_path / FILE_NAME).exists()

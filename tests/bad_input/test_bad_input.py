@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 import main as train_command
 from cdiffset import errors
 from cdiffset.config import load_config
+from cdiffset.record import FILE_NAME
 from data import data_split
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -440,7 +441,8 @@ def test_bad_images_leave_nothing_and_the_good_one_is_done(translated_bad):
     assert code == 1 and not any("Traceback" in line for line in lines)
     assert any(line.startswith(f"{len(BAD_IMAGES)} skipped: ") for line in lines)
     made = {name for name in everything(folder) if not name.startswith("sar")}
-    assert made == {"out", "out/good.png", "variance", "variance/good.tif"}
+    records = {f"out/{FILE_NAME}", f"variance/{FILE_NAME}"}
+    assert made == {"out", "out/good.png", "variance", "variance/good.tif"} | records
 
 
 def exif_rotated() -> bytes:
@@ -542,7 +544,7 @@ def test_links_are_followed_by_a_translation(tiny_base, stage2, outside, tmp_pat
     (tmp_path / "out/sub").symlink_to(tmp_path / "elsewhere")
     before = everything(outside)
     assert errors.run(translate_command.main, translate(tiny_base, stage2, tmp_path / "sar", tmp_path / "out")) == 0
-    assert everything(tmp_path / "out") == {"3.png", "more", "more/1.png", "more/2.png", "sub"}
+    assert everything(tmp_path / "out") == {"3.png", "more", "more/1.png", "more/2.png", "sub", FILE_NAME}
     assert everything(tmp_path / "elsewhere") == {"x.png"} and everything(outside) == before
 
 
@@ -804,7 +806,7 @@ def scheduler_of_words(base: Path) -> None:
 
 BASES = [
     *((f"no {name}", without(name), ("no complete Stable Diffusion", f"lacks {name}/")) for name in ("vae", "tokenizer")),
-    ("no weights of the VAE", lambda base: (base / "vae" / WEIGHTS).unlink(), ("cannot load vae/",)),
+    ("no weights of the VAE", lambda base: (base / "vae" / WEIGHTS).unlink(), ("vae/", f"lacks {WEIGHTS} (or ")),
     ("VAE cut short", lambda base: (base / "vae" / WEIGHTS).write_bytes(b"\x10"), ("cannot load vae/",)),
     ("VAE of 16 channels", vae_of_16_channels, ("--checkpoint", "expected 32 input channels", "found 8 and 5")),
     ("VAE config that is no mapping", lambda base: (base / "vae/config.json").write_text("[]"), ("cannot load vae/",)),
