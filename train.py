@@ -229,9 +229,8 @@ class Trainer:
             )
         check_prompt_width(unet, self.prompt_embedding, base, option)
         stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
-        self.train_log.info("%s: %s, U-Net from %s", config.phase, stage, origin)
-        if adds_variance:
-            self.train_log.info("it gets a variance channel, since confidence is true; stage 1 is confidence: false")
+        added = ", with a variance channel added (stage 1 takes confidence: false)" if adds_variance else ""
+        self.train_log.info("%s: %s, U-Net from %s%s", config.phase, stage, origin, added)
         if note := without_instructions(self.device, self.accelerator.mixed_precision):
             self.train_log.info(note)
         if config.gradient_checkpointing:
