@@ -258,14 +258,13 @@ class Trainer:
         check_prompt_width(unet, self.prompt_embedding, base, option)
         stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
         self.train_log.info(", ".join(f"{name} {getattr(config, name)}" for name, _ in launcher.SETTINGS.values()))
-        self.train_log.info("%s: %s, U-Net from %s", config.phase, stage, origin)
+        added = ", with a variance channel added (stage 1 takes confidence: false)" if adds_variance else ""
+        self.train_log.info("%s: %s, U-Net from %s%s", config.phase, stage, origin, added)
         if config.phase == "train" and (own := base_prediction_type(base)) != config.prediction_type:
             self.train_log.info(
                 "warning: prediction_type is %s, but the scheduler of the base model %s says %s: its U-Net has to learn "
                 "another target; set prediction_type: %s unless you mean that", config.prediction_type, base, own, own,
             )  # fmt: skip
-        if adds_variance:
-            self.train_log.info("it gets a variance channel, since confidence is true; stage 1 is confidence: false")
         if note := without_instructions(self.device, self.accelerator.mixed_precision):
             self.train_log.info(note)
         if config.gradient_checkpointing:

@@ -351,7 +351,8 @@ def test_the_calibration_fits_what_test_py_writes(run_calibrate, pair_folders, t
     assert fitted.report["mean_error"] == pytest.approx(error.mean(), rel=1e-6)
     values, error = stacked(parts["fit"])
     plain = calibration.fit_curve(values.ravel().astype(float), error.ravel())
-    assert np.allclose(fitted.curves["variance"](values), plain(values), rtol=0.02)
+    apart = np.abs(fitted.curves["variance"](values) / plain(values) - 1)  # equal σ² fall into bins in the order drawn
+    assert apart.max() < 0.05 and apart.mean() < 0.005
 
 
 def test_calibration_is_repeatable_in_any_batching_and_on_a_list(run_calibrate, pair_folders, tmp_path):

@@ -889,14 +889,15 @@ def test_where_the_weights_come_from(stages, build, tiny_base):
 
     weights, line = start()
     base = weights_of(Path(tiny_base) / "unet")
-    assert "stage 2" in line and f"base model {tiny_base} (accelerator_path is null)" in line
+    assert "stage 2" in line and f"base model {tiny_base} (accelerator_path is null), with a variance channel added" in line
     assert torch.equal(weights["conv_in.weight"], torch.cat([base["conv_in.weight"]] * 2, 1) / 2)
     weights, line = start(accelerator_path=stages[0] / "best")
     assert str(stages[0] / "best" / "unet_ema" / WEIGHTS) in line
     assert all(torch.equal(weights[name], one[name]) for name in one if not name.startswith("conv_out"))
     assert torch.equal(weights["conv_out.weight"][:4], one["conv_out.weight"])
     assert not weights["conv_out.weight"][4].any() and weights["conv_out.bias"][4] == 0
-    weights, _ = start(accelerator_path=stages[1] / "best")
+    weights, line = start(accelerator_path=stages[1] / "best")
+    assert line.endswith(WEIGHTS)  # nothing is added
     assert same(weights, two) and weights["conv_out.weight"][4].any()
 
 
@@ -1089,7 +1090,10 @@ def test_a_released_configuration_runs(name, samples, tiny_base, pair_folders, t
     monkeypatch.setattr(utils, "_load_lpips", no_network)
     assert main.main(["--config", str(tmp_path / "released.yaml")]) == 0
     log = (tmp_path / "data/run/train_log.txt").read_text()
-    assert "train: stage 2 (C-Diff loss), U-Net from " in log and "stage 1 is confidence: false" in log
+    assert (
+        "train: stage 2 (C-Diff loss), U-Net from " in log
+        and "a variance channel added (stage 1 takes confidence: false)" in log
+    )
     assert val_lines(tmp_path / "data/run")[-1]["n"] == 2
     trained = UNet2DConditionModel.from_pretrained(tmp_path / "data/run/latest/unet")
     assert trained.config.out_channels == 5 and not torch.equal(trained.conv_in.weight, unet.conv_in.weight)
