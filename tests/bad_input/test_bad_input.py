@@ -455,7 +455,7 @@ BINARY = ((GREY > 90) * 255).astype(np.uint8)
 COLOURS = Image.fromarray(NOISE[:8, :8] // 64 * 64)
 DEEP = np.where(GREY == GREY.max(), np.nan, GREY.astype(np.float32))
 DEEP[0, 0] = np.inf
-TWO = np.stack([GREY, GREY.T])
+TWO = np.stack([GREY, GREY.T]) // 2 * 2  # so that their mean is whole
 # Name, content, and the plain image of which it must be the equal; None: that it works is enough.
 GOOD_IMAGES = [
     ("one_pixel.png", saved(Image.fromarray(GREY[5:6, 5:6]), "PNG"), None),
@@ -470,7 +470,7 @@ GOOD_IMAGES = [
     ("sixteen_bit.png", saved(Image.fromarray(BINARY.astype(np.uint16) * 200), "PNG"), BINARY),
     ("sixteen_bit.tiff", tiff(BINARY[None].astype(np.uint16) * 200), BINARY),
     ("nan_and_inf.tif", tiff(DEEP[None]), None),
-    ("two_bands.tif", tiff(TWO), np.stack([GREY, (GREY // 2 + GREY.T // 2), GREY.T], -1)),
+    ("two_bands.tif", tiff(TWO), np.stack([TWO[0], TWO[0] // 2 + TWO[1] // 2, TWO[1]], -1)),
     ("array.npy", npy(GREY), GREY),
     ("jpeg_by_content.png", saved(Image.new("L", (8, 8), 90), "JPEG"), np.full((8, 8), 90, np.uint8)),
     ("UPPER.PNG", PNG, GREY),
