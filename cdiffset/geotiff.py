@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import rasterio.shutil
+from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
+from rasterio.errors import CRSError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
@@ -59,7 +61,7 @@ class Scene:
         self.rasters, first = rasters, rasters[0]
         self.name, self.paths = first.name, [Path(raster.name) for raster in rasters]
         self.height, self.width = self.shape = first.shape
-        self.crs, self.transform, self.gcps, self.rpcs = first.crs, first.transform, first.gcps, first.rpcs
+        self.crs, self.transform, self.gcps, self.rpcs = crs_of(first), first.transform, first.gcps, first.rpcs
         for other in rasters[1:]:
             if grid_of(other) != grid_of(first):
                 raise UserError(f"{first.name} and {other.name} lie on different grids, expected one for all polarisations")
@@ -131,6 +133,17 @@ class Scene:
 def is_georeferenced(raster: DatasetReader) -> bool:
     """By CRS, geotransform or world file, GCPs or RPCs."""
     return bool(raster.crs or raster.gcps[0] or raster.rpcs or not raster.transform.is_identity)
+
+
+def crs_of(raster: DatasetReader) -> CRS | None:
+    """A raster's own CRS, or that of the .prj beside it, which GDAL does not read with a world file."""
+    path = Path(raster.name).with_suffix(".prj")
+    if raster.crs or raster.transform.is_identity or not path.is_file():
+        return raster.crs
+    try:
+        return CRS.from_wkt(path.read_text(encoding="utf-8").strip(), morph_from_esri_dialect=True)
+    except (OSError, ValueError, CRSError) as error:
+        raise UserError(f"{path}: cannot be read as a CRS in WKT ({str(error).splitlines()[0]})") from error
 
 
 def grid_of(raster: DatasetReader) -> tuple:

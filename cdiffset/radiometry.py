@@ -79,6 +79,10 @@ class RadiometryOptions:
         named = (*self.KEPT, "nodata", "gsd", "resample_gsd")
         return [f"--{name.replace('_', '-')}" for name in named if getattr(self, name) is not None]
 
+    def kept(self) -> dict[str, str]:
+        """What a data set that is made with these options records."""
+        return {name: value for name in self.KEPT if (value := getattr(self, name)) is not None}
+
     def completed(self, recorded: dict[str, str] | None) -> "RadiometryOptions":
         """What is not given is as the training images' scenes were read, by the checkpoint's record."""
         missing = {name: value for name, value in (recorded or {}).items() if name in self.KEPT and getattr(self, name) is None}

@@ -36,7 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from cdiffset.errors import Parser, UserError, run  # noqa: E402
-from cdiffset.geotiff import DRIVERS, SUFFIXES, Scene, find_sources, open_scene, renamed  # noqa: E402
+from cdiffset.geotiff import DRIVERS, SUFFIXES, Scene, crs_of, find_sources, open_scene, renamed  # noqa: E402
 from cdiffset.images import (  # noqa: E402
     STRETCH_PERCENTILES,
     alpha_band,
@@ -267,13 +267,14 @@ def registration_of(sar: Scene, other) -> str:
             f"{sar.name} has ground control points alone, expected a raster on a grid with a CRS: warp it first, "
             f"gdalwarp -tps -t_srs EPSG:CODE {Path(sar.name).name} warped.tif"
         )
+    crs = crs_of(other)
     same_grid = sar.shape == other.shape and sar.transform.almost_equals(other.transform, 1e-9)
-    if sar.crs is None and other.crs is None and same_grid:
+    if sar.crs is None and crs is None and same_grid:
         return "pixel by pixel"
-    if sar.crs is None or other.crs is None:
-        found = ", ".join(f"{s.name} ({s.width} x {s.height} px, CRS {s.crs or 'none'})" for s in (sar, other))
+    if sar.crs is None or crs is None:
+        found = ", ".join(f"{s.name} ({s.width} x {s.height} px, CRS {c or 'none'})" for s, c in ((sar, sar.crs), (other, crs)))
         raise UserError(f"a CRS on both rasters is needed, or on neither and the same size and geotransform; found {found}")
-    return "same grid" if same_grid and sar.crs == other.crs else "warped"
+    return "same grid" if same_grid and sar.crs == crs else "warped"
 
 
 @contextmanager
@@ -287,7 +288,13 @@ def on_grid(layer: Layer, sar: Scene, resampling: Resampling) -> Iterator[Layer]
     try:
         # UNIFIED_SRC_NODATA: a pixel holds no data where all of its bands say so, as in read_valid().
         warped = WarpedVRT(
-            raster, **grid, resampling=resampling, src_nodata=nodata, add_alpha=not alpha_band(raster), UNIFIED_SRC_NODATA="YES"
+            raster,
+            **grid,
+            src_crs=crs_of(raster),
+            resampling=resampling,
+            src_nodata=nodata,
+            add_alpha=not alpha_band(raster),
+            UNIFIED_SRC_NODATA="YES",
         )
     except (CRSError, RasterioError) as error:
         raise UserError(f"{raster.name}: cannot be warped from {raster.crs} to {sar.crs} ({error})") from error
@@ -504,7 +511,8 @@ def report_of(scenes: list[Surveyed], splits: list, dropped: list[Counter], stat
         }
         for scene, count in zip(scenes, counts, strict=True)
     ]
-    return {"settings": asdict(options), "counts": total, "statistics": statistics, "scenes": records}
+    settings = asdict(options) | {"nodata": options.radiometry.nodata, "radiometry": options.radiometry.kept()}
+    return {"settings": settings, "counts": total, "statistics": statistics, "scenes": records}
 
 
 def make_chips(pairs: list[Pair], masks: list[Path | None], output: Path, options: Options) -> dict:

@@ -93,6 +93,8 @@ class PairedFeeder:
         self.seed = seed
         self.max_pixels = _positive("max_pixels", max_pixels)
         _require_files(pairs)
+        if type(self).read is PairedFeeder.read:
+            _require_formats(pairs)
         if split == "test":
             _require_distinct_names(pairs)
 
@@ -300,9 +302,7 @@ class PairedFolderFeeder(PairedFeeder):
             raise UserError(f"gsd_m is {gsd_m!r}; expected metres per pixel")
         chips = _chips_record(Path(dataroot or sar_dir))
         self.gsd_m = gsd_m or _chips_gsd(chips)
-        self.radiometry = {
-            name: value for name, value in chips.get("settings", {}).get("radiometry", {}).items() if value is not None
-        }
+        self.radiometry = chips.get("settings", {}).get("radiometry", {})
 
 
 def _chips_record(folder: Path) -> dict:
@@ -457,6 +457,15 @@ def _require_files(pairs: list[Pair]) -> None:
             faults.append(f"SAR {pair.sar}, EO {pair.eo} (missing: {' and '.join(missing)})")
     if faults:
         raise UserError(f"{len(faults)} of {len(pairs)} pairs are incomplete: {_first(faults)}")
+
+
+def _require_formats(pairs: list[Pair]) -> None:
+    """Before networks are loaded, which takes longer."""
+    if others := [path for pair in pairs for path in (pair.sar, pair.eo) if path.suffix.lower() not in IMAGE_SUFFIXES]:
+        raise UserError(
+            f"{len(others)} files of formats that are not read for training: {_first(others)}; expected "
+            f"{' '.join(IMAGE_SUFFIXES)} (data/make_chips.py cuts scenes of other formats into PNG)"
+        )
 
 
 def _require_distinct_names(pairs: list[Pair]) -> None:

@@ -464,6 +464,15 @@ def test_missing_files_are_counted_and_the_first_three_named(root):
     assert "13.png" not in message and message.endswith("...")
 
 
+def test_formats_that_are_not_read_are_refused_at_once(tmp_path):
+    for name in ("sar/a.jp2", "eo/a.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"not read here")
+    (tmp_path / "train.csv").write_text("sar,eo\nsar/a.jp2,eo/a.png\n")
+    with pytest.raises(UserError, match="1 files of formats that are not read for training: .*a.jp2; expected .*make_chips"):
+        PairedFolderFeeder(CROP, dataroot=tmp_path, listroot=tmp_path / "train.csv")
+
+
 def test_pairs_that_do_not_fit_name_both_files_and_sizes(root):
     feeder = qxs(root)
     save(root / "sar_256_oc_0.2/2.png", coded(SIZE)[:10])

@@ -305,7 +305,7 @@ def spacenet(tmp_path_factory) -> tuple[Path, dict]:
         write_raster(root / "PS-RGB" / stem.format("PS-RGB"), eo, transform)
         sar = np.random.default_rng(index).gamma(2, 20, (150, 150, 4)).astype(np.float32)
         write_raster(root / "SAR-Intensity" / stem.format("SAR-Intensity"), sar, transform)
-    report = cut(root / "SAR-Intensity", root / "PS-RGB", root / "chips", "--guard", 8)
+    report = cut(root / "SAR-Intensity", root / "PS-RGB", root / "chips", "--guard", 8, "--scale", "amplitude")
     return root / "chips", report
 
 
@@ -315,6 +315,8 @@ def test_feeders_read_the_dataset_by_list_and_by_folder(spacenet):
         by_list = PairedFolderFeeder(32, dataroot=output, listroot=output / f"{split}_list.csv")
         by_folder = PairedFolderFeeder(32, split, output / split / "sar", output / split / "eo")
         assert len(by_list) == len(by_folder) == report["counts"][split] > 0
+        assert by_list.radiometry == by_folder.radiometry == {"scale": "amplitude"}
+        assert by_list.gsd_m == by_folder.gsd_m == pytest.approx(0.5, rel=1e-3)
         assert by_list.augment == (split == "train")
         assert {pair.sar for pair in by_list.pairs} == {pair.sar for pair in by_folder.pairs}
         assert all(pair.sar.name == pair.eo.name for pair in by_list.pairs)
@@ -329,6 +331,8 @@ def test_training_runs_on_the_dataset(spacenet, run, tmp_path):
     }
     work_dir = run(tmp_path / "run", num_iter=1, **arguments)
     assert len(train_lines(work_dir)) == 1
+    meta = json.loads((work_dir / "latest/checkpoint.json").read_text())
+    assert meta["radiometry"] == {"scale": "amplitude"} and meta["gsd_m"] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_statistics_are_those_of_the_files(spacenet):

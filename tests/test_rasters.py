@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -358,6 +359,22 @@ def test_outputs_say_what_they_are(tmp_path, checkpoint):
     rows = dict(re.findall("<tr><th>(.*?)</th><td>(.*?)</td></tr>", page))
     assert rows["CRS"] == "EPSG:32631 (geotransform)" and rows["GSD"] == "10 m" and rows["acquired"] == "2022-01-04T17:05:58"
     assert rows["bands"] == "VV (single)" and rows["sampling"].startswith("ddim leading, 1 steps") and 'id="bar"' in page
+
+
+def test_scenes_are_read_as_those_that_the_training_images_were_cut_from(tmp_path, checkpoint):
+    trained = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    meta = json.loads((trained / "checkpoint.json").read_text())
+    recorded = {"bands": "VH", "scale": "db", "stretch": "fixed:0,0.5", "despeckle": "multilook:3"}
+    (trained / "checkpoint.json").write_text(json.dumps(meta | {"radiometry": recorded}))
+    path = save(tmp_path / "a.tif", DB, DB - 6, names=("VV", "VH"), **UTM)
+    assert translate(trained, path, tmp_path / "out") == 0
+    assert translate(trained, path, tmp_path / "other", "--bands", "VV", "--stretch", "percentile:5,95") == 0
+    with rasterio.open(tmp_path / "out/eo/a.tif") as result:
+        found = json.loads(result.tags()["CDIFFSET_STRETCH"])
+    assert (found["indexes"], found["scale"], found["limits"], found["despeckle"]) == ([2], "db", [[0, 0.5]], [3, None])
+    with rasterio.open(tmp_path / "other/eo/a.tif") as result:
+        found = json.loads(result.tags()["CDIFFSET_STRETCH"])
+    assert (found["indexes"], found["scale"]) == ([1], "db") and found["limits"] != [[0, 0.5]]
 
 
 def test_scenes_of_one_tile_are_batched(tmp_path, checkpoint):
