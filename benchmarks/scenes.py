@@ -36,6 +36,7 @@ import test
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import to_signed, without_georeference, write_png
 from cdiffset.model import load_scheduler
+from cdiffset.options import radiometry_options
 from cdiffset.scene import gather_team, translate_scene
 from cdiffset.tiles import make_grid
 from data.simulate import Simulation, simulate_scene
@@ -277,7 +278,8 @@ def time_scene(folder: Path, tile: int, overlap: int, steps: int) -> float:
         device=torch.device("cpu"), factor=8, args=options, fingerprint="none",
     )  # fmt: skip
     started = time.monotonic()
-    translate_scene(model, gather_team(model), folder / "scene.tif", {"eo": folder / "eo" / "scene.tif"}, options)
+    files, outputs = [folder / "scene.tif"], {"eo": folder / "eo" / "scene.tif"}
+    translate_scene(model, gather_team(model), files, outputs, options, radiometry_options(options))
     return time.monotonic() - started
 
 

@@ -1,5 +1,6 @@
 """Scenes on disk: rasters read by windows, Cloud-Optimized GeoTIFFs written by strips on the very grid of their scene."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -127,7 +128,7 @@ class Scene:
         value = next((tags[name] for name in TIME_TAGS if tags.get(name)), None)
         if value and re.match(r"[0-9]{4}:[0-9]{2}:[0-9]{2} ", value):  # as the TIFF standard has it
             value = value.replace(":", "-", 2).replace(" ", "T")
-        return value
+        return value and re.sub(r"\.0+$", "", value)
 
 
 def is_georeferenced(raster: DatasetReader) -> bool:
@@ -210,7 +211,8 @@ def is_scene(path: Path, side: int) -> bool:
 
 def _has_sidecar(path: Path) -> bool:
     names = (*SIDECARS[path.suffix.lower()], "{stem}.wld", "{name}.aux.xml")
-    return any(path.with_name(name.format(stem=path.stem, name=path.name)).is_file() for name in names)
+    # os.path tells no error of a name that is too long.
+    return any(os.path.isfile(path.with_name(name.format(stem=path.stem, name=path.name))) for name in names)
 
 
 # --------------------------------------------------------------------------------------- polarisations in separate files

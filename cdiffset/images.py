@@ -384,9 +384,9 @@ def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np
             bands, unmasked = _expand_palette(bands[0], source.colormap(1)), np.repeat(unmasked, 3, axis=0)
         else:
             bands, unmasked = read_bands(source, kept)
-        if bands.dtype == np.uint8:
-            bits = int(source.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
-            bands = np.round(bands * (255 / (2**bits - 1))).astype(np.uint8)  # GDAL unpacks 1 to 7 bits without scaling them
+            if bands.dtype == np.uint8:  # GDAL unpacks 1 to 7 bits without scaling them
+                bits = int(source.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
+                bands = np.round(bands * (255 / (2**bits - 1))).astype(np.uint8)
     return np.moveaxis(bands, 0, -1), np.moveaxis(unmasked, 0, -1)
 
 

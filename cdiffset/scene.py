@@ -432,7 +432,7 @@ def facts_of(scene: Scene, look: Look) -> dict[str, str]:
     georeference = "GCPs" if gcps else "RPCs" if scene.rpcs is not None and crs is None else "geotransform"
     named = crs.to_string() if crs else "none"
     radiometry, settings = look.radiometry, look.settings
-    channels = [scene.descriptions[k - 1] or f"band {k}" for k in radiometry.indexes]
+    channels = [f"{k} ({name})" if (name := scene.descriptions[k - 1]) else str(k) for k in radiometry.indexes]
     stretch = ", ".join(f"{low:.4g} to {high:.4g}" for low, high in radiometry.limits)
     facts = {
         "scene": ", ".join(path.name for path in scene.paths),
@@ -440,11 +440,11 @@ def facts_of(scene: Scene, look: Look) -> dict[str, str]:
         "CRS": f"{named if len(named) < 40 else crs.to_dict().get('proj', named)} ({georeference})" if crs else georeference,
         "GSD": " x ".join(dict.fromkeys(f"{each:.3g}" for each in look.gsd)) + " m" if look.gsd else None,
         "acquired": look.acquired,
-        "bands": f"{', '.join(channels)} ({radiometry.channels})",
+        "bands": f"{', '.join(channels)}, as {radiometry.channels}",
         "scale and stretch": f"{radiometry.scale}, {stretch} => 0 to 255",
         "sampling": f"{settings['scheduler']} {settings['timestep_spacing']}, {settings['num_inference_steps']} steps, "
         f"seed {settings['seed']}, {settings['precision']}",
-        "tiles": f"{settings['tile']} px, {settings['overlap']} px overlap, {settings['blend']} blended",
+        "tiles": f"{settings['tile']} px, {settings['overlap']} px overlap, fused in {settings['blend']}",
         "checkpoint": settings["checkpoint"],
         "far from the training images": "; ".join(look.warnings),
     }

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # several processes share few cores: threads that wait must not spin
 
 # isort: off
 import cdiffset  # noqa: F401  first: it mends torchvision, which diffusers imports

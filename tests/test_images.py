@@ -273,7 +273,7 @@ def test_pickled_array_is_never_loaded(tmp_path):
 
 def test_complex_and_empty_tiff(tmp_path):
     save_tiff(tmp_path / "c.tif", np.ones((1, 4, 4), np.complex64))
-    with pytest.raises(UserError, match="c.tif: pixels of type complex64"):
+    with pytest.raises(UserError, match="c.tif: complex pixels .*DERIVED_SUBDATASET:AMPLITUDE:c.tif"):
         read_sar(tmp_path / "c.tif")
     save_tiff(tmp_path / "e.tif", np.zeros((1, 4, 4), np.uint16), nodata=0)
     with pytest.raises(UserError, match="e.tif: a band without a single valid pixel"):

@@ -443,7 +443,7 @@ def one_pair(tmp_path) -> Pair:
 
 
 def network(**arguments) -> SimpleNamespace:
-    args = SimpleNamespace(max_pixels=10**6, eo_range=(0, 1), split_seed=0, **arguments)
+    args = SimpleNamespace(max_pixels=10**6, eo_range=(0, 1), split_seed=0, checkpoint="none", **arguments)
     return SimpleNamespace(factor=4, images_together=lambda *_: 1, device=torch.device("cpu"), args=args)
 
 
@@ -469,7 +469,8 @@ def test_calibration_draws_from_the_pixels_that_count(one_pair, tmp_path, capsys
     np.testing.assert_allclose(drawn[0].error, error[places], atol=1e-4)
 
 
-def test_the_audit_scores_the_pixels_that_count(one_pair, tmp_path):
+def test_the_audit_scores_the_pixels_that_count(one_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("cdiffset.auditor.recorded_settings", lambda args: {})
     seen, residual = [], np.random.default_rng(0).random((HEIGHT, WIDTH)).astype(np.float32)
     residual[excluded()] = 1000
 

@@ -328,7 +328,7 @@ def test_a_folder_shares_one_stretch(tmp_path, checkpoint):
         ("2023-04-12-14-05-33_UMBRA-05_GEC.tif", {}, "2023-04-12T14:05:33"),
         ("CAPELLA_C02_SM_GEO_HH_20210119154519_20210119154523.tif", {}, "2021-01-19T15:45:19"),
         ("a.tif", {"TIFFTAG_DATETIME": "2020:04:11 23:43:09"}, "2020-04-11T23:43:09"),
-        ("a.tif", {"datetime": "2020-04-11T23:43:09"}, "2020-04-11T23:43:09"),
+        ("a.tif", {"datetime": "2020-04-11T23:43:09.000000000"}, "2020-04-11T23:43:09"),
         ("a_99999999T999999.tif", {}, None),
     ],
 )
@@ -358,7 +358,7 @@ def test_outputs_say_what_they_are(tmp_path, checkpoint):
     page = (tmp_path / "out/eo" / name).with_suffix(".swipe.html").read_text("utf-8")
     rows = dict(re.findall("<tr><th>(.*?)</th><td>(.*?)</td></tr>", page))
     assert rows["CRS"] == "EPSG:32631 (geotransform)" and rows["GSD"] == "10 m" and rows["acquired"] == "2022-01-04T17:05:58"
-    assert rows["bands"] == "VV (single)" and rows["sampling"].startswith("ddim leading, 1 steps") and 'id="bar"' in page
+    assert rows["bands"] == "1 (VV), as single" and rows["sampling"].startswith("ddim leading, 1 steps") and 'id="bar"' in page
 
 
 def test_scenes_are_read_as_those_that_the_training_images_were_cut_from(tmp_path, checkpoint):
