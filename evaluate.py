@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--{name.replace('_', '-')}: there is no folder {folder}")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output: {args.output} is a file, expected a folder")
+    if args.mask_dir and not (args.variance_dir or args.error_dir or args.ensemble_dir):
+        raise UserError("--mask-dir: it judges maps, expected --variance-dir, --error-dir or --ensemble-dir with it")
     require_writable("--output", args.output)
     import torch  # heavy imports, only once the arguments hold
 

@@ -294,9 +294,10 @@ def write_report(output: Path, report: dict, rows: list[dict], folders: PairFold
 
 def pictures(chosen: dict[str, list[str]], folders: PairFolders) -> dict[str, dict[str, np.ndarray]]:
     """{best, median, worst: {stem: a row of pictures, uint8 [H, W', 3]}}."""
-    return {
-        kind: {stem: picture(folders[folders.stems.index(stem)]) for stem in stems} for kind, stems in chosen.items()
-    }  # fmt: skip
+    drawn = {
+        stem: picture(folders[folders.stems.index(stem)]) for stem in {stem for stems in chosen.values() for stem in stems}
+    }
+    return {kind: {stem: drawn[stem] for stem in stems} for kind, stems in chosen.items()}
 
 
 def picture(item: dict) -> np.ndarray:

@@ -98,6 +98,8 @@ class PairFolders(Dataset):
         self.faults: dict[str, list[str]] = {}
         if inputs.split_list is not None:
             listed, unlisted = read_split(inputs.split_list, generated | eo)
+            if not listed:
+                raise UserError(f"{inputs.split_list}: no entry is an image of {inputs.pred_dir} or {inputs.gt_dir}")
             generated, eo, self.faults["unlisted"] = generated & listed, eo & listed, unlisted
         self.faults["missing"] = [stem for stem in self.files["eo"] if stem in eo - generated]
         self.faults["extra"] = [stem for stem in self.files["generated"] if stem in generated - eo]

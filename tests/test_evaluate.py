@@ -240,6 +240,44 @@ def test_a_list_chooses_what_counts(scene):
         run(scene, "--split-list", str(scene / "twice.txt"))
 
 
+def test_a_list_that_names_no_image_is_refused(scene):
+    (scene / "list.txt").write_text("nowhere.png\n")
+    with pytest.raises(UserError, match="list.txt: no entry is an image of .*pred or .*gt"):
+        evaluation.evaluate_folders(pairs.Inputs(scene / "pred", scene / "gt", split_list=scene / "list.txt"), scene / "report")
+
+
+@pytest.mark.parametrize(
+    "report, table",
+    [
+        ("[]", "name\n0\n"),
+        ('{"images": 1, "set": []}', "name\n0\n"),
+        ('{"images": 1, "set": {"fid": {}}}', "name\n0\n"),
+        ('{"images": 1, "set": {}}', "name,standard/psnr\n0,high\n"),
+        ('{"images": 1, "set": {}}', "name,standard/psnr\n0\n"),
+        ('{"images": 1, "set": {}}', "stem\n0\n"),
+        ('{"images": 1, "set": {}}', 'name\n"' + "0" * 200_000),
+    ],
+)  # fmt: skip
+def test_a_damaged_baseline_is_refused_before_the_work(scene, capsys, report, table):
+    (scene / "other").mkdir()
+    (scene / "other" / "report.json").write_text(report)
+    (scene / "other" / "metrics.csv").write_text(table)
+    argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--output", str(scene / "report")]
+    assert errors.run(evaluate.main, [*argv, "--baseline", str(scene / "other" / "report.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "neither it nor metrics.csv beside it may be changed by hand" in line and len(line) < 1000
+
+
+def test_a_baseline_of_other_images_is_refused_before_the_work(scene, capsys):
+    (scene / "other").mkdir()
+    (scene / "other" / "report.json").write_text('{"images": 1, "set": {}}')
+    (scene / "other" / "metrics.csv").write_text("name,standard/psnr\nx,1\n")
+    argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--output", str(scene / "report")]
+    assert errors.run(evaluate.main, [*argv, "--baseline", str(scene / "other" / "report.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()  # no progress bar
+    assert line.startswith("error: --baseline: ") and line.endswith("judged none of these images")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -247,6 +285,8 @@ def test_a_list_chooses_what_counts(scene):
         (["--sar-dir", "/nowhere"], "--sar-dir: there is no folder /nowhere"),
         (["--device", "cuda:99"], "--device: 'cuda:99' is not to be had here"),
         (["--baseline", "/nowhere/report.json"], "/nowhere/report.json: No such file"),
+        (["--mask-dir", "."], "--mask-dir: it judges maps, expected --variance-dir"),
+        (["--max-pixels", "0"], "--max-pixels: expected at least 1, found 0"),
     ],
 )
 def test_mistakes_are_one_line(scene, capsys, options, message):
