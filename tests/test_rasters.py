@@ -17,7 +17,7 @@ from test_translate import command, save_checkpoint
 from cdiffset.errors import UserError
 from cdiffset.geotiff import find_sources, group_polarisations, is_scene, open_scene
 from cdiffset.images import read_sar
-from cdiffset.radiometry import RadiometryOptions, measure, shared_stretch
+from cdiffset.radiometry import RadiometryOptions, measure, read_whole, shared_stretch
 
 RNG = np.random.default_rng(0)
 UTM = {"crs": "EPSG:32631", "transform": Affine(10, 0, 500_000, 0, -10, 5_700_000)}
@@ -375,6 +375,16 @@ def test_scenes_are_read_as_those_that_the_training_images_were_cut_from(tmp_pat
     with rasterio.open(tmp_path / "other/eo/a.tif") as result:
         found = json.loads(result.tags()["CDIFFSET_STRETCH"])
     assert (found["indexes"], found["scale"]) == ([1], "db") and found["limits"] != [[0, 0.5]]
+
+
+def test_calibration_reads_files_as_translation_does(tmp_path):
+    recorded = {"bands": "VH", "scale": "db"}
+    scene = save(tmp_path / "a.tif", DB, np.where(DB > -6, np.nan, DB - 6), names=("VV", "VH"), **UTM)
+    pixels, valid = read_whole(scene, RadiometryOptions().completed(recorded), {})
+    expected, expected_valid, _ = read(scene, **recorded)
+    assert np.array_equal(np.moveaxis(pixels, -1, 0), expected) and np.array_equal(valid, expected_valid) and not valid.all()
+    Image.fromarray(RNG.integers(0, 255, (8, 9), dtype=np.uint8)).save(tmp_path / "a.png")
+    assert np.array_equal(read_whole(tmp_path / "a.png", RadiometryOptions(), {})[0], read_sar(tmp_path / "a.png"))
 
 
 def test_scenes_of_one_tile_are_batched(tmp_path, checkpoint):
