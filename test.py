@@ -15,8 +15,9 @@ from pathlib import Path
 from cdiffset import calibration, processes
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.geotiff import find_sources, is_scene, open_scene
-from cdiffset.images import require_utf8, require_writable, write_png, write_tiff
+from cdiffset.images import read_sar_valid, require_utf8, require_writable, write_png, write_tiff
 from cdiffset.options import (
+    TILE,
     add_scene_options,
     add_translation_options,
     begin_reading,
@@ -92,7 +93,9 @@ class Job:
         return self.files[0]
 
     def is_done(self, records: dict[str, Record]) -> bool:
-        return all(records[kind].has(path) for kind, path in self.outputs.items())
+        """Whether all outputs are there, made with the settings of now, and no older than the files they were made of."""
+        changed_ns = max(file.stat().st_mtime_ns for file in self.files)
+        return all(records[kind].has(path) and path.stat().st_mtime_ns >= changed_ns for kind, path in self.outputs.items())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +105,11 @@ def main(argv: list[str] | None = None) -> int:
 
     known = load_calibration(args)
     trained = read_meta(args.checkpoint)
-    radiometry = radiometry_options(args).completed(trained.get("radiometry"))
+    given, radiometry = radiometry_options(args), radiometry_options(args).completed(trained.get("radiometry"))
+    if radiometry != given:
+        recorded = [f"--{name} {getattr(radiometry, name)}" for name in radiometry.KEPT if getattr(given, name) is None]
+        shown = ", ".join(each for each in recorded if not each.endswith(" None"))
+        print(f"scenes are read as those of the checkpoint's training images, unless options say otherwise: {shown}")
     jobs, faulty = make_jobs(args, radiometry, trained)
     check_fused(args, jobs)
     radiometry = with_shared_stretch(radiometry, jobs, trained)
@@ -323,17 +330,28 @@ def translate_images(
     from cdiffset.pipeline import WriteBehind, file_threads, skip_too_long
     from cdiffset.translator import translate_files
 
-    skipped = []
+    skipped, incomplete = [], []
+
+    def read(job: Job) -> tuple:
+        pixels, valid = read_sar_valid(job.sar, args.max_pixels)
+        if not valid.all():
+            incomplete.append(job.sar)
+        return (pixels,)
 
     def write_or_skip(job: Job, translation) -> None:
-        with skip_too_long(job.sar, job.sar, skipped):
+        with skip_too_long(job, job.sar, skipped):
             write(job, translation, known, args.overlay_threshold)
 
     with WriteBehind(file_threads(translator.device)) as later:
-        for index, translation in translate_files(translator, [job.sar for job in jobs], skipped):
+        for index, translation in translate_files(translator, jobs, skipped, read):
             begin(jobs[index])
             later(write_or_skip, jobs[index], translation)
-    return skipped
+    if incomplete:
+        print(
+            f"note: {len(incomplete)} images hold pixels that are no data (alpha, nodata, masks, NaN), which their PNGs do not "
+            f"show; with a scene option, e.g. --tile {TILE}, they become GeoTIFFs with alpha: {min(incomplete)}"
+        )
+    return [job.sar for job in skipped]
 
 
 def translate_whole_scenes(

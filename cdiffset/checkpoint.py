@@ -65,7 +65,7 @@ def read_weights(file: Path, option: str) -> dict[str, torch.Tensor]:
             raise UserError(f"{option}: {part} is damaged or no safetensors file ({str(error).splitlines()[0]})") from error
     while tensors and (prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in tensors)), None)):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+    return {name.replace("._orig_mod.", "."): tensor for name, tensor in tensors.items()}  # of blocks compiled one by one
 
 
 def parts_of(file: Path, option: str) -> list[Path]:

@@ -12,7 +12,7 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 from rasterio.crs import CRS
-from rasterio.enums import ColorInterp
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import CRSError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
@@ -20,6 +20,7 @@ from rasterio.windows import Window
 from cdiffset.errors import UserError
 from cdiffset.images import (
     IMAGE_SUFFIXES,
+    alpha_band,
     complex_message,
     list_images,
     open_raster,
@@ -31,7 +32,7 @@ from cdiffset.images import (
 )
 
 MAX_PIXELS = 2**32  # of a scene, unless --max-pixels allows more: a few bytes may claim any size
-CACHE_MB = 256  # GDAL would take 5 % of the machine's memory
+CACHE_BYTES = 2**28  # GDAL would take 5 % of the machine's memory
 QUICKLOOK_PX = 1024
 RASTER_SUFFIXES = (".bil", ".img", ".j2k", ".jp2", ".nc", ".nitf", ".ntf", ".vrt")  # read as scenes alone, by GDAL
 SUFFIXES = (*IMAGE_SUFFIXES, *RASTER_SUFFIXES)
@@ -41,6 +42,7 @@ SIDECARS = {  # of pictures: their georeference lies beside them
     ".png": ("{stem}.pgw", "{stem}.pngw"), ".jpg": ("{stem}.jgw", "{stem}.jpgw"), ".jpeg": ("{stem}.jgw", "{stem}.jpegw"),
     ".bmp": ("{stem}.bpw",), ".gif": ("{stem}.gfw",), ".webp": ("{stem}.wpw",),
 }  # fmt: skip
+ANY_SIDECARS = ("{stem}.wld", "{name}.aux.xml", "{name}.msk")
 POLARISATIONS = ("HH", "HV", "VH", "VV")
 POLARISATION = re.compile(r"(?<![A-Za-z0-9])(HH|HV|VH|VV)(?![A-Za-z0-9])", re.IGNORECASE)
 AUXILIARY = re.compile(  # bands and files that go with the backscatter and are none
@@ -138,8 +140,9 @@ def is_georeferenced(raster: DatasetReader) -> bool:
 
 def crs_of(raster: DatasetReader) -> CRS | None:
     """A raster's own CRS, or that of the .prj beside it, which GDAL does not read with a world file."""
-    path = Path(raster.name).with_suffix(".prj")
-    if raster.crs or raster.transform.is_identity or not path.is_file():
+    path = Path(raster.name)
+    path = _beside(path, f"{path.stem}.prj")
+    if raster.crs or raster.transform.is_identity or path is None:
         return raster.crs
     try:
         return CRS.from_wkt(path.read_text(encoding="utf-8").strip(), morph_from_esri_dialect=True)
@@ -159,7 +162,7 @@ def open_scene(path: Path | Sequence[Path], max_pixels: int = MAX_PIXELS) -> Ite
     UserError where it is none, or holds what cannot be translated.
     """
     paths = [path] if isinstance(path, Path) else path
-    with rasterio.Env(GDAL_CACHEMAX=CACHE_MB), ExitStack() as stack:
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES), ExitStack() as stack:
         rasters = [stack.enter_context(_open_checked(each, max_pixels)) for each in paths]
         yield Scene(rasters)
 
@@ -182,15 +185,21 @@ def _open_checked(path: Path, max_pixels: int) -> Iterator[DatasetReader]:
         require_size(path, source.height, source.width, 1, max(max_pixels, MAX_PIXELS))
         if any("complex" in dtype for dtype in source.dtypes):
             raise UserError(complex_message(path, source.dtypes[0]))
-        if ColorInterp.palette in source.colorinterp:
+        if ColorInterp.palette in source.colorinterp and not _is_grey(source.colormap(1)):
             raise UserError(
                 f"{path}: a colour table, not SAR data; gdal_translate -expand gray {path.name} grey.tif resolves it"
             )
         yield source
 
 
-def is_scene(path: Path, side: int) -> bool:
-    """Whether a file takes the scene path by itself: a georeferenced raster, or a TIFF with a side above `side` px.
+def _is_grey(colormap: dict[int, tuple]) -> bool:
+    """Whether a colour table shows each number as that grey, as those of 8-bit BMPs do."""
+    return all(colour[:3] == (number,) * 3 for number, colour in colormap.items())
+
+
+def is_scene(path: Path, side: float) -> bool:
+    """Whether a file takes the scene path by itself: a georeferenced raster, a picture with a mask or nodata beside it, or a
+    TIFF with a side above `side` px.
 
     What cannot be opened is left to the reader that names the fault.
     """
@@ -204,15 +213,27 @@ def is_scene(path: Path, side: int) -> bool:
         return False
     try:
         with open_raster(path, DRIVERS.get(suffix)) as source:
-            return is_georeferenced(source) or (is_tiff and max(source.shape) > side)
+            masked = {MaskFlags.per_dataset, MaskFlags.nodata} & {flag for flags in source.mask_flag_enums for flag in flags}
+            own_alpha = alpha_band(source) is not None
+            is_large = is_tiff and max(source.shape) > side
+            return is_georeferenced(source) or is_large or (not is_tiff and bool(masked) and not own_alpha)
     except rasterio.errors.RasterioIOError:
         return False
 
 
 def _has_sidecar(path: Path) -> bool:
-    names = (*SIDECARS[path.suffix.lower()], "{stem}.wld", "{name}.aux.xml")
-    # os.path tells no error of a name that is too long.
-    return any(os.path.isfile(path.with_name(name.format(stem=path.stem, name=path.name))) for name in names)
+    """Whether a file beside a picture tells its place or what of it is data, in any case of letters."""
+    names = [name.format(stem=path.stem, name=path.name) for name in (*SIDECARS[path.suffix.lower()], *ANY_SIDECARS)]
+    return any(_beside(path, name) for name in names)
+
+
+def _beside(path: Path, name: str) -> Path | None:
+    """A file of that name beside another one, its suffix in small letters or in capitals; None where there is none."""
+    stem, dot, suffix = name.rpartition(".")
+    for written in (name, f"{stem}{dot}{suffix.upper()}"):
+        if os.path.isfile(found := path.with_name(written)):  # a name that is too long is no error to os.path
+            return found
+    return None
 
 
 # --------------------------------------------------------------------------------------- polarisations in separate files
@@ -236,29 +257,32 @@ def renamed(path: Path, polarisation: str) -> Path:
 def find_sources(source: Path, wanted: Sequence[str]) -> dict[Path, tuple[Path, ...]]:
     """A folder or a file => {relative path that names a scene or an image: its files}, relative to the folder, in its order.
 
-    Where several polarisations are wanted, their separate files are grouped; files that are auxiliary by their names are then
-    left out, and that is said. Of a file the others of its product are looked for beside it.
+    Where polarisations are wanted, the separate files of a product are grouped; its other polarisations, and files that are
+    auxiliary by their names, are then left out, and that is said. Of a file the others of its product are looked for beside it.
     """
-    if len(wanted) < 2:
-        images = list_images(source, SUFFIXES) if source.is_dir() else [Path(source.name)]
-        return {image: (image,) for image in images}
     if source.is_file():
-        beside = sorted(Path(path.name) for path in source.parent.iterdir() if path.suffix.lower() == source.suffix.lower())
-        groups = group_polarisations(beside, wanted)
-        return {name: files for name, files in groups.items() if Path(source.name) in files}
+        beside = [Path(source.name)]
+        if len(wanted) > 1:
+            suffix = source.suffix.lower()
+            beside = sorted(Path(path.name) for path in source.parent.iterdir() if path.suffix.lower() == suffix)
+        return {name: files for name, files in group_polarisations(beside, wanted).items() if Path(source.name) in files}
     images = list_images(source, SUFFIXES)
-    if auxiliary := [image for image in images if is_auxiliary(image.stem)]:
-        shown = ", ".join(map(str, auxiliary[:3]))
-        print(f"note: {len(auxiliary)} auxiliary files are left out by their names: {shown}")
-    return group_polarisations([image for image in images if image not in auxiliary], wanted)
+    if not wanted:
+        return {image: (image,) for image in images}
+    scenes = group_polarisations([image for image in images if not is_auxiliary(image.stem)], wanted)
+    used = {file for files in scenes.values() for file in files}
+    if left_out := [image for image in images if image not in used]:
+        shown = ", ".join(map(str, left_out[:3])) + (", ..." if len(left_out) > 3 else "")
+        print(f"note: {len(left_out)} files are left out by their names, as auxiliary or of another polarisation: {shown}")
+    return scenes
 
 
 def group_polarisations(images: Sequence[Path], wanted: Sequence[str]) -> dict[Path, tuple[Path, ...]]:
     """Relative paths of files => {relative path of a scene: its files, in the order of the polarisations wanted}.
 
     The files of one product differ in the polarisation alone, in Sentinel-1's own naming also in the number at the end
-    (…-vv-…-001.tiff, …-vh-…-002.tiff). A product that lacks a wanted polarisation is left as the single files that it has.
-    A scene is named as its first file, with all its polarisations.
+    (…-vv-…-001.tiff, …-vh-…-002.tiff). A product that lacks a wanted polarisation is left as the single files that it has; of
+    one that has them all, the other polarisations are left out. A scene is named as its first file, with all its polarisations.
     """
     products: dict[Path, dict[str, Path]] = {}
     for image in images:
@@ -266,11 +290,13 @@ def group_polarisations(images: Sequence[Path], wanted: Sequence[str]) -> dict[P
             products.setdefault(_product_of(image), {})[polarisation] = image
     scenes: dict[Path, tuple[Path, ...]] = {}
     for image in images:
-        files = products[_product_of(image)] if polarisation_of(image) in wanted else {}
-        if len(wanted) > 1 and all(name in files for name in wanted):
-            scenes[renamed(files[wanted[0]], "_".join(wanted))] = tuple(files[name] for name in wanted)
-        else:
+        files = products[_product_of(image)] if polarisation_of(image) else {}
+        if not wanted or not all(name in files for name in wanted):
             scenes[image] = (image,)
+        elif polarisation_of(image) in wanted:
+            first = files[wanted[0]]
+            name = first if len(wanted) == 1 else renamed(first, "_".join(wanted))
+            scenes[name] = tuple(files[each] for each in wanted)
     return scenes
 
 
@@ -298,7 +324,7 @@ def write_cog(
         "driver": "GTiff", "height": like.height, "width": like.width, "count": len(names), "dtype": dtype,
         "interleave": "pixel", "compress": "deflate", "zlevel": 1, "blockysize": 1, "bigtiff": "if_safer",
     }  # fmt: skip
-    with rasterio.Env(GDAL_CACHEMAX=CACHE_MB), without_georeference():
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES), without_georeference():
         with rasterio.open(raw, "w", **profile, **({"nodata": np.nan} if is_float else {"photometric": "rgb"})) as target:
             copy_georeference(like, target)
             target.descriptions, target.units = tuple(names), tuple(units)

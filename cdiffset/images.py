@@ -31,6 +31,7 @@ STRETCH_PERCENTILES = (1, 99)
 PIXEL_PERCENTILES = (5, 50, 95)  # by which images in 0-255 are compared
 STATISTICS_IMAGES, STATISTICS_PX = 64, 2**14  # that a data set's statistics are taken of, and px of each
 LONG_STEM_BYTES = 100
+MAX_CLIPPED = 0.1  # share of an EO image's pixels beyond a declared range from which on the range is no longer believed
 MAX_LINKS = 100_000  # to folders, followed in one listing
 MAX_PIXELS = 2**28  # 16,384 x 16,384 px: a few kB can claim any size, and are then unpacked to it
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # Pillow opens others too, some by running programs
@@ -142,6 +143,11 @@ def read_judged_eo(
             raise UndeclaredRange(f"{what}; declare what 0 and 255 are by {option} LOW,HIGH" if option else what)
         low, high = limits
         clipped = float(((values < low) | (values > high)).any(-1).mean())
+        if clipped > MAX_CLIPPED:
+            raise UndeclaredRange(
+                f"{path}: values from {values.min():g} to {values.max():g}, of which {clipped:.0%} are beyond "
+                f"{option} {low:g},{high:g}: give the range that they have"
+            )
         values = (np.clip(values.astype(np.float64), low, high) - low) / (high - low) * 255
     pixels = np.zeros((*valid.shape, 3), np.float32)
     pixels[valid] = values
@@ -259,10 +265,13 @@ def list_images(folder: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found, wanted = [], suffixes or IMAGE_SUFFIXES
+    found, dead, wanted = [], [], suffixes or IMAGE_SUFFIXES
     for parent, files in _walk(folder):
         names = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in wanted]
-        found += [path for name in names if os.path.isfile(path := parent / name)]
+        for name in names:
+            (found if os.path.isfile(parent / name) else dead).append(parent / name)
+    if dead:
+        print(f"note: {len(dead)} links of {folder} lead to no file and are left out: {dead[0]}", file=sys.stderr)
     if not found:
         raise UserError(f"{folder}: holds no images ({' '.join(wanted)})")
     require_utf8(found)

@@ -513,7 +513,7 @@ def require_contrast(scene: Scene, radiometry: Radiometry, numbers: np.ndarray, 
             f"{scene.name}: without contrast as it is stretched: values of {numbers.min():g} to {numbers.max():g} all become "
             f"{stretched.flat[0]:.0f} of 255 ({radiometry.scale}, {limits} => 0 to 255); see --scale and --stretch"
         )
-    raise UserError(f"{scene.name}: without contrast, every valid pixel is {numbers.flat[0]:g}: there is nothing to translate")
+    raise UserError(f"{scene.name}: without contrast, every valid pixel is {numbers.flat[0]:g}: there is nothing to see in it")
 
 
 def chosen_steps(scene: Scene, options: RadiometryOptions, trained_gsd: float | None) -> tuple[float, float]:
@@ -547,7 +547,7 @@ def wanted_polarisations(bands: str | None) -> list[str]:
 def describe(scene: Scene, radiometry: Radiometry) -> str:
     """One line for the user: size, bands, scale and stretch."""
     limits = ", ".join(f"{low:g} to {high:g}" for low, high in radiometry.limits)
-    bands = ", ".join(scene.descriptions[k - 1] or str(k) for k in radiometry.indexes)
+    bands = ", ".join(f"{k} ({name})" if (name := scene.descriptions[k - 1]) else str(k) for k in radiometry.indexes)
     scale = radiometry.scale + (f" (auto: {radiometry.scale_reason})" if radiometry.scale_reason else "")
     text = f"{scene.width} x {scene.height} px, bands {bands} as {radiometry.channels}, {scale}, {limits} => 0 to 255"
     if radiometry.steps != (1, 1):

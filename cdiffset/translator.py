@@ -6,7 +6,6 @@ import cdiffset.lean  # noqa: F401  first: it imports diffusers quickly
 import argparse
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from cdiffset.checkpoint import Weights, meta_file
 from cdiffset.device import form_of, free_memory, without_instructions
 from cdiffset.diffusion import ensemble, image_noise, predict, reduce_samples
 from cdiffset.errors import UserError
-from cdiffset.images import read_sar, to_signed, to_uint8
+from cdiffset.images import to_signed, to_uint8
 from cdiffset.model import (
     build_unet,
     check_base,
@@ -228,17 +227,11 @@ def translate_files(
     translator: Translator,
     items: Sequence,
     failed: list,  # takes the items that cannot be read
-    read: Callable | None = None,  # item => (float32 [H, W, 3] in 0-255,); None: items are paths of plain images
+    read: Callable,  # item => (float32 [H, W, 3] in 0-255,)
     noise_of: Callable = image_noise,  # (vae, seed, images) => the noise [B, C, h, w] that they start from
 ) -> Iterator[tuple[int, Translation]]:
     """Read and translate files => (index of the item, translation), in no fixed order; see `batches_of_one_size`."""
-
-    def read_image(path: Path) -> tuple[np.ndarray]:
-        return (read_sar(path, translator.args.max_pixels),)
-
     threads = file_threads(translator.device)
-    batches = batches_of_one_size(
-        items, read or read_image, translator.factor, translator.images_together, failed, "translating", threads
-    )
+    batches = batches_of_one_size(items, read, translator.factor, translator.images_together, failed, "translating", threads)
     for indices, (images,) in batches:
         yield from zip(indices, translator(images, noise_of), strict=True)

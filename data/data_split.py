@@ -28,8 +28,14 @@ PUBLISHED = {(20_000, 80): 3_999}  # (count, ratio) => held out: QXS-SAROPT's sp
 
 
 def held_out(count: int, ratio: int) -> int:
-    """How many of `count` are held out: the nearest whole number, a half rounded up, but for a published split."""
-    return PUBLISHED.get((count, ratio), (count * (100 - ratio) + 50) // 100)
+    """How many of `count` are held out, but for a published split: what training leaves, whose share is rounded, a half up.
+
+    At least one on either side.
+    """
+    if (count, ratio) in PUBLISHED:
+        return PUBLISHED[count, ratio]
+    trained = (2 * count * ratio + 100) // 200
+    return count - min(max(trained, 1), count - 1)
 
 
 def shuffled_split(items: list[str], ratio: int, seed: int) -> Split:

@@ -47,7 +47,7 @@ from cdiffset.images import (  # noqa: E402
     written_whole,
 )
 from cdiffset.options import add_radiometry_options  # noqa: E402
-from cdiffset.radiometry import Radiometry, RadiometryOptions, measure, shared_stretch, wanted_polarisations  # noqa: E402
+from cdiffset.radiometry import Radiometry, RadiometryOptions, describe, measure, shared_stretch, wanted_polarisations  # noqa: E402
 from cdiffset.resampling import gsd_of  # noqa: E402
 from feeders.feeder import SPLITS, SpaceNetFeeder  # noqa: E402
 
@@ -262,10 +262,11 @@ def stretched(values: np.ndarray, valid: np.ndarray, limits: list[float] | None)
 
 def registration_of(sar: Scene, other) -> str:
     """How a raster comes onto the SAR's grid; UserError if that is not known."""
-    if sar.crs is None and sar.gcps[0]:
+    if sar.crs is None and (sar.gcps[0] or sar.rpcs):
+        found, way = ("ground control points", "-tps") if sar.gcps[0] else ("RPCs", "-rpc")
         raise UserError(
-            f"{sar.name} has ground control points alone, expected a raster on a grid with a CRS: warp it first, "
-            f"gdalwarp -tps -t_srs EPSG:CODE {Path(sar.name).name} warped.tif"
+            f"{sar.name} has {found} alone, expected a raster on a grid with a CRS: warp it first, "
+            f"gdalwarp {way} -t_srs EPSG:CODE {Path(sar.name).name} warped.tif"
         )
     crs = crs_of(other)
     same_grid = sar.shape == other.shape and sar.transform.almost_equals(other.transform, 1e-9)
@@ -310,8 +311,8 @@ def survey(pair: Pair, cloud_mask: Path | None, options: Options) -> Surveyed:
             radiometry, notes = measure(sar, options.radiometry)
         except UserError as error:
             raise Unmeasurable(str(error)) from error
-        for note in notes:
-            tqdm.write(f"{sar.name}: note: {note}")
+        for line in (describe(sar, radiometry), *(f"note: {note}" for note in notes)):
+            tqdm.write(f"{sar.name}: {line}")
         if min(sar.shape) < options.size:
             tqdm.write(f"{sar.name}: note: {sar.width} x {sar.height} px, smaller than --size {options.size}: gives no chip")
         return Surveyed(
@@ -355,6 +356,8 @@ def read_cloud(mask, window: Window) -> np.ndarray:
 def fault_of(chip: Chip, options: Options) -> str | None:
     """Why a chip is of no use, None if it is."""
     both = chip.sar_valid & chip.eo_valid
+    if not chip.sar_valid.any():
+        return "nodata"
     if not both.any():
         return "no_overlap"
     if 1 - both.mean() > options.max_nodata:
@@ -530,9 +533,12 @@ def make_chips(pairs: list[Pair], masks: list[Path | None], output: Path, option
                 scenes.append(survey(pair, mask, options))
             except Unmeasurable as fault:
                 faults[pair.name] = str(fault)
-                tqdm.write(f"left out: {fault}")
+                if len(pairs) > 1:
+                    tqdm.write(f"left out: {fault}")
     if not scenes:
         raise UserError(next(iter(faults.values())))
+    if options.radiometry.scale == "auto" and len(scales := {scene.radiometry.scale for scene in scenes}) == 1:
+        options = replace(options, radiometry=replace(options.radiometry, scale=scales.pop()))  # what translation is to take
     corners, dropped = inspect(scenes, options)
     try:
         splits = locate(scenes, corners, options)

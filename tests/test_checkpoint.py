@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import shutil
 from concurrent.futures import wait
 from pathlib import Path
@@ -48,6 +49,16 @@ def prefixed(prefix: str):
     return write
 
 
+def blocks_compiled(unet, folder: Path) -> Path:
+    """As torch.compile names the tensors of blocks that are compiled one by one."""
+    tensors = {
+        re.sub(r"^((?:down|up)_blocks\.\d+)\.", r"\1._orig_mod.", name): value for name, value in unet.state_dict().items()
+    }
+    assert any("._orig_mod." in name for name in tensors)
+    save_file(tensors, folder / "unet.safetensors")
+    return folder / "unet.safetensors"
+
+
 def diffusers_folder(unet, folder: Path) -> Path:
     unet.save_pretrained(folder / "net")
     return folder / "net"
@@ -86,7 +97,7 @@ def fp16_named(**options):
 
 FORMS = {
     "compiled": prefixed("_orig_mod."), "compiled, DDP": prefixed("_orig_mod.module."),
-    "DDP, compiled": prefixed("unet.module._orig_mod."),
+    "blocks compiled": blocks_compiled, "DDP, compiled": prefixed("unet.module._orig_mod."),
     "fp16": fp16_named(), "fp16, split": fp16_named(max_shard_size="200KB"),
     "bare": prefixed(""), "module.": prefixed("module."), "unet.": prefixed("unet."), "module.unet.": prefixed("module.unet."),
     "unet.module.": prefixed("unet.module."), "diffusers": diffusers_folder, "released run": old_run_folder, "ours": our_folder,

@@ -74,8 +74,10 @@ def lines(files, name):
         (8, 80, 2),
         (50, 80, 10),
         (100, 50, 50),
-        (3, 50, 2),
-        (2, 80, 0),
+        (3, 50, 1),
+        (5, 90, 1),
+        (2, 80, 1),
+        (2, 10, 1),
         (1000, 90, 100),
         (19990, 80, 3998),
     ],
@@ -129,7 +131,7 @@ def test_seed_and_ratio_decide(tmp_path):
     first = split("qxs", tmp_path / "root", tmp_path / "a", "--seed", "1")
     assert first == split("qxs", tmp_path / "root", tmp_path / "b", "--seed", "1")
     assert first != split("qxs", tmp_path / "root", tmp_path / "c", "--seed", "2")
-    assert len(lines(split("qxs", tmp_path / "root", tmp_path / "d", "--ratio", "5"), "test_eo_list_005.txt")) == 48
+    assert len(lines(split("qxs", tmp_path / "root", tmp_path / "d", "--ratio", "5"), "test_eo_list_005.txt")) == 47
 
 
 def test_split_of_the_default_seed_stays_what_it_is():
@@ -173,8 +175,8 @@ def test_roots_of_another_layout(dataset, tmp_path):
 
 
 def test_too_few_images(tmp_path):
-    fill_qxs(tmp_path / "root", count=2)
-    with pytest.raises(UserError, match="too few images or scenes for --ratio 80: 2 pairs to train on, 0 to test on"):
+    fill_qxs(tmp_path / "root", count=1)
+    with pytest.raises(UserError, match="too few images or scenes for --ratio 80: 0 pairs to train on, 1 to test on"):
         split("qxs", tmp_path / "root", tmp_path / "out")
 
 

@@ -144,7 +144,7 @@ def test_a_single_file_of_another_kind_is_a_fault_of_its_own(tmp_path, capsys):
 
 
 def test_values_beyond_the_range_are_clipped_and_noted(tmp_path):
-    pixels = np.linspace(-1, 1, HEIGHT * WIDTH * 3).reshape(HEIGHT, WIDTH, 3)
+    pixels = np.linspace(-0.05, 1, HEIGHT * WIDTH * 3).reshape(HEIGHT, WIDTH, 3)
     np.save(tmp_path / "a.npy", pixels)
     read = read_judged_eo(tmp_path / "a.npy", (0, 1), "--pred-range")
     assert np.abs(read.pixels - np.clip(pixels, 0, 1) * 255).max() < 1e-4 and read.valid.all()
@@ -153,10 +153,19 @@ def test_values_beyond_the_range_are_clipped_and_noted(tmp_path):
     (tmp_path / "pred").mkdir()
     (tmp_path / "a.npy").rename(tmp_path / "pred" / "0.npy")
     run(tmp_path, "--pred-range", "0,1")
-    assert "Warning: 50 % of the pixels lie beyond --pred-range 0,1" in (tmp_path / "report" / "report.md").read_text()
+    assert (
+        f"Warning: {100 * read.clipped:.3g} % of the pixels lie beyond --pred-range 0,1"
+        in (tmp_path / "report" / "report.md").read_text()
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- excluded pixels
+def test_a_range_that_the_numbers_contradict_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.linspace(-1, 1, 8 * 9 * 3, dtype=np.float32).reshape(8, 9, 3))
+    with pytest.raises(errors.UserError, match="a.npy: values from -1 to 1, of which 50% are beyond --pred-range 0,1"):
+        read_judged_eo(tmp_path / "a.npy", (0, 1), "--pred-range")
+
+
 def with_alpha(path: Path, pixels: np.ndarray, out: np.ndarray, mode: str = "RGBA", **options) -> None:
     image = Image.fromarray(np.dstack([pixels, np.where(out, 0, 255).astype(np.uint8)]))
     image.convert(mode).save(path, **options)

@@ -11,6 +11,7 @@ import rasterio.warp
 from PIL import Image
 from rasterio import Affine
 from rasterio.control import GroundControlPoint
+from rasterio.rpc import RPC
 from training import train_lines
 
 from cdiffset.errors import run as run_command
@@ -218,7 +219,7 @@ def test_scenes_without_a_place_are_split_each_by_itself(tmp_path):
 def test_every_dropped_chip_is_counted_for_its_first_reason(tmp_path):
     """One row of eight 32 px chips: faults are planted in known ones."""
     sar, eo, cloud = noise(32, 256), noise(32, 256, 3), np.zeros((32, 256), np.uint8)
-    sar[:, 0:32] = 0  # nothing in common
+    sar[:, 0:32] = 0  # nothing in the SAR
     eo[:16, 32:48] = 0  # a quarter without data
     sar[:1, 64:96] = 0  # 1 of 32 rows, within what is allowed
     cloud[:8, 96:128] = 1  # a quarter cloudy
@@ -230,7 +231,7 @@ def test_every_dropped_chip_is_counted_for_its_first_reason(tmp_path):
         write_raster(tmp_path / "sar.tif", sar), write_raster(tmp_path / "eo.tif", eo), tmp_path / "chips",
         "--cloud-mask", mask, "--block", 32, "--nodata", 0, "--eo-nodata", 0,
     )  # fmt: skip
-    assert report["counts"]["dropped"] == {"no_overlap": 1, "nodata": 1, "cloud": 1, "blank": 2, "guard": 0}
+    assert report["counts"]["dropped"] == {"no_overlap": 0, "nodata": 2, "cloud": 1, "blank": 2, "guard": 0}
     assert sorted(col for _, _, col in chips_of(tmp_path / "chips")) == [64, 128, 224]
 
 
@@ -386,6 +387,8 @@ def make_bad(case: str, root: Path) -> tuple[Path, Path, list]:
             eo[:] = 5
         case "GCPs alone":
             sar_place = [Affine.identity(), None]
+        case "RPCs alone":
+            sar_place = [Affine.identity(), None]
         case "too small":
             options = ["--size", 128]
         case "share":
@@ -401,6 +404,10 @@ def make_bad(case: str, root: Path) -> tuple[Path, Path, list]:
         with rasterio.open(paths[0], "r+") as target:
             corners = [(0, 0, 600_000, 5_750_000), (0, 96, 600_048, 5_750_000), (64, 0, 600_000, 5_749_968)]
             target.gcps = [GroundControlPoint(*corner) for corner in corners], rasterio.CRS.from_string(UTM)
+    if case == "RPCs alone":
+        one, zero = [1.0] + [0.0] * 19, [0.0] * 20
+        with rasterio.open(paths[0], "r+") as target:
+            target.rpcs = RPC(0, 1, 51.9, 1, one, zero, 32, 32, 4.4, 1, one, zero, 48, 48)
     if case == "truncated":
         paths[1].write_bytes(paths[1].read_bytes()[:9000])
     if case == "not a raster":
@@ -422,6 +429,7 @@ def make_bad(case: str, root: Path) -> tuple[Path, Path, list]:
         ("nothing usable", "sar.tif: without contrast, every valid pixel is 5"),
         ("blank EO", r"no usable chip \(dropped: blank 6"),
         ("GCPs alone", "sar.tif has ground control points alone, .*gdalwarp -tps"),
+        ("RPCs alone", "sar.tif has RPCs alone, .*gdalwarp -rpc"),
         ("too small", r"no usable chip .*smaller than --size 128: eo \(96 x 64 px\)"),
         ("share", "--test-share is 1"),
         ("stride", "--stride is 0"),
@@ -473,17 +481,18 @@ def test_a_scene_without_contrast_is_left_out_of_a_folder(tmp_path, capsys):
     assert "blank.tif: without contrast" in capsys.readouterr().out
 
 
-def test_the_sar_is_read_as_test_py_reads_scenes(tmp_path):
+def test_the_sar_is_read_as_test_py_reads_scenes(tmp_path, capsys):
     """Decibels in two files of one product, an auxiliary file beside them; the EO is named without a polarisation."""
     power = np.random.default_rng(0).gamma(4, 0.02, (2, 64, 96)).astype(np.float32)
     for name, band in zip(("VV", "VH"), power, strict=True):
         write_raster(tmp_path / f"sar/p_{name}.tif", 10 * np.log10(band))
     write_raster(tmp_path / "sar/p_inc_map.tif", noise(64, 96))
     write_raster(tmp_path / "eo/p.tif", noise(64, 96, 3))
-    given = ["--bands", "VV,VH", "--channels", "ratio", "--scale", "db", "--stretch", "folder", "--block", 32]
+    given = ["--bands", "VV,VH", "--channels", "ratio", "--scale", "auto", "--stretch", "folder", "--block", 32]
     report = cut(tmp_path / "sar", tmp_path / "eo", tmp_path / "chips", *given)
     kept = report["settings"]["radiometry"]
-    assert (kept["bands"], kept["channels"], kept["scale"]) == ("VV,VH", "ratio", "db")
+    assert (kept["bands"], kept["channels"], kept["scale"]) == ("VV,VH", "ratio", "db")  # as it was decided
+    assert "db (auto: 100% of the values from -60 to 20" in capsys.readouterr().out
     amplitude = np.sqrt(power.astype(np.float64))
     bands = [*amplitude, amplitude[0] / amplitude[1]]
     limits = [np.percentile(band, (1, 99)) for band in bands]

@@ -83,6 +83,41 @@ def test_a_world_file_makes_a_scene_of_a_picture_and_of_a_tiff(tmp_path, checkpo
         assert result.transform == UTM["transform"] and result.crs.to_epsg() == 32631
 
 
+def test_world_files_in_capitals_and_grey_tables(tmp_path):
+    """Every 8-bit BMP has a colour table; one of greys is no palette."""
+    grey = Image.fromarray(RNG.integers(0, 255, (24, 32), dtype=np.uint8))
+    for name, world in (("A.JPG", "A.JGW"), ("b.bmp", "b.bpw")):
+        grey.save(tmp_path / name)
+        (tmp_path / world).write_text("10\n0\n0\n-10\n500005\n5699995\n")
+        (tmp_path / name).with_suffix(".PRJ").write_text(rasterio.CRS.from_epsg(32631).to_wkt("WKT1_ESRI"))
+        assert is_scene(tmp_path / name, 1024)
+        with open_scene(tmp_path / name) as scene:
+            assert scene.transform == UTM["transform"] and scene.crs.to_epsg() == 32631
+            assert np.abs(scene.read([1], Window(0, 0, 32, 24))[0][0].astype(int) - np.array(grey)).mean() < 8  # JPEG
+
+
+def test_a_picture_with_a_mask_beside_it_is_a_scene_and_what_a_plain_tiff_loses_is_said(tmp_path, checkpoint, capsys):
+    grey = RNG.integers(1, 255, (24, 32), dtype=np.uint8)
+    (tmp_path / "sar").mkdir()
+    Image.fromarray(grey).save(tmp_path / "sar/a.png")
+    valid = np.ones((24, 32), np.uint8) * 255
+    valid[:9] = 0
+    save(tmp_path / "mask.tif", valid).rename(tmp_path / "sar/a.png.msk")
+    with rasterio.open(tmp_path / "sar/a.png.msk", "r+", driver="GTiff") as target:
+        target.update_tags(INTERNAL_MASK_FLAGS_1="2")
+    save(tmp_path / "sar/b.tif", np.where(valid > 0, grey, 0).astype(np.uint8), nodata=0)
+    assert translate(checkpoint, tmp_path / "sar", tmp_path / "out") == 0
+    with rasterio.open(tmp_path / "out/eo/a.tif") as result:
+        assert np.array_equal(result.read(4), valid)
+    assert (tmp_path / "out/eo/b.png").is_file()
+    assert re.search("note: 1 images hold pixels that are no data .*--tile 1024, .*b.tif", capsys.readouterr().out)
+
+
+def test_the_cache_of_gdal_is_of_megabytes(tmp_path):
+    with open_scene(save(tmp_path / "a.tif", DB)):
+        assert 2**26 <= rasterio.env.getenv()["GDAL_CACHEMAX"] <= 2**30
+
+
 @pytest.mark.parametrize("name, driver", [("a.vrt", None), ("a.jp2", "JP2OpenJPEG"), ("a.img", "ENVI"), ("a.nc", "netCDF"),
                                            ("a.ntf", "NITF"), ("a.bin", "ENVI")])  # fmt: skip
 def test_whatever_gdal_opens_is_read_as_a_scene(tmp_path, checkpoint, name, driver):
@@ -288,7 +323,7 @@ def test_separate_polarisations_are_translated_as_their_stack_is(tmp_path, check
     save(tmp_path / "one/p_VV_VH.tif", DB, vh, names=("VV", "VH"), **UTM)
     given = ["--bands", "VV,VH", "--channels", "ratio", "--scale", "db"]
     assert translate(checkpoint, tmp_path / "sar", tmp_path / "out", *given) == 0
-    assert "1 auxiliary files are left out by their names: p_mask.tif" in capsys.readouterr().out
+    assert "1 files are left out by their names, as auxiliary or of another polarisation: p_mask.tif" in capsys.readouterr().out
     assert translate(checkpoint, tmp_path / "sar/p_VH.tif", tmp_path / "file", *given) == 0  # its product's others beside it
     assert translate(checkpoint, tmp_path / "one", tmp_path / "stack", *given) == 0
     eo = []
@@ -297,6 +332,17 @@ def test_separate_polarisations_are_translated_as_their_stack_is(tmp_path, check
             eo.append(result.read())
             assert json.loads(result.tags()["CDIFFSET_STRETCH"])["channels"] == "ratio"
     assert np.array_equal(eo[0], eo[1]) and np.array_equal(eo[0], eo[2])
+
+
+def test_one_polarisation_of_a_folder_of_products_is_chosen_by_name(tmp_path, capsys):
+    for product in "ab":
+        for name in ("VV", "VH"):
+            save(tmp_path / f"{product}_{name}.tif", DB, **UTM)
+    found = find_sources(tmp_path, ["VH"])
+    assert found == {Path("a_VH.tif"): (Path("a_VH.tif"),), Path("b_VH.tif"): (Path("b_VH.tif"),)}
+    assert "2 files are left out by their names" in capsys.readouterr().out
+    with open_scene(tmp_path / "a_VH.tif") as scene:
+        assert measure(scene, RadiometryOptions(bands="vh"))[0].indexes == (1,)
 
 
 def test_polarisations_on_different_grids_are_refused(tmp_path):
@@ -361,7 +407,7 @@ def test_outputs_say_what_they_are(tmp_path, checkpoint):
     assert rows["bands"] == "1 (VV), as single" and rows["sampling"].startswith("ddim leading, 1 steps") and 'id="bar"' in page
 
 
-def test_scenes_are_read_as_those_that_the_training_images_were_cut_from(tmp_path, checkpoint):
+def test_scenes_are_read_as_those_that_the_training_images_were_cut_from(tmp_path, checkpoint, capsys):
     trained = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
     meta = json.loads((trained / "checkpoint.json").read_text())
     recorded = {"bands": "VH", "scale": "db", "stretch": "fixed:0,0.5", "despeckle": "multilook:3"}
@@ -375,6 +421,8 @@ def test_scenes_are_read_as_those_that_the_training_images_were_cut_from(tmp_pat
     with rasterio.open(tmp_path / "other/eo/a.tif") as result:
         found = json.loads(result.tags()["CDIFFSET_STRETCH"])
     assert (found["indexes"], found["scale"]) == ([1], "db") and found["limits"] != [[0, 0.5]]
+    said = capsys.readouterr().out
+    assert "scenes are read as those of the checkpoint's training images, unless options say otherwise: --bands VH" in said
 
 
 def test_calibration_reads_files_as_translation_does(tmp_path):

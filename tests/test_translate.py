@@ -308,6 +308,17 @@ def test_skip_existing_leaves_files_alone_and_makes_the_missing(translate, sar_d
     assert all(stamp[0] > after[name][0] for name, stamp in stamps(out).items())
 
 
+def test_an_image_that_has_changed_since_is_made_again(translate, tmp_path, capsys):
+    Image.fromarray(np.full((8, 8), 9, np.uint8)).save(tmp_path / "a.png")
+    out = translate(tmp_path / "a.png")
+    before = stamps(out)
+    Image.fromarray(np.full((8, 8), 90, np.uint8)).save(tmp_path / "a.png")
+    later_ns = (out / "eo" / "a.png").stat().st_mtime_ns + 10**9
+    os.utime(tmp_path / "a.png", ns=(later_ns, later_ns))
+    translate(tmp_path / "a.png", skip_existing=True)
+    assert stamps(out)["eo/a.png"] != before["eo/a.png"] and "there already" not in capsys.readouterr().out
+
+
 def test_only_the_wanted_outputs_count_as_missing(translate, sar_dir, capsys):
     out = translate(sar_dir, maps=False)
     assert set(path.name for path in out.iterdir()) == {"eo"}
