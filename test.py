@@ -105,11 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
     known = load_calibration(args)
     trained = read_meta(args.checkpoint)
-    given, radiometry = radiometry_options(args), radiometry_options(args).completed(trained.get("radiometry"))
-    if radiometry != given:
-        recorded = [f"--{name} {getattr(radiometry, name)}" for name in radiometry.KEPT if getattr(given, name) is None]
-        shown = ", ".join(each for each in recorded if not each.endswith(" None"))
-        print(f"scenes are read as those of the checkpoint's training images, unless options say otherwise: {shown}")
+    radiometry = as_trained(radiometry_options(args), trained.get("radiometry") or {})
     jobs, faulty = make_jobs(args, radiometry, trained)
     check_fused(args, jobs)
     radiometry = with_shared_stretch(radiometry, jobs, trained)
@@ -251,6 +247,15 @@ def load_calibration(args: argparse.Namespace) -> calibration.Calibration | None
     except UserError as error:
         option = "--calibration" if args.calibration else "--error-dir" if args.error_dir else "--overlay-dir"
         raise UserError(f"{option}: {error}") from error
+
+
+def as_trained(options: RadiometryOptions, recorded: dict[str, str]) -> RadiometryOptions:
+    """What is not given on the command line as the checkpoint records it, which is said."""
+    completed = options.completed(recorded)
+    if taken := [f"--{name} {value}" for name, value in completed.kept().items() if getattr(options, name) is None]:
+        shown = " ".join(taken)
+        print(f"scenes are read as those of the checkpoint's training images, unless options say otherwise: {shown}")
+    return completed
 
 
 def make_jobs(args: argparse.Namespace, radiometry: RadiometryOptions, trained: dict) -> tuple[list[Job], list[Path]]:

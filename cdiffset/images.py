@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 STRETCH_PERCENTILES = (1, 99)
 PIXEL_PERCENTILES = (5, 50, 95)  # by which images in 0-255 are compared
 STATISTICS_IMAGES, STATISTICS_PX = 64, 2**14  # that a data set's statistics are taken of, and px of each
+QUICKLOOK = ".quicklook.png"  # ends the name of a small picture beside a scene's EO
 LONG_STEM_BYTES = 100
 MAX_CLIPPED = 0.1  # share of an EO image's pixels beyond a declared range from which on the range is no longer believed
 MAX_LINKS = 100_000  # to folders, followed in one listing

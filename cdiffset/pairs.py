@@ -18,6 +18,7 @@ from cdiffset.errors import UserError
 from cdiffset.images import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
+    QUICKLOOK,
     UndeclaredRange,
     list_images,
     open_raster,
@@ -189,7 +190,7 @@ def images_by_stem(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> 
     in the suffix alone.
     """
     stems: dict[str, Path] = {}
-    listed = [path for path in list_images(folder) if path.suffix.lower() in suffixes]
+    listed = [path for path in list_images(folder) if path.suffix.lower() in suffixes and not path.name.endswith(QUICKLOOK)]
     if not listed:
         raise UserError(f"{folder}: holds no {' or '.join(suffixes)}, expected a map for each image")
     for path in listed:

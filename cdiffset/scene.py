@@ -32,7 +32,7 @@ from cdiffset.checkpoint import read_meta
 from cdiffset.diffusion import predict, sample
 from cdiffset.errors import UserError
 from cdiffset.geotiff import Scene, open_scene, write_cog, write_quicklook
-from cdiffset.images import hidden_beside, to_signed, to_uint8, written_whole
+from cdiffset.images import QUICKLOOK, hidden_beside, to_signed, to_uint8, written_whole
 from cdiffset.losses import variance
 from cdiffset.model import decode, encode, vae_factor
 from cdiffset.options import Sampling
@@ -487,7 +487,7 @@ def write_picture(path: Path, scratch: Path, scene: Scene, look: Look, translate
 
 def write_views(outputs: dict[str, Path], scene: Scene, look: Look) -> None:
     """What is there to look at: a quicklook and the page with the slider."""
-    write_quicklook(outputs["eo"].with_suffix(".quicklook.png"), outputs["eo"])
+    write_quicklook(outputs["eo"].with_suffix(QUICKLOOK), outputs["eo"])
     write_swipe(outputs, scene, look.radiometry, facts_of(scene, look), look.gsd and look.gsd[1])
 
 

@@ -410,6 +410,12 @@ def test_a_scene_as_test_py_writes_it_is_judged_by_its_valid_pixels(tmp_path):
     assert "expected finite values from 0" in run(tmp_path, "--variance-dir", tmp_path / "variance")["faults"]["beside"][0]
 
 
+def test_quicklooks_beside_scenes_are_no_predictions(tmp_path):
+    for name in ("a.tif", "a.quicklook.png", "b.png"):
+        (tmp_path / name).touch()
+    assert set(pairs.images_by_stem(tmp_path)) == {"a", "b"}
+
+
 def test_masks_are_8_bit(tmp_path):
     for folder in ("pred", "gt"):
         write_8_bit(tmp_path / folder, range(1))
