@@ -78,10 +78,10 @@ def run_reference(job: dict, parts: Parts, model_is_loaded, image_is_written, un
 def run_project(job: dict, parts: Parts, model_is_loaded, image_is_written, unet_has_run) -> None:
     import test
     from cdiffset.diffusion import predict
-    from cdiffset.images import read_sar, write_png
+    from cdiffset.images import read_sar_valid, write_png
     from cdiffset.translator import Translator
 
-    parts.watch_function(read_sar, "load")
+    parts.watch_function(read_sar_valid, "load")
     parts.watch_function(write_png, "write", done=image_is_written)
     # Not by a hook, which a compiled network would not have.
     parts.watch_function(predict, "U-Net forward", job["device"], lambda unet, z_sar, *_: unet_has_run(len(z_sar)))
