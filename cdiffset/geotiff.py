@@ -32,7 +32,7 @@ from cdiffset.images import (
 )
 
 MAX_PIXELS = 2**32  # of a scene, unless --max-pixels allows more: a few bytes may claim any size
-CACHE_BYTES = 2**28  # GDAL would take 5 % of the machine's memory
+CACHE_BYTES = 2**26  # GDAL would take 5 % of the machine's memory
 QUICKLOOK_PX = 1024
 RASTER_SUFFIXES = (".bil", ".img", ".j2k", ".jp2", ".nc", ".nitf", ".ntf", ".vrt")  # read as scenes alone, by GDAL
 SUFFIXES = (*IMAGE_SUFFIXES, *RASTER_SUFFIXES)
