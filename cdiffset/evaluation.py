@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -53,43 +54,62 @@ def evaluate_folders(
         refuse_stranger(folders.stems, other)
     metrics = utils.PairMetrics(device, with_lpips=networks, with_dists=networks)
     set_metrics = utils.SetMetrics(device, wanted=networks)
-    rows, samples, sizes, counted, with_excluded = [], [], Counter(), 0, 0
-    bar = tqdm(total=len(folders), desc="evaluating", unit="image", mininterval=1)
+    found = measured(folders, metrics, set_metrics, batch_size, num_workers)
+    refuse(folders.faults, strict)
+    if not found.rows:
+        raise UserError(f"none of {len(folders)} pairs can be judged: {named(folders.faults, 1)}")
+    set_values = {name: entry | {"n": set_metrics.images} for name, entry in set_metrics.compute().items()}
+    not_whole = dict.fromkeys(set_values, utils.NEEDS_WHOLE) if found.with_excluded else {}
+    report = {
+        "images": len(found.rows),
+        "sizes": {f"{width} x {height}": count for (width, height), count in found.sizes.items()},
+        "counted": {
+            "share": found.counted / sum(width * height * count for (width, height), count in found.sizes.items()),
+            "images_with_excluded_pixels": found.with_excluded,
+        },
+        "inputs": {name: None if value is None else shown(value) for name, value in vars(inputs).items()},
+        "conventions": {name: convention.description for name, convention in utils.CONVENTIONS.items()},
+        "means": means_with_intervals(found.rows),
+        "set": set_values | identity_collapse(found.rows),
+        "absent": metrics.absent | not_whole | set_metrics.absent | absent_inputs(inputs, bool(found.samples)),
+        "faults": {kind: faults for kind, faults in folders.faults.items() if faults},
+        "uncertainty": pooled(found.samples, folders.pixels_per_image) if found.samples else None,
+        "comparison": None if other is None else compare(found.rows, set_values, *other),
+        "examples": examples(found.rows),
+    }
+    write_report(output, report, found.rows, folders)
+    return report
+
+
+@dataclass
+class Measured:
+    """What comes of going through the pairs."""
+
+    rows: list[dict] = field(default_factory=list)  # of metrics, one per image
+    samples: list[dict] = field(default_factory=list)  # of pixels, for the maps
+    sizes: Counter = field(default_factory=Counter)  # (width, height) => images
+    counted: int = 0  # pixels
+    with_excluded: int = 0  # images of which some pixels do not count
+
+
+def measured(
+    folders: PairFolders, metrics: utils.PairMetrics, set_metrics: utils.SetMetrics, batch_size: int, num_workers: int
+) -> Measured:
+    """Measure every pair; the faults of those that cannot be go to `folders.faults`, the sets' features to `set_metrics`."""
+    found = Measured()
     loader = DataLoader(folders, batch_size=None, num_workers=num_workers)
-    with bar:
+    with tqdm(total=len(folders), desc="evaluating", unit="image", mininterval=1) as bar:
         for batch in batches(usable(loader, folders.faults, bar), batch_size):
             generated, eo, valid = (torch.stack([item[kind] for item in batch]) for kind in ("generated", "eo", "valid"))
             if whole := bool(valid.all()):
                 set_metrics.update(generated, eo)
             values = utils.image_rows([item["stem"] for item in batch], metrics(generated, eo, None if whole else valid))
-            counted, with_excluded = counted + int(valid.sum()), with_excluded + len(batch) * (not whole)
-            rows += [row | item["values"] for row, item in zip(values, batch, strict=True)]
-            samples += [item["sample"] for item in batch if item["sample"] is not None]
-            sizes[eo.shape[3], eo.shape[2]] += len(batch)
-    refuse(folders.faults, strict)
-    if not rows:
-        raise UserError(f"none of {len(folders)} pairs can be judged: {named(folders.faults, 1)}")
-    set_values = {name: entry | {"n": set_metrics.images} for name, entry in set_metrics.compute().items()}
-    not_whole = dict.fromkeys(set_values, utils.NEEDS_WHOLE) if with_excluded else {}
-    report = {
-        "images": len(rows),
-        "sizes": {f"{width} x {height}": count for (width, height), count in sizes.items()},
-        "counted": {
-            "share": counted / sum(width * height * count for (width, height), count in sizes.items()),
-            "images_with_excluded_pixels": with_excluded,
-        },
-        "inputs": {name: None if value is None else shown(value) for name, value in vars(inputs).items()},
-        "conventions": {name: convention.description for name, convention in utils.CONVENTIONS.items()},
-        "means": means_with_intervals(rows),
-        "set": set_values | identity_collapse(rows),
-        "absent": metrics.absent | not_whole | set_metrics.absent | absent_inputs(inputs, bool(samples)),
-        "faults": {kind: faults for kind, faults in folders.faults.items() if faults},
-        "uncertainty": pooled(samples, folders.pixels_per_image) if samples else None,
-        "comparison": None if other is None else compare(rows, set_values, *other),
-        "examples": examples(rows),
-    }
-    write_report(output, report, rows, folders)
-    return report
+            found.rows += [row | item["values"] for row, item in zip(values, batch, strict=True)]
+            found.samples += [item["sample"] for item in batch if item["sample"] is not None]
+            found.sizes[eo.shape[3], eo.shape[2]] += len(batch)
+            found.counted += int(valid.sum())
+            found.with_excluded += len(batch) * (not whole)
+    return found
 
 
 def usable(items: Iterable[dict], faults: dict[str, list[str]], bar: tqdm) -> Iterator[dict]:
