@@ -130,9 +130,7 @@ def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int
     options = RadiometryOptions(max_pixels=args.max_pixels).completed(trained.get("radiometry"))
 
     def read(pair) -> tuple[np.ndarray, ...]:
-        return read_judged_pair(
-            pair.sar, pair.eo, args.eo_range, args.max_pixels, lambda path, _: read_whole(path, options, trained)
-        )
+        return read_judged_pair(pair, read_whole(pair.sar, options, trained), args.eo_range, args.max_pixels)
 
     pixels, skipped = {}, []
     batches = batches_of_one_size(

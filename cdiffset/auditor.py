@@ -9,7 +9,7 @@ from scipy.ndimage import distance_transform_edt
 from cdiffset.audit import residual_map, upsampled
 from cdiffset.audit_report import MAPS, map_path
 from cdiffset.errors import UserError
-from cdiffset.images import write_tiff
+from cdiffset.images import read_sar_valid, write_tiff
 from cdiffset.options import recorded_settings
 from cdiffset.pairs import read_judged_pair
 from cdiffset.pipeline import batches_of_one_size, skip_too_long
@@ -43,7 +43,8 @@ def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, skip_existing:
         print(f"{len(pairs) - len(todo)} of {len(pairs)} maps are there already")
 
     def read(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        sar, eo, valid = read_judged_pair(pair.sar, pair.eo, auditor.args.eo_range, auditor.args.max_pixels)
+        most = auditor.args.max_pixels
+        sar, eo, valid = read_judged_pair(pair, read_sar_valid(pair.sar, most), auditor.args.eo_range, most)
         return sar, continued(eo, valid), valid
 
     skipped: list[Pair] = []

@@ -5,7 +5,6 @@ and left out, so that one bad file of thousands does not cost the rest.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -24,13 +23,12 @@ from cdiffset.images import (
     open_raster,
     read_judged_eo,
     read_sar,
-    read_sar_valid,
     require_declared_range,
     require_size,
     to_signed,
 )
 from cdiffset.judgement import image_columns, rivals, sample_pixels
-from feeders.feeder import PAIR_SUFFIXES, read_list, read_pair_list
+from feeders.feeder import PAIR_SUFFIXES, Pair, read_list, read_pair_list
 
 POOLED_PIXELS = 5_000_000  # pooled measures see at most about so many pixels, equally many of each image
 MAPS = {
@@ -235,23 +233,20 @@ def centre_crop(image: np.ndarray, size: tuple[int, int], what: str) -> np.ndarr
 
 
 def read_judged_pair(
-    sar_path: Path,
-    eo_path: Path,
-    eo_range: tuple[float, float] | None,
-    max_pixels: int,
-    read: Callable[[Path, int], tuple[np.ndarray, np.ndarray]] = read_sar_valid,  # of the SAR
+    pair: Pair, sar: tuple[np.ndarray, np.ndarray], eo_range: tuple[float, float] | None, max_pixels: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """=> SAR and true EO [H, W, 3] in 0-255, and valid [H, W], the pixels that count: data in both.
+    """A pair and its SAR as read (pixels, valid) => SAR and true EO [H, W, 3] in 0-255, and valid [H, W]: data in both.
 
-    UserError where one is unreadable, their sizes differ, no pixel counts, or --eo-range does not fit the EO.
+    UserError where the EO is unreadable, their sizes differ, no pixel counts, or --eo-range does not fit the EO.
     """
-    sar, sar_valid = read(sar_path, max_pixels)
-    eo, valid, _ = read_judged_eo(eo_path, eo_range, "--eo-range", max_pixels)
-    if sar.shape != eo.shape:
-        raise SizeFault(f"the images of a pair differ in size: SAR {sar_path} is {_size(sar)}, EO {eo_path} is {_size(eo)}")
+    pixels, sar_valid = sar
+    eo, valid, _ = read_judged_eo(pair.eo, eo_range, "--eo-range", max_pixels)
+    if pixels.shape != eo.shape:
+        sizes = f"SAR {pair.sar} is {_size(pixels)}, EO {pair.eo} is {_size(eo)}"
+        raise SizeFault(f"the images of a pair differ in size: {sizes}")
     if not (valid & sar_valid).any():
-        raise EmptyFault(f"{sar_path} and {eo_path}: no pixel is valid in both")
-    return sar, eo, valid & sar_valid
+        raise EmptyFault(f"{pair.sar} and {pair.eo}: no pixel is valid in both")
+    return pixels, eo, valid & sar_valid
 
 
 def read_map(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
