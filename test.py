@@ -8,9 +8,9 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cdiffset import calibration, processes
 from cdiffset.errors import Parser, UserError, run
@@ -30,6 +30,9 @@ from cdiffset.options import (
 )
 from cdiffset.radiometry import RadiometryOptions, fits_one_tile, shared_stretch, wanted_polarisations
 from cdiffset.record import Record
+
+if TYPE_CHECKING:
+    from cdiffset.translator import Translator  # its libraries take seconds to import
 
 OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO image last: it stands for a finished job
     ("--conf-dir", "confidence", ".png"),
@@ -142,18 +145,13 @@ def translate(
     if known and known.model != translator.fingerprint:
         raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
 
-    def begin(job: Job) -> None:
-        for kind in job.outputs:
-            records[kind].write(args.skip_existing)
-
-    started = time.monotonic()
+    shared = Shared(translator, args, radiometry, known, records)
     images, scenes, fused = (
         [job for job in todo if (job.is_scene, job.is_fused) == kind] for kind in ((False, False), (True, False), (True, True))
     )
+    started = time.monotonic()
     try:
-        failures = translate_images(translator, images, args, known, begin)
-        failures += translate_whole_scenes(translator, scenes, args, radiometry, known, begin)
-        failures += translate_fused_scenes(translator, fused, args, radiometry, known, begin)
+        failures = translate_images(shared, images) + translate_whole_scenes(shared, scenes) + translate_fused(shared, fused)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
     seconds, (rank, count) = time.monotonic() - started, processes.place()
@@ -323,19 +321,32 @@ def with_shared_stretch(radiometry: RadiometryOptions, jobs: list[Job], trained:
     return replace(radiometry, stretch=stretch)
 
 
-Begin = Callable[[Job], None]  # to be called before a job's first output
+@dataclass(frozen=True)
+class Shared:
+    """What all jobs of a run have in common."""
+
+    translator: "Translator"
+    args: argparse.Namespace
+    radiometry: RadiometryOptions
+    known: calibration.Calibration | None
+    records: dict[str, Record]
+    begun: set[str] = field(default_factory=set)  # kinds of output whose record is written
+
+    def begin(self, job: Job) -> None:
+        """To be called before a job's first output."""
+        for kind in job.outputs.keys() - self.begun:
+            self.records[kind].write(self.args.skip_existing)
+            self.begun.add(kind)
 
 
-def translate_images(
-    translator, jobs: list[Job], args: argparse.Namespace, known: calibration.Calibration | None, begin: Begin
-) -> list[Path]:
+def translate_images(shared: Shared, jobs: list[Job]) -> list[Path]:
     """Read, translate and write images => those that were skipped."""
     if not jobs:
         return []
     from cdiffset.pipeline import WriteBehind, file_threads, skip_too_long
     from cdiffset.translator import translate_files
 
-    skipped, incomplete = [], []
+    translator, args, skipped, incomplete = shared.translator, shared.args, [], []
 
     def read(job: Job) -> tuple:
         pixels, valid = read_sar_valid(job.sar, args.max_pixels)
@@ -345,11 +356,11 @@ def translate_images(
 
     def write_or_skip(job: Job, translation) -> None:
         with skip_too_long(job, job.sar, skipped):
-            write(job, translation, known, args.overlay_threshold)
+            write(job, translation, shared.known, args.overlay_threshold)
 
     with WriteBehind(file_threads(translator.device)) as later:
         for index, translation in translate_files(translator, jobs, skipped, read):
-            begin(jobs[index])
+            shared.begin(jobs[index])
             later(write_or_skip, jobs[index], translation)
     if incomplete:
         print(
@@ -359,52 +370,39 @@ def translate_images(
     return [job.sar for job in skipped]
 
 
-def translate_whole_scenes(
-    translator,
-    jobs: list[Job],
-    args: argparse.Namespace,
-    radiometry: RadiometryOptions,
-    known: calibration.Calibration | None,
-    begin: Begin,
-) -> list[Path]:
+def translate_whole_scenes(shared: Shared, jobs: list[Job]) -> list[Path]:
     """Scenes of one tile, batched as images are => those that were skipped."""
     if not jobs:
         return []
     from cdiffset.pipeline import WriteBehind, file_threads
     from cdiffset.scene import WholeScenes
 
-    with WriteBehind(file_threads(translator.device)) as later:
-        scenes = WholeScenes(translator, args, radiometry, known)
+    scenes = WholeScenes(shared.translator, shared.args, shared.radiometry, shared.known)
+    with WriteBehind(file_threads(shared.translator.device)) as later:
         for index, translation in scenes.translate([job.files for job in jobs]):
-            begin(jobs[index])
+            shared.begin(jobs[index])
             later(scenes.write, index, translation, jobs[index].outputs)
     return [job.sar for job in jobs if job.files in scenes.skipped]
 
 
-def translate_fused_scenes(
-    translator,
-    jobs: list[Job],
-    args: argparse.Namespace,
-    radiometry: RadiometryOptions,
-    known: calibration.Calibration | None,
-    begin: Begin,
-) -> list[Path]:
-    """Translate every scene => those that were skipped. Processes of a launcher share each scene; the first one tells."""
+def translate_fused(shared: Shared, jobs: list[Job]) -> list[Path]:
+    """Scenes of several tiles => those that were skipped. Processes of a launcher share each scene; the first one tells."""
     if not jobs:
         return []
     from cdiffset.pipeline import skip_too_long
     from cdiffset.scene import gather_team, translate_scene
 
+    translator, args, skipped = shared.translator, shared.args, []
     args.batch_size = translator.images_together(args.tile, args.tile)
-    team, skipped = gather_team(translator), []
+    team = gather_team(translator)
     if team.rank > 0:
         team.help()
         return []
     for job in jobs:
-        begin(job)
+        shared.begin(job)
         try:
             with skip_too_long(job.sar, job.sar, skipped):
-                translate_scene(translator, team, job.files, job.outputs, args, radiometry, known)
+                translate_scene(translator, team, job.files, job.outputs, args, shared.radiometry, shared.known)
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
             skipped.append(job.sar)

@@ -275,7 +275,7 @@ def time_scene(folder: Path, tile: int, overlap: int, steps: int) -> float:
     options = test.check(test.make_parser().parse_args(words))
     model = SimpleNamespace(
         vae=Stub(), unet=Stub(), scheduler=load_scheduler(str(DEMO_BASE), "epsilon"), prompt_embedding=torch.zeros(1, 2, 4),
-        device=torch.device("cpu"), factor=8, args=options, fingerprint="none",
+        device=torch.device("cpu"), factor=8, args=options, fingerprint="none", trained={},
     )  # fmt: skip
     started = time.monotonic()
     files, outputs = [folder / "scene.tif"], {"eo": folder / "eo" / "scene.tif"}

@@ -28,7 +28,6 @@ from rasterio.windows import Window
 from tqdm import tqdm
 
 from cdiffset.calibration import Calibration
-from cdiffset.checkpoint import read_meta
 from cdiffset.diffusion import predict, sample
 from cdiffset.errors import UserError
 from cdiffset.geotiff import Scene, open_scene, write_cog, write_quicklook
@@ -412,9 +411,8 @@ class Look:
 
 def look_at(model: Model, scene: Scene, args: argparse.Namespace, options: RadiometryOptions) -> Look:
     """Measure a scene, and print what was found."""
-    trained = read_meta(args.checkpoint)
-    radiometry, notes = measure(scene, options, trained)
-    warnings = out_of_domain(scene, radiometry, options.gsd, trained)
+    radiometry, notes = measure(scene, options, model.trained)
+    warnings = out_of_domain(scene, radiometry, options.gsd, model.trained)
     lines = [describe(scene, radiometry), *(f"note: {note}" for note in notes), *(f"WARNING: {each}" for each in warnings)]
     tqdm.write("\n".join(f"{scene.name}: {line}" for line in lines))
     names = ("seed", *Sampling._fields, "readout", "ensemble", "ensemble_output", "precision", "tile", "overlap", "blend")

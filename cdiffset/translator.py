@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cdiffset import processes
 from cdiffset.attention import share_prompt
-from cdiffset.checkpoint import Weights, meta_file
+from cdiffset.checkpoint import Weights, meta_file, read_meta
 from cdiffset.device import form_of, free_memory, without_instructions
 from cdiffset.diffusion import ensemble, image_noise, predict, reduce_samples
 from cdiffset.errors import UserError
@@ -89,7 +89,7 @@ class Model:
         )
         check_prompt_width(self.unet, self.prompt_embedding, base, "--checkpoint")
         self.scheduler = load_scheduler(base, prediction_type)
-        self.args, self.factor, self.fingerprint = args, vae_factor(self.vae), None
+        self.args, self.factor, self.fingerprint, self.trained = args, vae_factor(self.vae), None, read_meta(args.checkpoint)
         if with_fingerprint:
             tensors = {"prompt": self.prompt_embedding, **self.vae.state_dict(prefix="vae."), **self.unet.state_dict()}
             self.fingerprint = fingerprint(tensors, prediction_type)

@@ -145,7 +145,7 @@ def test_an_identity_model_returns_its_input(tmp_path, size, blend):
     )  # fmt: skip
     model = SimpleNamespace(
         vae=same, unet=same, scheduler=same, prompt_embedding=torch.zeros(1, 2, 4), device=torch.device("cpu"), factor=4,
-        args=options, fingerprint="0",
+        args=options, fingerprint="0", trained={},
     )  # fmt: skip
     pixels = RNG.integers(0, 256, size, dtype=np.uint8)
     sar, outputs = [save(tmp_path / "a.tif", pixels)], {"eo": tmp_path / "eo/a.tif"}
