@@ -44,7 +44,7 @@ SIDECARS = {  # of pictures: their georeference lies beside them
 }  # fmt: skip
 ANY_SIDECARS = ("{stem}.wld", "{name}.aux.xml", "{name}.msk")
 POLARISATIONS = ("HH", "HV", "VH", "VV")
-POLARISATION = re.compile(r"(?<![A-Za-z0-9])(HH|HV|VH|VV)(?![A-Za-z0-9])", re.IGNORECASE)
+POLARISATION = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(POLARISATIONS)})(?![A-Za-z0-9])", re.IGNORECASE)
 AUXILIARY = re.compile(  # bands and files that go with the backscatter and are none
     r"angle|incid|layover|shadow|mask|(?<![a-z0-9])(inc|lia|ls|theta|dem|elevation)(?![a-z0-9])", re.IGNORECASE
 )
@@ -175,26 +175,27 @@ def _open_checked(path: Path, max_pixels: int) -> Iterator[DatasetReader]:
         except rasterio.errors.RasterioIOError as error:
             what = "GeoTIFF" if path.suffix.lower() in (".tif", ".tiff") else "raster that GDAL reads"
             raise UserError(f"{path}: unreadable, truncated or no {what} ({str(error).splitlines()[0]})") from error
-        if source.subdatasets and source.count == 0:
+        if source.subdatasets or not source.count:
             shown = ", ".join(source.subdatasets[:3])
             raise UserError(
-                f"{path}: {len(source.subdatasets)} rasters in one file; take one out first: gdal_translate '{shown}' one.tif"
+                f"{path}: {len(source.subdatasets)} rasters in one file, expected one; take one out by "
+                f"gdal_translate NAME one.tif, where NAME is one of {shown}"
             )
-        if source.subdatasets:
-            raise UserError(f"{path}: {len(source.subdatasets)} images in one file; take one out by gdal_translate")
         require_size(path, source.height, source.width, 1, max(max_pixels, MAX_PIXELS))
         if any("complex" in dtype for dtype in source.dtypes):
             raise UserError(complex_message(path, source.dtypes[0]))
-        if ColorInterp.palette in source.colorinterp and not _is_grey(source.colormap(1)):
+        if has_colours(source):
             raise UserError(
                 f"{path}: a colour table, not SAR data; gdal_translate -expand gray {path.name} grey.tif resolves it"
             )
         yield source
 
 
-def _is_grey(colormap: dict[int, tuple]) -> bool:
-    """Whether a colour table shows each number as that grey, as those of 8-bit BMPs do."""
-    return all(colour[:3] == (number,) * 3 for number, colour in colormap.items())
+def has_colours(raster: DatasetReader) -> bool:
+    """Whether its numbers stand for colours of a table; those of 8-bit BMPs show each number as that grey."""
+    if ColorInterp.palette not in raster.colorinterp:
+        return False
+    return any(colour[:3] != (number,) * 3 for number, colour in raster.colormap(1).items())
 
 
 def is_scene(path: Path, side: float) -> bool:
@@ -252,6 +253,13 @@ def renamed(path: Path, polarisation: str) -> Path:
     """A path with its file's polarisation replaced."""
     start, end = list(POLARISATION.finditer(path.stem))[-1].span()
     return path.with_name(path.name[:start] + polarisation + path.name[end:])
+
+
+def without_polarisation(path: Path) -> Path:
+    """A path without its file's polarisation and the character that joins it to the name."""
+    start, end = list(POLARISATION.finditer(path.stem))[-1].span()
+    before, after = path.name[:start], path.name[end:]
+    return path.with_name(before[:-1] + after if before else after[1:])
 
 
 def find_sources(source: Path, wanted: Sequence[str]) -> dict[Path, tuple[Path, ...]]:

@@ -279,13 +279,14 @@ def measure(scene: Scene, options: RadiometryOptions, trained: dict | None = Non
     # A border of one value does not speak for the scene.
     judged = numbers.ravel() if fill_value is None else numbers[numbers != fill_value]
     scale, reason = tell_scale(scene, indexes, judged) if options.scale == "auto" else (options.scale or "dn", None)
-    check_scale(scene, scale, numbers, judged, note)
+    check_scale(scene, options.scale, scale, numbers, judged, note)
     if options.scale is None and (proposed := scale_of_numbers(judged, all_float(scene, indexes))):
         notes.append(f"{proposed[1]}: this looks like {WORDS[proposed[0]]}, which --scale {proposed[0]} stretches as amplitude")
     steps = chosen_steps(scene, options, trained.get("gsd_m"))
     despeckle = parse_despeckle(options.despeckle)
     unstretched = Radiometry(indexes, channels, scale, (), steps, despeckle, options.nodata, reason)
-    values = sample(scene, unstretched)
+    is_read_so = unstretched.steps == (1, 1) and not despeckle and channels != "ratio"
+    values = SCALES[scale](numbers.astype(np.float64)) if is_read_so else sample(scene, unstretched)
     limits = chosen_limits(scene, unstretched, options.stretch, values, trained.get("sar_statistics"))
     if not all(math.isfinite(high - low) for low, high in limits):
         raise UserError(f"{scene.name}: its values overflow as --scale {scale}; give the scale that they have, or rescale them")
@@ -412,8 +413,10 @@ def why_no_db(values: np.ndarray) -> str | None:
     return None
 
 
-def check_scale(scene: Scene, scale: str, numbers: np.ndarray, judged: np.ndarray, note: str | None) -> None:
-    """Refuse a scale that the numbers contradict; `judged` are those that can mean backscatter."""
+def check_scale(
+    scene: Scene, option: str | None, scale: str, numbers: np.ndarray, judged: np.ndarray, note: str | None
+) -> None:
+    """Refuse a scale that the numbers contradict; `judged` are those that can mean backscatter, `option` is --scale."""
     negative = float(np.mean(judged < 0)) if judged.size else 0.0
     fault = None
     if scale == "db":
@@ -421,8 +424,9 @@ def check_scale(scene: Scene, scale: str, numbers: np.ndarray, judged: np.ndarra
     elif scale in ("intensity", "amplitude") and negative > 0.5:
         fault = f"{negative:.0%} of the values are negative, as decibels are"
     if fault:
+        asked = scale if option == scale else f"{option}, which takes them as {scale}"
         hint = f"; {note}" if note else "; give the scale that they have, or --scale auto"
-        raise UserError(f"--scale {scale}: {scene.name} does not hold that: {fault} ({range_of(judged)}){hint}")
+        raise UserError(f"--scale {asked}: {scene.name} does not hold that: {fault} ({range_of(judged)}){hint}")
 
 
 def all_float(scene: Scene, indexes: tuple[int, ...]) -> bool:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import rasterio
 import rasterio.warp
-from rasterio.enums import ColorInterp, Resampling
+from rasterio.enums import Resampling
 from rasterio.errors import CRSError, RasterioError, RasterioIOError
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
@@ -36,7 +36,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from cdiffset.errors import Parser, UserError, run  # noqa: E402
-from cdiffset.geotiff import DRIVERS, SUFFIXES, Scene, crs_of, find_sources, open_scene, renamed  # noqa: E402
+from cdiffset.geotiff import (  # noqa: E402
+    DRIVERS,
+    SUFFIXES,
+    Scene,
+    crs_of,
+    find_sources,
+    has_colours,
+    open_scene,
+    without_polarisation,
+)
 from cdiffset.images import (  # noqa: E402
     STRETCH_PERCENTILES,
     alpha_band,
@@ -49,7 +58,7 @@ from cdiffset.images import (  # noqa: E402
 from cdiffset.options import add_radiometry_options  # noqa: E402
 from cdiffset.radiometry import Radiometry, RadiometryOptions, describe, measure, shared_stretch, wanted_polarisations  # noqa: E402
 from cdiffset.resampling import gsd_of  # noqa: E402
-from feeders.feeder import SPLITS, SpaceNetFeeder  # noqa: E402
+from feeders.feeder import CHIPS, SPLITS, SpaceNetFeeder  # noqa: E402
 
 SAMPLED_SIDE = 2048  # px: the EO's stretch is taken from every n-th pixel of larger scenes
 REASONS = ("no_overlap", "nodata", "cloud", "blank", "guard")  # why chips are dropped, the first that applies
@@ -134,7 +143,7 @@ def find_pairs(sar: Path, eo: Path, bands: str | None) -> list[Pair]:
     if not (sar.is_dir() and eo.is_dir()):
         found = ", ".join(f"{path} ({_kind(path)})" for path in (sar, eo))
         raise UserError(f"--sar and --eo must be two files or two folders; found {found}")
-    scenes = {names_of(name, files, wanted): files for name, files in find_sources(sar, wanted).items()}
+    scenes = {names_of(name, files): files for name, files in find_sources(sar, wanted).items()}
     pairs, lonely = [], []
     for image in list_images(eo, SUFFIXES):
         name = image.with_suffix("").as_posix()
@@ -152,13 +161,10 @@ def find_pairs(sar: Path, eo: Path, bands: str | None) -> list[Pair]:
     return pairs
 
 
-def names_of(name: Path, files: tuple[Path, ...], wanted: list[str]) -> tuple[str, ...]:
-    """What the EO of a SAR scene may be called."""
-    plain = name.with_suffix("").as_posix()
-    if len(files) == 1:
-        return (plain,)
-    bare = renamed(files[0], "").with_suffix("").as_posix().rstrip("_-")
-    return (plain, bare.replace("__", "_").replace("--", "-"))
+def names_of(name: Path, files: tuple[Path, ...]) -> tuple[str, ...]:
+    """What the EO of a SAR scene may be called: as the scene, and where that is of several files, without polarisations."""
+    names = (name,) if len(files) == 1 else (name, without_polarisation(files[0]))
+    return tuple(each.with_suffix("").as_posix() for each in names)
 
 
 def find_masks(cloud_mask: Path | None, pairs: list[Pair]) -> list[Path | None]:
@@ -185,11 +191,11 @@ def open_eo(path: Path) -> Iterator[rasterio.DatasetReader]:
             source = stack.enter_context(open_raster(path, DRIVERS.get(path.suffix.lower()), OVERVIEW_LEVEL="NONE"))
         except RasterioIOError as error:
             raise UserError(f"{path}: unreadable, truncated or no raster ({str(error).splitlines()[0]})") from error
-        if not source.count or np.dtype(source.dtypes[0]).kind == "c":
-            raise UserError(
-                complex_message(path, source.dtypes[0]) if source.count else f"{path}: a container of several rasters"
-            )
-        if source.colorinterp[0] == ColorInterp.palette:
+        if not source.count:
+            raise UserError(f"{path}: {len(source.subdatasets)} rasters in one file; take one out by gdal_translate")
+        if "complex" in source.dtypes[0]:
+            raise UserError(complex_message(path, source.dtypes[0]))
+        if has_colours(source):
             raise UserError(f"{path}: colours in a palette; expected bands (gdal_translate -expand rgb)")
         yield source
 
@@ -520,7 +526,7 @@ def report_of(scenes: list[Surveyed], splits: list, dropped: list[Counter], stat
 
 def make_chips(pairs: list[Pair], masks: list[Path | None], output: Path, options: Options) -> dict:
     """Write the dataset => the contents of its chips.json. UserError if there is one already."""
-    if there := [name for name in (*SPLITS, "chips.json") if (output / name).exists()]:
+    if there := [name for name in (*SPLITS, CHIPS) if (output / name).exists()]:
         raise UserError(f"--output {output} already holds {', '.join(there)}; remove it, or give another folder")
     if options.radiometry.stretch == "folder":
         shared = shared_stretch([pair.sar for pair in pairs], options.radiometry)
@@ -556,7 +562,7 @@ def make_chips(pairs: list[Pair], masks: list[Path | None], output: Path, option
         with written_whole(output / f"{split}_list.csv") as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([("sar", "eo"), *paths])
     report = report_of(scenes, splits, dropped, statistics, options) | {"left_out": faults}
-    with written_whole(output / "chips.json") as temporary:
+    with written_whole(output / CHIPS) as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     return report
 

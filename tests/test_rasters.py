@@ -15,7 +15,7 @@ from rasterio.windows import Window
 from test_translate import command, save_checkpoint
 
 from cdiffset.errors import UserError
-from cdiffset.geotiff import find_sources, group_polarisations, is_scene, open_scene
+from cdiffset.geotiff import find_sources, group_polarisations, is_scene, open_scene, without_polarisation
 from cdiffset.images import read_sar
 from cdiffset.radiometry import RadiometryOptions, measure, read_whole, shared_stretch
 
@@ -154,6 +154,13 @@ def test_what_cannot_be_read_is_told_before_networks_load(tmp_path, checkpoint, 
         translate(checkpoint, tmp_path / "notes.txt", tmp_path / "out")
 
 
+def test_files_of_several_rasters_name_them(tmp_path):
+    frames = [Image.fromarray(np.full((8, 9), k, np.uint8)) for k in range(2)]
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match="2 rasters in one file, .*GTIFF_DIR:1:"), open_scene(tmp_path / "pages.tif"):
+        pass
+
+
 def test_the_recipe_for_complex_files_keeps_their_gcps(tmp_path):
     points = [GroundControlPoint(r, c, 4 + c / 1e3, 50 - r / 1e3) for r in (0, 40) for c in (0, 52)]
     save(tmp_path / "in.tif", (DB + 3j).astype(np.complex64), gcps=points, crs="EPSG:4326")
@@ -211,8 +218,9 @@ def test_undeclared_fill_is_data_and_a_note_proposes_nodata(tmp_path):
     assert np.array_equal(valid, filled > -9999) and not notes
     clean = read(save(tmp_path / "b.tif", DB[:, 12:], **UTM), scale="db")[0]
     np.testing.assert_allclose(pixels[:, :, 12:], clean, atol=1e-3)
-    with pytest.raises(UserError, match="--scale db: .*23% of the values are beyond .*give --nodata -9999"):
-        read(path, scale="db")
+    for scale, asked in (("db", "--scale db:"), ("auto", "--scale auto, which takes them as db:")):
+        with pytest.raises(UserError, match=f"{asked} .*23% of the values are beyond .*give --nodata -9999"):
+            read(path, scale=scale)
 
 
 @pytest.mark.parametrize("value", [0, 255])
@@ -343,6 +351,13 @@ def test_one_polarisation_of_a_folder_of_products_is_chosen_by_name(tmp_path, ca
     assert "2 files are left out by their names" in capsys.readouterr().out
     with open_scene(tmp_path / "a_VH.tif") as scene:
         assert measure(scene, RadiometryOptions(bands="vh"))[0].indexes == (1,)
+
+
+@pytest.mark.parametrize(
+    ("name", "without"), [("a__b_VV.tif", "a__b.tif"), ("VV_a.tif", "a.tif"), ("x/s1a-iw-vv-2022.tiff", "x/s1a-iw-2022.tiff")]
+)
+def test_a_name_without_its_polarisation(name, without):
+    assert without_polarisation(Path(name)) == Path(without)
 
 
 def test_polarisations_on_different_grids_are_refused(tmp_path):
