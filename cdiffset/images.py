@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -388,7 +389,7 @@ def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np
             raise UserError(complex_message(path, source.dtypes[0]))
         kept = [k for k in source.indexes if source.colorinterp[k - 1] != ColorInterp.alpha]
         if len(kept) < source.count:
-            _note_alpha(path.name, source.count)
+            _note_alpha()
         if source.colorinterp[0] == ColorInterp.palette:
             bands, unmasked = source.read(kept), source.read_masks(kept) > 0
             bands, unmasked = _expand_palette(bands[0], source.colormap(1)), np.repeat(unmasked, 3, axis=0)
@@ -400,14 +401,10 @@ def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np
     return np.moveaxis(bands, 0, -1), np.moveaxis(unmasked, 0, -1)
 
 
-def _note_alpha(name: str, count: int) -> None:
-    """Said once: GDAL takes the fourth band of an 8-bit TIFF for alpha, which may be a fourth polarisation."""
-    if not _noted_alpha:
-        _noted_alpha.append(name)
-        print(f"note: {name}: one of its {count} bands is declared as alpha and no part of the picture", file=sys.stderr)
-
-
-_noted_alpha: list[str] = []
+@cache
+def _note_alpha() -> None:
+    """Said once, since it is of all files alike: GDAL takes the fourth band of an 8-bit TIFF for alpha, unless it is told."""
+    print("note: a band that a TIFF declares as alpha is no part of the picture: it says where there is data", file=sys.stderr)
 
 
 @contextmanager

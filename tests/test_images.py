@@ -508,3 +508,11 @@ def test_real_samples(samples):
     assert (sar[..., 0] == np.asarray(Image.open(samples / "QXSLAB_SAROPT/sar_256_oc_0.2/1.png"))).all()
     assert (eo == np.asarray(Image.open(samples / "QXSLAB_SAROPT/opt_256_oc_0.2/1.png"))).all()
     assert len(list_images(samples / "QXSLAB_SAROPT/opt_256_oc_0.2")) == 100
+
+
+def test_a_band_dropped_as_alpha_is_said_once(tmp_path, capsys):
+    images._note_alpha.cache_clear()
+    save_tiff(tmp_path / "a.tif", np.ones((4, 6, 7), np.uint8), photometric="RGB", alpha="yes")
+    for _ in range(2):
+        assert read_sar(tmp_path / "a.tif").shape == (6, 7, 3)
+    assert capsys.readouterr().err.count("a band that a TIFF declares as alpha") == 1
