@@ -8,7 +8,7 @@ import argparse
 import hashlib
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -330,13 +330,11 @@ class Shared:
     radiometry: RadiometryOptions
     known: calibration.Calibration | None
     records: dict[str, Record]
-    begun: set[str] = field(default_factory=set)  # kinds of output whose record is written
 
     def begin(self, job: Job) -> None:
         """To be called before a job's first output."""
-        for kind in job.outputs.keys() - self.begun:
+        for kind in job.outputs:
             self.records[kind].write(self.args.skip_existing)
-            self.begun.add(kind)
 
 
 def translate_images(shared: Shared, jobs: list[Job]) -> list[Path]:

@@ -176,11 +176,9 @@ def _open_checked(path: Path, max_pixels: int) -> Iterator[DatasetReader]:
             what = "GeoTIFF" if path.suffix.lower() in (".tif", ".tiff") else "raster that GDAL reads"
             raise UserError(f"{path}: unreadable, truncated or no {what} ({str(error).splitlines()[0]})") from error
         if source.subdatasets or not source.count:
-            shown = ", ".join(source.subdatasets[:3])
-            raise UserError(
-                f"{path}: {len(source.subdatasets)} rasters in one file, expected one; take one out by "
-                f"gdal_translate NAME one.tif, where NAME is one of {shown}"
-            )
+            names = ", ".join(source.subdatasets[:3])
+            hint = f"; take one out by gdal_translate NAME one.tif, where NAME is one of {names}" if names else ""
+            raise UserError(f"{path}: {len(source.subdatasets)} rasters in one file, expected one{hint}")
         require_size(path, source.height, source.width, 1, max(max_pixels, MAX_PIXELS))
         if any("complex" in dtype for dtype in source.dtypes):
             raise UserError(complex_message(path, source.dtypes[0]))
