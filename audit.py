@@ -11,7 +11,7 @@ from pathlib import Path
 from cdiffset.config import Config, load_config
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import require_declared_range, require_writable
-from cdiffset.options import (
+from cdiffset.inference.options import (
     add_eo_range,
     add_machine_options,
     add_model_options,
@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     args, further = make_parser().parse_known_args(argv)
     config = check(args, further)
     weights = begin_reading(args)
-    from cdiffset import audit_report  # heavy imports, only once the options hold
-    from cdiffset.auditor import Auditor, write_maps
+    from cdiffset.auditing import report as audit_report  # heavy imports, only once the options hold
+    from cdiffset.auditing.auditor import Auditor, write_maps
 
     feeder, arguments, root = find_pairs(args, config)
     require_declared_range(feeder.pairs[0].eo, args.eo_range, "--eo-range", args.max_pixels)
@@ -106,8 +106,7 @@ def check(args: argparse.Namespace, further: list[str]) -> Config | None:
 
 def find_pairs(args: argparse.Namespace, config: Config | None):
     """=> (the feeder of the pairs to audit, its arguments, the folder that the kept list is relative to)."""
-    from feeders.feeder import PairedFolderFeeder
-    from train import build_feeder
+    from feeders.feeder import PairedFolderFeeder, build_feeder
 
     if config is None:
         arguments = {"sar_dir": args.sar_dir, "eo_dir": args.eo_dir}

@@ -14,18 +14,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cdiffset import calibration
-from cdiffset.calibration import LEVELS, Calibration
+from cdiffset.calibration import calibration
+from cdiffset.calibration.calibration import LEVELS, Calibration
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import require_declared_range, require_writable
-from cdiffset.options import (
+from cdiffset.inference.options import (
     add_eo_range,
     add_translation_options,
     begin_reading,
     calibrated_settings,
     check_translation_options,
 )
-from cdiffset.radiometry import RadiometryOptions, read_whole
+from cdiffset.scenes.radiometry import RadiometryOptions, read_whole
 
 PARTS = {"fit": 0.5, "intervals": 0.25, "judge": 0.25}
 MIN_PAIRS = 4
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     pairs = find_pairs(args)
     parts = split(len(pairs), args.split_seed)
     weights = begin_reading(args, with_fingerprint=True)
-    from cdiffset.translator import Translator
+    from cdiffset.inference.translator import Translator
 
     needing_variance = ["calibrate.py without --ensemble"] if args.ensemble == 1 else []
     translator = Translator(args, weights, needing_variance, with_fingerprint=True)
@@ -97,7 +97,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 
 def find_pairs(args: argparse.Namespace) -> list:
     """The pairs of both folders, or those that --list names, in the order of their names."""
-    from feeders.feeder import match_folders, read_list
+    from cdiffset.pairing import match_folders, read_list
 
     pairs = match_folders(args.sar_dir, args.eo_dir)
     if args.list:
@@ -123,8 +123,8 @@ def split(count: int, seed: int) -> dict[str, np.ndarray]:
 def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int, Drawn], list]:
     """Translate every pair => (what is drawn from the pixels of each that count, by its index; pairs that cannot be used)."""
     from cdiffset.checkpoint import read_meta
-    from cdiffset.pairs import read_judged_pair
-    from cdiffset.pipeline import batches_of_one_size, file_threads
+    from cdiffset.evaluation.folders import read_judged_pair
+    from cdiffset.inference.batching import batches_of_one_size, file_threads
 
     trained = read_meta(args.checkpoint)
     options = RadiometryOptions(max_pixels=args.max_pixels).completed(trained.get("radiometry"))

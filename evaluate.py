@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import MAX_PIXELS, require_writable
-from cdiffset.options import check_limits, value_range
+from cdiffset.inference.options import check_limits, value_range
 
 WORKERS = min(8, (os.cpu_count() or 1) // 2)
 
@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     require_writable("--output", args.output)
     import torch  # heavy imports, only once the arguments hold
 
-    from cdiffset.evaluation import evaluate_folders, named
-    from cdiffset.pairs import Inputs
+    from cdiffset.evaluation.evaluate import evaluate_folders, named
+    from cdiffset.evaluation.folders import Inputs
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -5,7 +5,7 @@ import sys
 
 from cdiffset.config import load_config
 from cdiffset.errors import run
-from cdiffset.launcher import launcher_settings
+from cdiffset.training.launch import launcher_settings
 
 
 def main(argv: list[str] | None = None) -> int:

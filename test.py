@@ -1,7 +1,7 @@
 """Translate a folder of SAR images: python test.py --sar-dir SAR --output-dir EO --checkpoint work_dir/run/best
 
 Every image under --sar-dir becomes an EO image of the same size and relative path; maps and overlays on request. Georeferenced
-rasters of any size are scenes, and so are large TIFFs: they become GeoTIFFs on their own grid (cdiffset/scene.py).
+rasters of any size are scenes, and so are large TIFFs: they become GeoTIFFs on their own grid (cdiffset/scenes/fusion.py).
 """
 
 import argparse
@@ -12,27 +12,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cdiffset import calibration, processes
+from cdiffset import ranks
+from cdiffset.calibration import calibration
 from cdiffset.errors import Parser, UserError, run
-from cdiffset.geotiff import find_sources, is_scene, open_scene
 from cdiffset.images import read_sar_valid, require_utf8, require_writable, write_png, write_tiff
-from cdiffset.options import (
-    TILE,
-    add_scene_options,
+from cdiffset.inference.options import (
     add_translation_options,
     begin_reading,
     calibrated_settings,
-    check_scene_options,
     check_translation_options,
-    radiometry_options,
     recorded_settings,
-    scene_options_given,
 )
-from cdiffset.radiometry import RadiometryOptions, fits_one_tile, shared_stretch, wanted_polarisations
-from cdiffset.record import Record
+from cdiffset.inference.record import Record
+from cdiffset.scenes.geotiff import find_sources, is_scene, open_scene
+from cdiffset.scenes.options import TILE, add_scene_options, check_scene_options, radiometry_options, scene_options_given
+from cdiffset.scenes.radiometry import RadiometryOptions, fits_one_tile, shared_stretch, wanted_polarisations
 
 if TYPE_CHECKING:
-    from cdiffset.translator import Translator  # its libraries take seconds to import
+    from cdiffset.inference.translator import Translator  # its libraries take seconds to import
 
 OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO image last: it stands for a finished job
     ("--conf-dir", "confidence", ".png"),
@@ -49,7 +46,6 @@ UNRECORDED = {  # options that change nothing in the files but rounding, or what
     "max_pixels", "device", "scene_options",
 }  # fmt: skip
 SCENE_KINDS = ("confidence", "variance", "spread", "error", "overlay", "eo")  # what there is of a scene, all of it .tif
-FUSED_READOUTS = ("midpoint", "mean", "first", "early", "late")  # the others need the whole latent at once
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -123,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     failures = faulty + (translate(args, radiometry, todo, known, records) if todo else [])
     if failures:
         print(f"{len(failures)} skipped: {', '.join(str(path) for path in failures[:3])}", file=sys.stderr)
-    return 1 if processes.total(len(failures)) else 0
+    return 1 if ranks.total(len(failures)) else 0
 
 
 def translate(
@@ -136,7 +132,7 @@ def translate(
     """Load the networks and do the jobs => those images that were skipped."""
     with_fingerprint = known is not None or any(job.is_scene for job in todo)
     weights = begin_reading(args, with_fingerprint)
-    from cdiffset.translator import Translator
+    from cdiffset.inference.translator import Translator
 
     needing_variance = [option for option in ("--conf-dir", "--variance-dir") if folder_of(args, option)]
     if known and "variance" in known.curves:
@@ -154,7 +150,7 @@ def translate(
         failures = translate_images(shared, images) + translate_whole_scenes(shared, scenes) + translate_fused(shared, fused)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
-    seconds, (rank, count) = time.monotonic() - started, processes.place()
+    seconds, (rank, count) = time.monotonic() - started, ranks.place()
     done = sum(rank == 0 or not job.is_fused for job in todo) - len(failures)  # the first process counts the scenes of all
     whose = f"process {rank + 1} of {count}: " if count > 1 else ""
     print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
@@ -180,8 +176,8 @@ def my_share(args: argparse.Namespace, jobs: list[Job]) -> list[Job]:
     """
     folder = source_folder(args)
     images, scenes = ([job for job in jobs if job.is_fused is kind] for kind in (False, True))
-    dealt = [images[index] for index in processes.share([job.sar.relative_to(folder).as_posix() for job in images])]
-    return dealt + (scenes if processes.place()[0] == 0 or processes.can_talk() else [])
+    dealt = [images[index] for index in ranks.share([job.sar.relative_to(folder).as_posix() for job in images])]
+    return dealt + (scenes if ranks.place()[0] == 0 or ranks.can_talk() else [])
 
 
 def folder_of(args: argparse.Namespace, option: str) -> Path | None:
@@ -221,7 +217,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     args.scene_options = scene_options_given(args)
     check_scene_options(args)
     check_translation_options(args)
-    if processes.place()[0] == 0:
+    if ranks.place()[0] == 0:
         for option, folder in {option: folder for option, *_ in OUTPUTS if (folder := folder_of(args, option))}.items():
             require_writable(option, folder)
     return args
@@ -303,7 +299,6 @@ def check_fused(args: argparse.Namespace, jobs: list[Job]) -> None:
     refused = [option for option in ("--overlay-dir", "--spread-dir") if folder_of(args, option)]
     refused += ["--ensemble"] if args.ensemble > 1 else []
     refused += [f"--scheduler {args.scheduler}"] if args.scheduler != "ddim" else []  # the others remember earlier steps
-    refused += [f"--readout {args.readout}"] if args.readout not in FUSED_READOUTS else []
     if fused and refused:
         raise UserError(
             f"{', '.join(refused)}: not available for scenes of more than one tile, and {fused[0].sar} has a side above --tile "
@@ -341,8 +336,8 @@ def translate_images(shared: Shared, jobs: list[Job]) -> list[Path]:
     """Read, translate and write images => those that were skipped."""
     if not jobs:
         return []
-    from cdiffset.pipeline import WriteBehind, file_threads, skip_too_long
-    from cdiffset.translator import translate_files
+    from cdiffset.inference.batching import WriteBehind, file_threads, skip_too_long
+    from cdiffset.inference.translator import translate_files
 
     translator, args, skipped, incomplete = shared.translator, shared.args, [], []
 
@@ -372,8 +367,8 @@ def translate_whole_scenes(shared: Shared, jobs: list[Job]) -> list[Path]:
     """Scenes of one tile, batched as images are => those that were skipped."""
     if not jobs:
         return []
-    from cdiffset.pipeline import WriteBehind, file_threads
-    from cdiffset.scene import WholeScenes
+    from cdiffset.inference.batching import WriteBehind, file_threads
+    from cdiffset.scenes.fusion import WholeScenes
 
     scenes = WholeScenes(shared.translator, shared.args, shared.radiometry, shared.known)
     with WriteBehind(file_threads(shared.translator.device)) as later:
@@ -387,8 +382,8 @@ def translate_fused(shared: Shared, jobs: list[Job]) -> list[Path]:
     """Scenes of several tiles => those that were skipped. Processes of a launcher share each scene; the first one tells."""
     if not jobs:
         return []
-    from cdiffset.pipeline import skip_too_long
-    from cdiffset.scene import gather_team, translate_scene
+    from cdiffset.inference.batching import skip_too_long
+    from cdiffset.scenes.fusion import gather_team, translate_scene
 
     translator, args, skipped = shared.translator, shared.args, []
     args.batch_size = translator.images_together(args.tile, args.tile)
@@ -410,7 +405,7 @@ def translate_fused(shared: Shared, jobs: list[Job]) -> list[Path]:
 
 def write(job: Job, translation, known: calibration.Calibration | None, threshold: float | None) -> None:
     """Write every wanted output of one image, in the job's order."""
-    from cdiffset.overlay import error_view, overlay
+    from cdiffset.calibration.error_pictures import error_view, overlay
 
     expected = None if known is None else known.expected_error(translation.uncertainties)
     for kind, path in job.outputs.items():

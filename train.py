@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import importlib
 import json
 import logging
 import math
@@ -27,15 +26,16 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from tqdm import tqdm
 
 import utils
-from cdiffset import checkpoint, fsdp, launcher
+from cdiffset import checkpoint
 from cdiffset.attention import share_prompt
+from cdiffset.confidence import confidence_map, variance_map
 from cdiffset.config import Config, flatten
 from cdiffset.device import be_deterministic, keep_freed_memory, without_instructions
 from cdiffset.diffusion import image_noise, training_loss, translate
 from cdiffset.errors import Stopped, UserError, message_of
-from cdiffset.evaluation import evaluate_folders
+from cdiffset.evaluation.evaluate import evaluate_folders
+from cdiffset.evaluation.folders import Inputs
 from cdiffset.images import to_uint8, write_png, write_tiff
-from cdiffset.latent_cache import LatentCache, Work
 from cdiffset.model import (
     base_prediction_type,
     check_base,
@@ -51,10 +51,11 @@ from cdiffset.model import (
     patch_conv_out,
     vae_factor,
 )
-from cdiffset.optimisation import FUSED, Guard, gradient_norm, load_moments, make_optimizer, step_copies
-from cdiffset.pairs import Inputs
-from cdiffset.uncertainty import confidence_map, variance_map
-from feeders.feeder import PairedFeeder
+from cdiffset.training import fsdp
+from cdiffset.training import launch as launcher
+from cdiffset.training.latent_cache import LatentCache, Work
+from cdiffset.training.weights import FUSED, Guard, gradient_norm, load_moments, make_optimizer, step_copies
+from feeders.feeder import PairedFeeder, build_feeder
 
 ECHO_S = 5  # launchers pass a signal on that the processes have got themselves
 LONELY = (  # what `accelerate launch --num_processes 2` comes to without two GPUs, in silence
@@ -126,20 +127,6 @@ class BatchOrder(Sampler):
         """Where this process's micro-batch lies in the batch: (first, end)."""
         size = self.batch_size // self.parts
         return (self.part + micro) * size, (self.part + micro + 1) * size
-
-
-def build_feeder(config: Config, which: str):
-    """Feeder class by dotted name, with the arguments of `which` (train or test); the run's seed unless they say otherwise."""
-    module, _, name = config.feeder.rpartition(".")
-    arguments = getattr(config, f"{which}_feeder_args")
-    try:
-        feeder_class = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"feeder: cannot import {config.feeder!r} ({error}), expected e.g. feeders.feeder.QXSFeeder") from error
-    try:
-        return feeder_class(**{"seed": config.seed, **arguments})
-    except TypeError as error:
-        raise UserError(f"{which}_feeder_args: {str(error).replace('__init__() ', '')}") from error
 
 
 def data_record(feeder, arguments: dict) -> dict:

@@ -23,13 +23,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from cdiffset.audit import DRAWS, LOCAL_QUANTILE, TIMESTEPS, residual_map, squared_residual
+from cdiffset.auditing.residual import DRAWS, LOCAL_QUANTILE, TIMESTEPS, residual_map, squared_residual
 from cdiffset.checkpoint import find_weights, read_meta
 from cdiffset.config import DEFAULT_PROMPT
 from cdiffset.errors import UserError, run
+from cdiffset.evaluation.uncertainty import auroc
 from cdiffset.images import list_images, read_eo, read_sar, to_signed
 from cdiffset.model import embed_prompt, encode, load_scheduler, load_unet, load_vae
-from cdiffset.uncertainty import auroc
 from data.simulate import Simulation, simulate_scene
 
 CANDIDATE_TIMESTEPS, CANDIDATE_DRAWS = (100, 250, 500, 600, 750, 900, 950), (1, 2, 4, 8)

@@ -8,12 +8,13 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from scipy.ndimage import sum_labels
 from torch.nn.functional import interpolate
 
-from cdiffset.audit import residual_map
-from cdiffset.diffusion import ensemble, image_noise, translate, weighted_mean
+from cdiffset.auditing.residual import residual_map
+from cdiffset.config import MIDPOINT, PAPER_TIMESTEPS
+from cdiffset.diffusion import image_noise, variance_weights, weighted_mean
+from cdiffset.evaluation.uncertainty import auroc, ause, average_precision, ence, reliability, spearman
 from cdiffset.images import to_signed, to_uint8
+from cdiffset.inference.ensemble import ensemble
 from cdiffset.losses import variance
-from cdiffset.readouts import RENOISE_DRAWS, RENOISE_TIMESTEPS, steps_read
-from cdiffset.uncertainty import auroc, ause, average_precision, ence, reliability, spearman
 from data.simulate import Simulation, simulate_scene
 from utils import PairMetrics
 
@@ -103,6 +104,11 @@ def picture_measures(generated: torch.Tensor, scenes: Scenes) -> dict[str, float
 
 
 # --------------------------------------------------------------------------------------------------------------------- the maps
+READ = {  # timesteps over which σ² is averaged
+    "midpoint": (MIDPOINT,), "early": PAPER_TIMESTEPS[:13], "mean": PAPER_TIMESTEPS, "late": PAPER_TIMESTEPS[-13:],
+}  # fmt: skip
+
+
 class Recorder:
     """Stands in for a U-Net and keeps the σ² [B, 1, h, w] of every pass, so that one sampling serves every readout."""
 
@@ -201,14 +207,6 @@ class Judge:
                 sigma2.append(torch.stack(recorder.sigma2).cpu().unflatten(0, (samples, self.num_inference_steps)))
         return torch.cat(pictures, 1), torch.cat(sigma2, 2) if sigma2 else None
 
-    def read(self, unet, scenes: Scenes, readout: str) -> torch.Tensor:
-        """σ² of one translation by a readout that takes further passes: "renoise" or "decoded"."""
-        steps, parts = self.num_inference_steps, []
-        for sar, _ in self.batches(scenes):
-            noise = self.noise(0, sar)
-            parts.append(translate(unet, self.vae, self.scheduler, sar, noise, self.prompt_embedding, steps, readout)[1].cpu())
-        return torch.cat(parts)
-
     def audit(self, unet, scenes: Scenes) -> torch.Tensor:
         """Residual of the true pairs [N, 1, h, w]."""
         options = dict(timesteps=self.audit_timesteps, draws=self.audit_draws)
@@ -217,25 +215,20 @@ class Judge:
             for sar, eo in self.batches(scenes)
         ])  # fmt: skip
 
-    def uncertainty_maps(
-        self, unet, scenes: Scenes, samples: torch.Tensor, sigma2: torch.Tensor | None, thorough: bool
-    ) -> dict[str, Map]:
-        """The maps that `sampled` allows; if thorough, those that take further passes as well."""
+    def uncertainty_maps(self, scenes: Scenes, samples: torch.Tensor, sigma2: torch.Tensor | None) -> dict[str, Map]:
+        """The maps that `sampled` allows."""
         steps, members = self.num_inference_steps, len(samples)
         maps = {"SAR brightness": Map(scenes.sar[:, :1] + 1, 0, None)}
         if members > 1:
             maps[f"spread of {members} samples"] = Map(samples.std(0).mean(1, keepdim=True), members * steps, 1.0)
         if sigma2 is None:
             return maps
-        for name in ("midpoint", "early", "mean", "late"):
-            weights = steps_read(name, self.scheduler.timesteps.tolist())
+        for name, wanted in READ.items():
+            weights = variance_weights(wanted, self.scheduler.timesteps.tolist())
             maps[f"σ² {name}"] = Map(weighted_mean(sigma2[0], weights), steps, 0.5)
         maps["σ² first step"] = Map(sigma2[0, 0], 1, 0.5)
         if members > 1:
             maps[f"σ² first step, {members} noises"] = Map(sigma2[:, 0].mean(0), members, 0.5)
-        if thorough:
-            maps["σ² renoise"] = Map(self.read(unet, scenes, "renoise"), steps + RENOISE_DRAWS * len(RENOISE_TIMESTEPS), 0.5)
-            maps["σ² decoded"] = Map(self.read(unet, scenes, "decoded"), steps, 0.5)
         return maps
 
 
@@ -247,7 +240,7 @@ def judge_unet(judge: Judge, unet, scenes: Scenes, samples: int, thorough: bool)
     pictures, sigma2 = judge.sampled(unet, scenes, samples)
     generated = pictures[0]
     error = (generated - scenes.eo).abs().mean(1).double().numpy() * 127.5  # [N,H,W]
-    maps = judge.uncertainty_maps(unet, scenes, pictures, sigma2, thorough)
+    maps = judge.uncertainty_maps(scenes, pictures, sigma2)
     scores = {name: at_pixels(map_.values, scenes) for name, map_ in maps.items()}
     audit = at_pixels(judge.audit(unet, scenes), scenes)
     numbers = {

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks import speed
 from benchmarks.speed import REPO, between, now, table
 from cdiffset.errors import run
-from cdiffset.options import PRESETS
+from cdiffset.inference.options import PRESETS
 
 SIDES = {"full": (128, 256, 512), "tiny": (32, 64, 128)}  # px
 BATCHES = (1, 2, 4, 8)  # at the smallest side

@@ -36,9 +36,9 @@ import test
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import to_signed, without_georeference, write_png
 from cdiffset.model import load_scheduler
-from cdiffset.options import radiometry_options
-from cdiffset.scene import gather_team, translate_scene
-from cdiffset.tiles import make_grid
+from cdiffset.scenes.fusion import gather_team, translate_scene
+from cdiffset.scenes.options import radiometry_options
+from cdiffset.scenes.tiles import make_grid
 from data.simulate import Simulation, simulate_scene
 from utils import panel
 

@@ -3,7 +3,8 @@
     python benchmarks/steps.py    # after `make demo`; minutes on two CPU cores
 
 translates the same images by every sampling, each from the same noise, judges picture and σ² against the truth and against the
-paper's sampling, and writes STEPS.md and steps.png into --output. The presets of cdiffset/options.py are chosen by it.
+paper's sampling, and writes STEPS.md and steps.png into --output. The presets of
+cdiffset/inference/options.py are chosen by it.
 """
 
 import argparse
@@ -25,13 +26,14 @@ from tqdm import tqdm
 from benchmarks.audit import Model, as_batch, load
 from benchmarks.discrepancy import machine
 from benchmarks.discrepancy_report import markdown
+from cdiffset.confidence import variance_map
+from cdiffset.config import MIDPOINT
 from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import Parser, UserError, run
+from cdiffset.evaluation.uncertainty import auroc, spearman
 from cdiffset.images import list_images, read_eo, read_sar, to_uint8, written_whole
+from cdiffset.inference.options import PAPER, PRESETS, SCHEDULERS, TIMESTEP_SPACINGS, Sampling
 from cdiffset.model import make_sampler
-from cdiffset.options import PAPER, PRESETS, Sampling
-from cdiffset.readouts import MIDPOINT, SCHEDULERS, TIMESTEP_SPACINGS
-from cdiffset.uncertainty import auroc, spearman, variance_map
 from utils import PairMetrics
 
 STEPS = (1, 2, 4, 5, 8, 10, 20, 25, 50)

@@ -79,7 +79,7 @@ def run_project(job: dict, parts: Parts, model_is_loaded, image_is_written, unet
     import test
     from cdiffset.diffusion import predict
     from cdiffset.images import read_sar_valid, write_png
-    from cdiffset.translator import Translator
+    from cdiffset.inference.translator import Translator
 
     parts.watch_function(read_sar_valid, "load")
     parts.watch_function(write_png, "write", done=image_is_written)

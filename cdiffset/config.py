@@ -21,6 +21,9 @@ from cdiffset.errors import Parser, UserError
 
 DEFAULT_BASE = "Manojb/stable-diffusion-2-1-base"
 DEFAULT_PROMPT = "electro-optical image"
+# The paper samples by DDIM, 50 steps of 1000, leading, offset 1, and reads σ² for its confidence map at the loop's midpoint.
+PAPER_TIMESTEPS = tuple(1000 // 50 * step + 1 for step in reversed(range(50)))  # 981, 961 ... 1
+MIDPOINT = PAPER_TIMESTEPS[50 // 2]
 NOT_DIVIDED = {  # settings that `fsdp` cannot serve
     "mixed_precision": ("fp16", "bf16_copy"), "optimizer": ("AdamW8bit",), "torch_compile": (True,), "ema_on_cpu": (True,),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from cdiffset import processes
+from cdiffset import ranks
 from cdiffset.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -38,7 +38,7 @@ def form_of(args: argparse.Namespace) -> Form:
 def pick_device(written: str | None) -> torch.device:
     available = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if available == "cuda" and written is None:
-        written = f"cuda:{processes.local_rank() % torch.cuda.device_count()}"
+        written = f"cuda:{ranks.local_rank() % torch.cuda.device_count()}"
     try:
         device = torch.device(written or available)
         torch.empty(0, device=device)

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-from cdiffset.losses import VARIANCE_MIN, cdiff_loss, mse_loss, variance
+from cdiffset.config import MIDPOINT
+from cdiffset.losses import cdiff_loss, mse_loss, variance
 from cdiffset.model import decode, encode, vae_factor
-from cdiffset.readouts import DECODED_DRAWS, MIDPOINT, READOUT_SEED, RENOISE_DRAWS, RENOISE_TIMESTEPS, steps_read
-from cdiffset.readouts import READOUTS as READOUTS  # for those who call the sampler
 
 
 def predict(unet, z_sar: torch.Tensor, z_t: torch.Tensor, timesteps: torch.Tensor, prompt_embedding: torch.Tensor):
@@ -98,17 +97,16 @@ def sample(
     noise: torch.Tensor,  # [B,C,h,w]
     prompt_embedding: torch.Tensor,  # [1,L,D]
     num_inference_steps: int,
-    readout: str = "midpoint",  # one of READOUTS: where σ² is read
+    variance_timesteps: Sequence[int] = (MIDPOINT,),  # σ² is the mean of that at these timesteps
 ):
     """From noise to the EO latent => (z_eo [B, C, h, w], σ² [B, 1, h, w] or None from a stage 1 U-Net).
 
     The paper samples by DDIM (η = 0) in n = 50 steps and reads σ² for its confidence map at the midpoint of the loop, at step
-    index n // 2. Here it is read at the timestep of that step, however many steps there are. "decoded" is read there as well:
-    `translate` carries it to pixels.
+    index n // 2. Here it is read at the timestep of that step, however many steps there are.
     """
     # On the CPU, since schedulers look at them, which would wait for a GPU in every step. Forgets earlier samplings, too.
     scheduler.set_timesteps(num_inference_steps)
-    weights, read = steps_read(readout, scheduler.timesteps.tolist()), {}
+    weights, read = variance_weights(variance_timesteps, scheduler.timesteps.tolist()), {}
     timesteps = scheduler.timesteps.to(z_sar.device)
     z_sar, prompt_embedding = z_sar.to(unet.dtype), prompt_embedding.to(unet.dtype)
     z_t = noise.float() * scheduler.init_noise_sigma  # float32 between the steps whatever the U-Net computes in
@@ -117,53 +115,23 @@ def sample(
         if raw is not None and index in weights:
             read[index] = variance(raw)
         z_t = scheduler.step(prediction.float(), timestep, z_t).prev_sample
-    if readout == "renoise":
-        return z_t, renoised_variance(unet, scheduler, z_sar, z_t, prompt_embedding)
     return z_t, weighted_mean(read, weights) if read else None
 
 
+def variance_weights(wanted: Sequence[int], timesteps: Sequence[int]) -> dict[int, float]:
+    """Timesteps whose σ² is wanted, falling timesteps of a sampling => {index of a step: weight of its σ², above 0}.
+
+    σ² at a timestep that the sampling leaves out is interpolated linearly between the two steps beside it, or taken from the
+    nearest where there is but one. Linear, so that it can be summed up while sampling.
+    """
+    rising = timesteps[::-1]
+    weights = [float(np.interp(wanted, rising, step[::-1]).sum()) for step in np.eye(len(timesteps))]
+    return {index: weight for index, weight in enumerate(weights) if weight > 0}
+
+
 def weighted_mean(sigma2: Mapping[int, torch.Tensor] | Sequence[torch.Tensor], weights: dict[int, float]) -> torch.Tensor:
-    """σ² of steps by their index, and the weights of `steps_read` => the readout, of one step's shape."""
+    """σ² of steps by their index, and the weights of `variance_weights` => their mean, of one step's shape."""
     return torch.stack([weight * sigma2[index] for index, weight in weights.items()]).sum(0) / sum(weights.values())
-
-
-def renoised_variance(unet, scheduler, z_sar: torch.Tensor, z_eo: torch.Tensor, prompt_embedding: torch.Tensor):
-    """σ² of a finished latent [B, C, h, w], noised anew at RENOISE_TIMESTEPS, RENOISE_DRAWS times each => mean [B, 1, h, w].
-
-    None from a stage 1 U-Net. The noise depends on the size of the latent alone.
-    """
-    read = []
-    for index, timestep in enumerate(RENOISE_TIMESTEPS * RENOISE_DRAWS):
-        noise = starting_noise(READOUT_SEED + index, tuple(z_eo.shape[1:])).to(z_eo.device).expand_as(z_eo)
-        timesteps = torch.full((len(z_eo),), timestep, device=z_eo.device)
-        a = scheduler.alphas_cumprod[timestep]  # by hand: the multistep schedulers add noise at their own steps alone
-        z_t = (a.sqrt() * z_eo + (1 - a).sqrt() * noise).to(unet.dtype)
-        _, raw = predict(unet, z_sar, z_t, timesteps, prompt_embedding)
-        if raw is None:
-            return None
-        read.append(variance(raw))
-    return torch.stack(read).mean(0)
-
-
-def variance_of_latent(scheduler, sigma2: torch.Tensor, timestep: int) -> torch.Tensor:
-    """σ² of the prediction at a timestep => variance of the EO latent that this prediction implies, same shape.
-
-    z_eo = (z_t - sqrt(1 - ᾱ) ε) / sqrt(ᾱ), or the prediction itself, or sqrt(ᾱ) z_t - sqrt(1 - ᾱ) v.
-    """
-    a = scheduler.alphas_cumprod[timestep].to(sigma2.device)
-    return sigma2 * {"epsilon": (1 - a) / a, "sample": 1.0, "v_prediction": 1 - a}[scheduler.config.prediction_type]
-
-
-def decoded_variance(vae: AutoencoderKL, z_eo: torch.Tensor, eo: torch.Tensor, variance_of_z: torch.Tensor) -> torch.Tensor:
-    """Variance of the pixels, mean over RGB, when the latent varies by `variance_of_z` [B, 1, h, w] => [B, 1, H, W].
-
-    From DECODED_DRAWS latents with that much noise added, decoded and compared with `eo`, the decoded latent itself.
-    """
-    squared = torch.zeros_like(eo)
-    for draw in range(DECODED_DRAWS):
-        noise = starting_noise(READOUT_SEED + draw, tuple(z_eo.shape[1:])).to(z_eo.device)
-        squared += (decode(vae, z_eo + variance_of_z.sqrt() * noise) - eo) ** 2
-    return (squared.mean(1, keepdim=True) / DECODED_DRAWS).clamp(min=VARIANCE_MIN)
 
 
 @torch.no_grad()
@@ -175,58 +143,13 @@ def translate(
     noise: torch.Tensor,  # [B,C,h,w], of `image_noise`
     prompt_embedding: torch.Tensor,  # [1,L,D]
     num_inference_steps: int,
-    readout: str = "midpoint",  # one of READOUTS
+    variance_timesteps: Sequence[int] = (MIDPOINT,),  # as for `sample`
 ):
-    """SAR images => (EO images [B, 3, H, W] in [-1, 1], σ² [B, 1, h, w] or None), float32; "decoded": σ² [B, 1, H, W].
+    """SAR images => (EO images [B, 3, H, W] in [-1, 1], σ² [B, 1, h, w] or None from a stage 1 U-Net), float32.
 
     A result depends on the image, its noise and the settings, never on the batch it came in.
     """
     z_sar = encode(vae, sar)
-    z_eo, sigma2 = sample(unet, scheduler, z_sar, noise.to(z_sar.device), prompt_embedding, num_inference_steps, readout)
-    eo = decode(vae, z_eo)
-    if readout == "decoded" and sigma2 is not None:
-        sigma2 = decoded_variance(vae, z_eo, eo, variance_of_latent(scheduler, sigma2, MIDPOINT))
-    return eo, sigma2
-
-
-@torch.no_grad()
-def ensemble(
-    unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
-    scheduler,  # as for `sample`
-    sar: torch.Tensor,  # [B,3,H,W] in [-1,1], H and W multiples of f
-    noise: torch.Tensor,  # [N,B,C,h,w], one for each member and image
-    prompt_embedding: torch.Tensor,  # [1,L,D]
-    num_inference_steps: int,
-    readout: str = "midpoint",  # one of READOUTS
-    batch_size: int | None = None,  # samples computed together [B]
-):
-    """N translations of every image => (samples [N, B, 3, H, W] in [-1, 1], σ², spread [B, 1, H, W]), float32.
-
-    Member k is what `translate` makes from noise[k]. σ² is the members' mean, or None from a stage 1 U-Net. The spread is the
-    per-pixel standard deviation of the samples (N - 1 in the denominator), mean over RGB, in 8-bit units; None if N = 1.
-    """
-    members = noise.shape[:2]  # N, B
-    images = sar.repeat(len(noise), 1, 1, 1)  # [NB,3,H,W], one member after the other
-    batches = zip(images.split(batch_size or len(sar)), noise.flatten(0, 1).split(batch_size or len(sar)), strict=True)
-    parts = [translate(unet, vae, scheduler, *batch, prompt_embedding, num_inference_steps, readout) for batch in batches]
-    samples = torch.cat([eo for eo, _ in parts]).unflatten(0, members)
-    sigma2 = None
-    if parts[0][1] is not None:
-        sigma2 = torch.cat([each for _, each in parts]).unflatten(0, members).mean(0)
-    spread = samples.std(0).mean(1, keepdim=True) * 127.5 if len(noise) > 1 else None
-    return samples, sigma2, spread
-
-
-def reduce_samples(samples: torch.Tensor, output: str) -> torch.Tensor:
-    """[N, ...] => [...]: one of ENSEMBLE_OUTPUTS, the first sample or the mean or median of all, pixel by pixel."""
-    match output:
-        case "first":
-            return samples[0]
-        case "mean":
-            return samples.mean(0)
-        case "median":
-            ordered, last = samples.sort(0).values, len(samples) - 1
-            return (ordered[last // 2] + ordered[(last + 1) // 2]) / 2  # torch.median takes the lower of the two in the middle
-        case other:
-            raise ValueError(f"unknown ensemble output {other!r}")
+    noise = noise.to(z_sar.device)
+    z_eo, sigma2 = sample(unet, scheduler, z_sar, noise, prompt_embedding, num_inference_steps, variance_timesteps)
+    return decode(vae, z_eo), sigma2

@@ -201,7 +201,7 @@ MULTISTEP = {  # second order, on predictions of the clean latent; the last step
 
 
 def make_sampler(ddim: DDIMScheduler, scheduler: str = "ddim", timestep_spacing: str = "leading"):
-    """One of readouts.SCHEDULERS, a new object, on the noise schedule and prediction type of `ddim`.
+    """One of inference.options.SCHEDULERS, a new object, on the noise schedule and prediction type of `ddim`.
 
     Sources: DDIM, Song et al. (ICLR 2021); DPM-Solver++(2M), Lu et al. (2022); UniPC, Zhao et al. (NeurIPS 2023); the two
     spacings are those of Table 2 of Lin et al. (WACV 2024).

@@ -19,7 +19,8 @@ sys.path.insert(0, str(REPO))  # so that the script runs from anywhere
 
 from cdiffset.errors import Parser, UserError, run  # noqa: E402
 from cdiffset.images import list_images, written_whole  # noqa: E402
-from feeders.feeder import ListFeeder, QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder, relative_path  # noqa: E402
+from cdiffset.pairing import relative_path  # noqa: E402
+from feeders.feeder import ListFeeder, QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder  # noqa: E402
 
 Split = tuple[list[str], list[str]]  # train, test: EO paths relative to the data root
 

@@ -36,16 +36,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from cdiffset.errors import Parser, UserError, run  # noqa: E402
-from cdiffset.geotiff import (  # noqa: E402
-    DRIVERS,
-    SUFFIXES,
-    Scene,
-    crs_of,
-    find_sources,
-    has_colours,
-    open_scene,
-    without_polarisation,
-)
 from cdiffset.images import (  # noqa: E402
     STRETCH_PERCENTILES,
     alpha_band,
@@ -55,10 +45,21 @@ from cdiffset.images import (  # noqa: E402
     write_png,
     written_whole,
 )
-from cdiffset.options import add_radiometry_options  # noqa: E402
-from cdiffset.radiometry import Radiometry, RadiometryOptions, describe, measure, shared_stretch, wanted_polarisations  # noqa: E402
-from cdiffset.resampling import gsd_of  # noqa: E402
-from feeders.feeder import CHIPS, SPLITS, SpaceNetFeeder  # noqa: E402
+from cdiffset.pairing import SPLITS  # noqa: E402
+from cdiffset.scenes.geotiff import (  # noqa: E402
+    DRIVERS,
+    SUFFIXES,
+    Scene,
+    crs_of,
+    find_sources,
+    has_colours,
+    open_scene,
+    without_polarisation,
+)
+from cdiffset.scenes.options import add_radiometry_options  # noqa: E402
+from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions, describe, measure, shared_stretch, wanted_polarisations  # noqa: E402
+from cdiffset.scenes.resampling import gsd_of  # noqa: E402
+from feeders.feeder import CHIPS, SpaceNetFeeder  # noqa: E402
 
 SAMPLED_SIDE = 2048  # px: the EO's stretch is taken from every n-th pixel of larger scenes
 REASONS = ("no_overlap", "nodata", "cloud", "blank", "guard")  # why chips are dropped, the first that applies

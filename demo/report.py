@@ -21,9 +21,9 @@ from PIL import Image
 
 import utils
 from cdiffset.errors import Parser, UserError, run
+from cdiffset.evaluation.uncertainty import auroc, ause, spearman
 from cdiffset.images import list_images, read_eo, read_sar, read_tiff, to_signed, write_png, written_whole
 from cdiffset.model import decode, encode, load_vae
-from cdiffset.uncertainty import auroc, ause, spearman
 
 FIGURE_SCENES = 6
 SCALE = 2  # a 64 px scene is shown at 128 px

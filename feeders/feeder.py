@@ -4,14 +4,10 @@ PairedFeeder does the work; its subclasses say how pairs are found. Nearly all o
 derive each SAR path from it, so such a subclass is little more than the facts of its dataset.
 """
 
-import csv
-import io
+import importlib
 import json
 import math
 import operator
-import os
-import pickle
-import pickletools
 import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,21 +15,28 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cdiffset.errors import UserError
-from cdiffset.images import IMAGE_SUFFIXES, MAX_PIXELS, list_images, read_eo, read_sar, sar_statistics, to_signed
+from cdiffset.images import MAX_PIXELS, read_eo, read_sar, sar_statistics, to_signed
+from cdiffset.pairing import (
+    SPLITS,
+    Pair,
+    existing_folder,
+    match_folders,
+    read_list,
+    read_pairs,
+    relative_path,
+    require_distinct_names,
+    require_files,
+    require_formats,
+    size_words,
+    split_of,
+)
 
 if TYPE_CHECKING:
     import torch  # slow to import, and lists can be made without it
 
-SPLITS = ("train", "test")
+    from cdiffset.config import Config
+
 CHIPS = "chips.json"
-PAIR_SUFFIXES = (".csv", ".tsv", ".txt")
-SHOWN = 3  # how many of many faulty pairs a message names
-
-
-class Pair(NamedTuple):
-    name: str  # EO path relative to its root, without suffix
-    sar: Path
-    eo: Path
 
 
 class View(NamedTuple):
@@ -92,11 +95,11 @@ class PairedFeeder:
             raise UserError(f"seed is {seed!r}; expected a whole number from 0")
         self.seed = seed
         self.max_pixels = _positive("max_pixels", max_pixels)
-        _require_files(pairs)
+        require_files(pairs)
         if type(self).read is PairedFeeder.read:
-            _require_formats(pairs)
+            require_formats(pairs)
         if split == "test":
-            _require_distinct_names(pairs)
+            require_distinct_names(pairs)
 
     @property
     def names(self) -> list[str]:
@@ -135,7 +138,7 @@ class PairedFeeder:
     def read(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         """SAR and EO of a pair, whole: float32 [H, W, 3] in 0-255 each, of one size."""
         sar, eo = read_sar(pair.sar, self.max_pixels), read_eo(pair.eo, self.max_pixels)
-        found = f"SAR {pair.sar} is {_size(sar)}, EO {pair.eo} is {_size(eo)}"
+        found = f"SAR {pair.sar} is {size_words(sar)}, EO {pair.eo} is {size_words(eo)}"
         if sar.shape != eo.shape:
             raise UserError(f"the images of a pair differ in size: {found}")
         if self.load_size is not None and sar.shape[:2] != (self.load_size, self.load_size):
@@ -169,7 +172,7 @@ class ListFeeder(PairedFeeder):
         vflip: bool = False,
         rot: bool = False,
     ):
-        root = _existing_folder("dataroot", dataroot)
+        root = existing_folder("dataroot", dataroot)
         pairs = [
             Pair(str(eo.with_suffix("")), root / self.eo_to_sar(eo), root / eo)
             for eo in (relative_path(text, where) for where, text in read_list(listroot, (".txt", ".pkl")))
@@ -256,7 +259,7 @@ class StellarFeeder(PairedFeeder):
         seed: int = 2024,
         max_pixels: int = MAX_PIXELS,
     ):
-        root = _existing_folder("dataroot", dataroot)
+        root = existing_folder("dataroot", dataroot)
         super().__init__(match_folders(root / "SAR/image", root / "EO/image"), crop_size, load_size, split, seed, max_pixels)
         self.augment = False
 
@@ -289,9 +292,9 @@ class PairedFolderFeeder(PairedFeeder):
         options = {"sar_dir": sar_dir, "eo_dir": eo_dir, "dataroot": dataroot, "listroot": listroot}
         given = [name for name, value in options.items() if value is not None]
         if given == ["sar_dir", "eo_dir"]:
-            pairs = match_folders(_existing_folder("sar_dir", sar_dir), _existing_folder("eo_dir", eo_dir))
+            pairs = match_folders(existing_folder("sar_dir", sar_dir), existing_folder("eo_dir", eo_dir))
         elif given == ["dataroot", "listroot"]:
-            root = _existing_folder("dataroot", dataroot)
+            root = existing_folder("dataroot", dataroot)
             pairs = read_pairs(root, listroot)
         else:
             raise UserError(f"expected sar_dir and eo_dir, or dataroot and listroot; found {', '.join(given) or 'none'}")
@@ -303,6 +306,20 @@ class PairedFolderFeeder(PairedFeeder):
         chips = _chips_record(Path(dataroot or sar_dir))
         self.gsd_m = gsd_m or _chips_gsd(chips)
         self.radiometry = chips.get("settings", {}).get("radiometry", {})
+
+
+def build_feeder(config: "Config", which: str):
+    """Feeder class by dotted name, with the arguments of `which` (train or test); the run's seed unless they say otherwise."""
+    module, _, name = config.feeder.rpartition(".")
+    arguments = getattr(config, f"{which}_feeder_args")
+    try:
+        feeder_class = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"feeder: cannot import {config.feeder!r} ({error}), expected e.g. feeders.feeder.QXSFeeder") from error
+    try:
+        return feeder_class(**{"seed": config.seed, **arguments})
+    except TypeError as error:
+        raise UserError(f"{which}_feeder_args: {str(error).replace('__init__() ', '')}") from error
 
 
 def _chips_record(folder: Path) -> dict:
@@ -322,182 +339,6 @@ def _chips_gsd(chips: dict) -> float | None:
     return sum(sizes) / len(sizes) if sizes else None
 
 
-def split_of(listroot: str | Path) -> str:
-    """The split that a list file's own name tells, whatever folders it lies in."""
-    told = [split for split in SPLITS if split in Path(listroot).stem.lower()]
-    if len(told) != 1:
-        raise UserError(f"{listroot}: its name does not tell train from test; give split, train or test")
-    return told[0]
-
-
-def read_list(listroot: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Entries of a list as (place, for messages; text), blank lines left out, none of them twice."""
-    path = _real_path("listroot", listroot)
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"{path}: expected a list that ends in {' or '.join(suffixes)}")
-    try:
-        texts = _unpickle_strings(path) if path.suffix.lower() == ".pkl" else path.read_text("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the list ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the list is not UTF-8 text") from error
-    entries = [(f"{path}, line {number}", text.strip()) for number, text in enumerate(texts, start=1) if text.strip()]
-    if not entries:
-        raise UserError(f"{path}: the list is empty")
-    places: dict[str, str] = {}
-    for where, text in entries:
-        if (earlier := places.setdefault(text, where)) != where:
-            raise UserError(f"{where}: {text!r} stands in {earlier.rpartition(', ')[2]} already; keep one of them")
-    return entries
-
-
-class _StringsOnly(pickle.Unpickler):
-    """A pickle can run any code through the classes it names, and a list of strings needs none."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def _unpickle_strings(path: Path) -> list[str]:
-    content = path.read_bytes()
-    try:
-        for opcode, argument, _ in pickletools.genops(content):  # the unpickler takes memory up to the index it is told
-            if opcode.name.endswith("PUT") and argument > len(content):
-                raise pickle.UnpicklingError(f"it has an index of {argument} in {len(content)} bytes")
-        entries = _StringsOnly(io.BytesIO(content)).load()
-    except Exception as error:  # malformed pickles raise almost anything
-        raise UserError(f"{path}: refused; a pickled list may hold strings and nothing else ({error})") from error
-    if type(entries) is not list or not all(type(entry) is str for entry in entries):
-        raise UserError(f"{path}: refused; a pickled list may hold strings and nothing else")
-    return entries
-
-
-def relative_path(text: str, where: str) -> PurePosixPath:
-    """Path of a list entry, relative to the data root and without a way out but symbolic links."""
-    path = PurePosixPath(_real_path(where, text))
-    if text != text.strip() or re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):
-        raise UserError(f"{where}: {text!r} has spaces at an end, control characters or is not UTF-8; rename the file")
-    if "\\" in text or path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", text) or not path.name:
-        raise UserError(f"{where}: {text!r} is not a path relative to the data root with forward slashes and without '..'")
-    return path
-
-
-def read_pairs(root: Path, listroot: str | Path) -> list[Pair]:
-    """Pairs from a list as `read_pair_list` reads it, relative to `root`."""
-    paths = [[relative_path(text, where) for text in pair] for where, *pair in read_pair_list(listroot)]
-    return [Pair(str(eo.with_suffix("")), root / sar, root / eo) for sar, eo in paths]
-
-
-def read_pair_list(listroot: str | Path) -> list[tuple[str, str, str]]:
-    """Entries of a text or CSV list of pairs as (place, for messages; SAR; EO).
-
-    A header names the columns, in any order and among others: `eo,sar`, `id,SAR_path,EO_path`. Without one, lines are `sar,eo`.
-    """
-    lines = []
-    for where, text in read_list(listroot, PAIR_SUFFIXES):
-        try:
-            row = [field.strip() for field in next(csv.reader([text], delimiter="\t" if "\t" in text else ","))]
-        except csv.Error as error:
-            raise UserError(f"{where}: expected 'sar,eo' ({error})") from error
-        lines.append((where, text, row))
-    where, header, names = lines[0]
-    columns = _pair_columns(names, where)
-    if columns is None:
-        header, names, columns = "sar,eo", ["sar", "eo"], (0, 1)
-    elif not (lines := lines[1:]):
-        raise UserError(f"{listroot}: the list is empty")
-    for where, text, row in lines:
-        if len(row) != len(names):
-            raise UserError(f"{where}: expected {header!r}, found {text!r}")
-    return [(where, *(row[column] for column in columns)) for where, _, row in lines]
-
-
-def _pair_columns(names: list[str], where: str) -> tuple[int, int] | None:
-    """The columns of SAR and EO by the words of their names; None for a line of paths, which is no header."""
-    if any("/" in name or PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
-        return None
-    found = [
-        [
-            column
-            for column, name in enumerate(names)
-            if any(word.startswith(kind) for word in re.findall("[a-z]+", name.lower()))
-        ]
-        for kind in ("sar", ("eo", "opt"))
-    ]
-    if not any(found):
-        return None
-    if [len(columns) for columns in found] != [1, 1] or found[0] == found[1]:
-        raise UserError(f"{where}: expected a header with one column of SAR and one of EO paths, found {', '.join(names)}")
-    return found[0][0], found[1][0]
-
-
-def match_folders(sar_dir: Path, eo_dir: Path) -> list[Pair]:
-    """Pairs of the images in two folders that share a relative path but for the suffix; every image needs its twin."""
-    sar, eo = _by_stem(sar_dir), _by_stem(eo_dir)
-    lonely = [eo_dir / eo[stem] for stem in eo if stem not in sar] + [sar_dir / sar[stem] for stem in sar if stem not in eo]
-    if lonely:
-        raise UserError(f"{len(lonely)} images of {sar_dir} and {eo_dir} have no twin of the same name: {_first(lonely)}")
-    return [Pair(stem, sar_dir / sar[stem], eo_dir / eo[stem]) for stem in eo]
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    stems = {}
-    for path in list_images(folder):
-        twin = stems.setdefault(path.with_suffix("").as_posix(), path)
-        if twin != path:
-            raise UserError(f"{folder}: {twin} and {path} differ in the suffix alone; keep one of them")
-    return stems
-
-
-def _require_files(pairs: list[Pair]) -> None:
-    faults = []
-    for pair in pairs:
-        missing = [kind for kind, path in (("SAR", pair.sar), ("EO", pair.eo)) if not os.path.isfile(path)]
-        if missing:
-            faults.append(f"SAR {pair.sar}, EO {pair.eo} (missing: {' and '.join(missing)})")
-    if faults:
-        raise UserError(f"{len(faults)} of {len(pairs)} pairs are incomplete: {_first(faults)}")
-
-
-def _require_formats(pairs: list[Pair]) -> None:
-    """Before networks are loaded, which takes longer."""
-    if others := [path for pair in pairs for path in (pair.sar, pair.eo) if path.suffix.lower() not in IMAGE_SUFFIXES]:
-        raise UserError(
-            f"{len(others)} files of formats that are not read for training: {_first(others)}; expected "
-            f"{' '.join(IMAGE_SUFFIXES)} (data/make_chips.py cuts scenes of other formats into PNG)"
-        )
-
-
-def _require_distinct_names(pairs: list[Pair]) -> None:
-    """Results are filed by name. In training one EO image may well be paired with several SAR images."""
-    first: dict[str, Pair] = {}
-    for pair in pairs:
-        if (other := first.setdefault(pair.name, pair)) is not pair:
-            raise UserError(
-                f"two pairs of one name, whose results would overwrite each other: SAR {other.sar}, EO {other.eo}; "
-                f"SAR {pair.sar}, EO {pair.eo}"
-            )
-
-
-def _first(faults: list) -> str:
-    return "; ".join(str(fault) for fault in faults[:SHOWN]) + ("; ..." if len(faults) > SHOWN else "")
-
-
-def _existing_folder(option: str, folder: str | Path) -> Path:
-    path = _real_path(option, folder)
-    if not path.is_dir():
-        raise UserError(f"{option}: no such folder: {folder}")
-    return path
-
-
-def _real_path(option: str, path: str | Path) -> Path:
-    if not isinstance(path, str | Path) or not str(path):
-        raise UserError(f"{option} is {path!r}; expected a path")
-    if "/path/to/" in f"/{path}/":
-        raise UserError(f"{option}: {path} is a placeholder; put the real path there")
-    return Path(path)
-
-
 def _positive(option: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{option} is {value!r}; expected a whole number of px from 1")
@@ -508,10 +349,6 @@ def _yes_or_no(option: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{option} is {value!r}; expected true or false")
     return value
-
-
-def _size(image: np.ndarray) -> str:
-    return f"{image.shape[1]} x {image.shape[0]} px"
 
 
 def _seen(image: np.ndarray, view: View, size: int) -> np.ndarray:

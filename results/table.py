@@ -44,7 +44,7 @@ def run_name(path: Path) -> str:
 
 
 def convention_table(reports: dict[str, dict], convention: str) -> list[list[str]]:
-    from cdiffset.report import LABELS, cell  # heavy, here and below: not before the arguments hold
+    from cdiffset.evaluation.report import LABELS, cell  # heavy, here and below: not before the arguments hold
 
     entries = {name: report["means"].get(convention, {}) for name, report in reports.items()}
     metrics = [metric for metric in LABELS if any(metric in means for means in entries.values())]
@@ -56,7 +56,7 @@ def convention_table(reports: dict[str, dict], convention: str) -> list[list[str
 
 
 def set_table(reports: dict[str, dict]) -> list[list[str]]:
-    from cdiffset.report import LABELS, set_cell
+    from cdiffset.evaluation.report import LABELS, set_cell
 
     metrics = [metric for metric in LABELS if any(metric in report["set"] for report in reports.values())]
     rows = [
@@ -68,7 +68,7 @@ def set_table(reports: dict[str, dict]) -> list[list[str]]:
 
 def map_table(reports: dict[str, dict]) -> list[list[str]]:
     """Maps and their rivals, a row each; runs without maps have none."""
-    from cdiffset.report import number
+    from cdiffset.evaluation.report import number
 
     rows = [["run", "map", "n", *RANKING.values(), *ENCE.values(), "AUROC SAR-only ↑", "AUROC EO-only"]]
     for name, report in reports.items():
@@ -84,7 +84,7 @@ def map_table(reports: dict[str, dict]) -> list[list[str]]:
 
 
 def render(reports: dict[str, dict]) -> str:
-    from cdiffset.report import markdown_table
+    from cdiffset.evaluation.report import markdown_table
 
     parts = ["# Results", "Written by `results/table.py`; n is the number of images. In brackets: 95 % bootstrap intervals."]
     conventions = {name: text for report in reports.values() for name, text in report["conventions"].items()}

@@ -19,14 +19,16 @@ from conftest import REPO, tiny_unet, tiny_vae
 from PIL import Image
 
 import audit as command
-from cdiffset import audit_report, errors
-from cdiffset.audit import residual_map, scores_of, strongest_boxes, upsampled
+from cdiffset import errors
+from cdiffset.auditing import report as audit_report
+from cdiffset.auditing.residual import residual_map, scores_of, strongest_boxes, upsampled
 from cdiffset.config import Config
 from cdiffset.errors import UserError
 from cdiffset.images import read_tiff
 from cdiffset.losses import variance
 from cdiffset.model import encode, load_scheduler
-from feeders.feeder import Pair, PairedFolderFeeder, QXSFeeder
+from cdiffset.pairing import Pair
+from feeders.feeder import PairedFolderFeeder, QXSFeeder
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 

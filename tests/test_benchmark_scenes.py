@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.scenes import borders, seam_ratio, time_scene, write_noise
-from cdiffset.tiles import make_grid
+from cdiffset.scenes.tiles import make_grid
 
 RNG = np.random.default_rng(0)
 

@@ -16,10 +16,11 @@ from PIL import Image
 from sklearn.isotonic import IsotonicRegression
 
 import calibrate
-from cdiffset import calibration, errors
-from cdiffset.calibration import MIN_ERROR, SHARES, Calibration, Curve
+from cdiffset import errors
+from cdiffset.calibration import calibration
+from cdiffset.calibration.calibration import MIN_ERROR, SHARES, Calibration, Curve
+from cdiffset.calibration.error_pictures import ANCHORS, ERROR_VIEW_MAX, HATCH_COLOUR, colours, enlarged, error_view, overlay
 from cdiffset.errors import UserError
-from cdiffset.overlay import ANCHORS, ERROR_VIEW_MAX, HATCH_COLOUR, colours, enlarged, error_view, overlay
 
 REPO = Path(__file__).parents[1]
 SETTINGS = {
@@ -206,7 +207,7 @@ def test_the_file_lies_beside_the_checkpoint(tmp_path):
         (lambda v: v["curves"]["variance"].update(x="high"), "is no calibration"),
         (lambda v: v.update(quantiles={"0.5": 0}), "quantiles"),
         (lambda v: v.update(model=7), "wrong type"),
-        (lambda v: v["settings"].update(readout="mean"), "was made with readout mean, .*: give it the same, or calibrate"),
+        (lambda v: v["settings"].update(readout="first"), "was made with readout first, .*: give it the same, or calibrate"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, damage, message):
@@ -390,7 +391,7 @@ def test_a_stage_1_checkpoint_is_calibrated_by_its_spread(run_calibrate, checkpo
     [
         ({"error_dir": "e"}, "--error-dir: there is no calibration .*calibration.json: make one with calibrate.py"),
         ({"error_dir": "e", "calibration": "missing.json"}, "--calibration: there is no calibration .*missing.json"),
-        ({"error_dir": "e", "calibration": "c.json", "readout": "late"}, "--calibration: .*made with readout midpoint.*late"),
+        ({"error_dir": "e", "calibration": "c.json", "readout": "early"}, "--calibration: .*made with readout midpoint.*early"),
         ({"error_dir": "e", "calibration": "c.json", "ensemble": 3}, "--calibration: .*ensemble 1.*ensemble 3"),
         ({"error_dir": "e", "calibration": "c.json", "num_inference_steps": 3}, "--calibration: .*num_inference_steps 2"),
         ({"error_dir": "e", "calibration": "c.json", "scheduler": "unipc"}, "--calibration: .*scheduler ddim.*unipc"),
@@ -502,4 +503,4 @@ def test_help_imports_no_networks(script):
     command = [sys.executable, "-X", "importtime", "-c", code]
     done = subprocess.run(command, cwd=REPO, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and all(f"--{name} " in done.stdout for name in ("readout", "ensemble", "ensemble-output"))
-    assert "cdiffset.options" in done.stderr and "diffusers" not in done.stderr
+    assert "cdiffset.inference.options" in done.stderr and "diffusers" not in done.stderr

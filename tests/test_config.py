@@ -18,7 +18,7 @@ from training import AUGMENTATIONS
 
 from cdiffset.config import GROUPS, KNOBS, Config, load_config
 from cdiffset.errors import UserError
-from cdiffset.launcher import launcher_settings
+from cdiffset.training.launch import launcher_settings
 from train import build_feeder
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))

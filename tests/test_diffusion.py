@@ -12,39 +12,36 @@ from conftest import tiny_unet, tiny_vae
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from cdiffset.attention import share_prompt
+from cdiffset.config import MIDPOINT, PAPER_TIMESTEPS
 from cdiffset.diffusion import (
-    READOUTS,
-    ensemble,
     image_noise,
     image_seed,
     predict,
-    reduce_samples,
     sample,
     starting_noise,
     target_of,
     training_loss,
     translate,
-    variance_of_latent,
+    variance_weights,
     weighted_mean,
 )
 from cdiffset.errors import UserError
-from cdiffset.losses import cdiff_loss, variance
-from cdiffset.model import load_scheduler, make_sampler, patch_conv_in, patch_conv_out
-from cdiffset.options import PRESETS, add_translation_options, calibrated_settings, check_translation_options
-from cdiffset.readouts import (
-    DECODED_DRAWS,
-    MIDPOINT,
-    PAPER_TIMESTEPS,
-    RENOISE_DRAWS,
-    RENOISE_TIMESTEPS,
+from cdiffset.inference.ensemble import ensemble, reduce_samples
+from cdiffset.inference.options import (
+    PRESETS,
     SCHEDULERS,
     TIMESTEP_SPACINGS,
-    steps_read,
-    timesteps_read,
+    add_translation_options,
+    calibrated_settings,
+    check_translation_options,
 )
+from cdiffset.inference.variance_readout import VARIANCE_READOUTS
+from cdiffset.losses import cdiff_loss, variance
+from cdiffset.model import load_scheduler, make_sampler, patch_conv_in, patch_conv_out
 
 SIZE = (4, 16, 16)
 PROMPT = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(9))
+READ = {name: timesteps for name, (timesteps, _) in VARIANCE_READOUTS.items()} | {"all": PAPER_TIMESTEPS}
 
 
 def latents(count: int, batch: int = 3) -> list[torch.Tensor]:
@@ -390,13 +387,13 @@ def far_away() -> tuple:
     return unet, torch.empty(3, *SIZE, device="meta"), PROMPT.to("meta")
 
 
-@pytest.mark.parametrize("readout", ["midpoint", "mean", "renoise"])
+@pytest.mark.parametrize("wanted", READ.values(), ids=READ)
 @pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
-def test_sampling_never_waits_for_the_device(tiny_base, name, spacing, readout):
+def test_sampling_never_waits_for_the_device(tiny_base, name, spacing, wanted):
     unet, z, prompt = far_away()
     share_prompt(unet, keep=True)
     sampler = make_sampler(load_scheduler(tiny_base, "epsilon"), name, spacing)
-    z_eo, sigma2 = sample(unet, sampler, z, z, prompt, 5, readout)
+    z_eo, sigma2 = sample(unet, sampler, z, z, prompt, 5, wanted)
     assert z_eo.is_meta and z_eo.shape == z.shape and sigma2.is_meta and sigma2.shape == (3, 1, *SIZE[1:])
     with pytest.raises(RuntimeError, match="meta"):
         z_eo.max().item()  # as it would, had it looked
@@ -454,24 +451,15 @@ def test_a_bfloat16_net_translates_nearly_as_the_float32_one(tiny_base):
 
 
 # ---------------------------------------------------------------------------------------------- where the variance is read
-def test_every_readout_is_known_and_no_other():
-    assert set(READOUTS) == {"midpoint", "mean", "first", "early", "late", "renoise", "decoded"}
-    with pytest.raises(ValueError, match="unknown readout 'last'"):
-        steps_read("last", [1])
-
-
 def test_the_timesteps_read_are_those_of_the_papers_sampling(tiny_base):
     scheduler = load_scheduler(tiny_base, "epsilon")
     scheduler.set_timesteps(50)
     paper = scheduler.timesteps.tolist()
     assert list(PAPER_TIMESTEPS) == paper and MIDPOINT == paper[50 // 2]
-    slices = {
-        "midpoint": paper[25:26], "decoded": paper[25:26], "mean": paper, "first": paper[:1], "early": paper[:13],
-        "late": paper[37:], "renoise": [],
-    }  # fmt: skip
-    for readout, expected in slices.items():
-        assert list(timesteps_read(readout)) == expected
-        assert steps_read(readout, paper) == {paper.index(timestep): 1.0 for timestep in expected}
+    slices = {"midpoint": paper[25:26], "first": paper[:1], "early": paper[:13]}
+    assert {readout: list(timesteps) for readout, (timesteps, _) in VARIANCE_READOUTS.items()} == slices
+    for expected in slices.values():
+        assert variance_weights(expected, paper) == {paper.index(timestep): 1.0 for timestep in expected}
 
 
 @pytest.mark.parametrize(
@@ -486,102 +474,49 @@ def test_the_timesteps_read_are_those_of_the_papers_sampling(tiny_base):
     ],
 )
 def test_the_midpoint_is_interpolated_between_the_steps_beside_it(timesteps, expected):
-    assert steps_read("midpoint", timesteps) == pytest.approx(expected)
+    assert variance_weights((MIDPOINT,), timesteps) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("readout", ["midpoint", "mean", "first", "early", "late"])
+@pytest.mark.parametrize("wanted", READ.values(), ids=READ)
 @pytest.mark.parametrize("steps", [3, 8, 50, 100])
-def test_a_variance_that_is_linear_in_the_timestep_reads_the_same_at_any_step_count(tiny_base, readout, steps):
+def test_a_variance_that_is_linear_in_the_timestep_reads_the_same_at_any_step_count(tiny_base, wanted, steps):
     scheduler = load_scheduler(tiny_base, "epsilon")
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps.tolist()
-    read = [min(max(timestep, timesteps[-1]), timesteps[0]) for timestep in timesteps_read(readout)]  # constant beyond the ends
-    got = weighted_mean([torch.tensor(float(timestep)) for timestep in timesteps], steps_read(readout, timesteps))
+    read = [min(max(timestep, timesteps[-1]), timesteps[0]) for timestep in wanted]  # constant beyond the ends
+    got = weighted_mean([torch.tensor(float(timestep)) for timestep in timesteps], variance_weights(wanted, timesteps))
     assert got.item() == pytest.approx(sum(read) / len(read), rel=1e-6)
 
 
-@pytest.mark.parametrize("readout", ["midpoint", "mean", "first", "early", "late", "renoise"])
+@pytest.mark.parametrize("wanted", READ.values(), ids=READ)
 @pytest.mark.parametrize(
     ("name", "spacing", "steps"), [("ddim", "leading", 50), ("ddim", "trailing", 5), ("unipc", "trailing", 8)]
 )
-def test_the_variance_is_the_mean_over_the_timesteps_that_are_read(tiny_base, readout, name, spacing, steps):
+def test_the_variance_is_the_mean_over_the_timesteps_that_are_read(tiny_base, wanted, name, spacing, steps):
     z_sar, noise = latents(2)
-    scheduler, passes = sampler(tiny_base, name, spacing), len(RENOISE_TIMESTEPS) * RENOISE_DRAWS
-    raw = torch.randn(steps + passes, 3, 1, 16, 16, generator=torch.Generator().manual_seed(8))
+    scheduler = sampler(tiny_base, name, spacing)
+    raw = torch.randn(steps, 3, 1, 16, 16, generator=torch.Generator().manual_seed(8))
     probe = Probe(lambda x, index: torch.cat([x[:, 4:], raw[index]], 1))
-    z_eo, sigma2 = sample(probe, scheduler, z_sar, noise, PROMPT, steps, readout)
-    if readout == "renoise":
-        expected = variance(raw[steps:]).mean(0)
-    else:  # numpy's interpolation, cell by cell
-        rising, values = scheduler.timesteps.tolist()[::-1], variance(raw[:steps]).flatten(1).numpy()[::-1]
-        at_each = [[np.interp(timestep, rising, cell) for cell in values.T] for timestep in timesteps_read(readout)]
-        expected = torch.tensor(np.mean(at_each, 0), dtype=torch.float32).reshape(sigma2.shape)
+    z_eo, sigma2 = sample(probe, scheduler, z_sar, noise, PROMPT, steps, wanted)
+    # numpy's interpolation, cell by cell
+    rising, values = scheduler.timesteps.tolist()[::-1], variance(raw).flatten(1).numpy()[::-1]
+    at_each = [[np.interp(timestep, rising, cell) for cell in values.T] for timestep in wanted]
+    expected = torch.tensor(np.mean(at_each, 0), dtype=torch.float32).reshape(sigma2.shape)
     torch.testing.assert_close(sigma2, expected, atol=1e-5, rtol=1e-5)
     plain, _ = sample(Probe(lambda x, _: x[:, 4:]), sampler(tiny_base, name, spacing), z_sar, noise, PROMPT, steps)
     assert torch.equal(z_eo, plain)  # where σ² is read does not touch the result
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_renoising_feeds_the_result_with_known_noise(tiny_base, name):
-    z_sar, noise = latents(2)
-    probe = Probe(lambda x, _: torch.cat([0.1 * x[:, 4:], x[:, :1]], 1))
-    z_eo, _ = sample(probe, sampler(tiny_base, name, "trailing"), z_sar, noise, PROMPT, 2, "renoise")
-    assert len(probe.calls) == 2 + len(RENOISE_TIMESTEPS) * RENOISE_DRAWS
-    found = []
-    for x, timesteps, _ in probe.calls[2:]:
-        assert torch.equal(x[:, :4], z_sar) and timesteps.unique().numel() == 1
-        a = alpha_bar()[timesteps[0]].float()
-        recovered_noise = (x[:, 4:] - a.sqrt() * z_eo) / (1 - a).sqrt()
-        torch.testing.assert_close(recovered_noise, recovered_noise[:1].expand_as(recovered_noise), atol=1e-4, rtol=0)
-        assert abs(recovered_noise[0].std().item() - 1) < 0.1
-        found.append((timesteps[0].item(), recovered_noise[0]))
-    assert sorted(t for t, _ in found) == sorted(RENOISE_TIMESTEPS * RENOISE_DRAWS)
-    assert all((one - other).abs().max() > 0.1 for i, (_, one) in enumerate(found) for _, other in found[:i])
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_the_variance_of_the_latent_is_that_of_the_clean_latent_predicted(tiny_base, prediction_type):
-    """A prediction with noise of variance σ² on it => the scheduler's z_eo has the variance said."""
-    scheduler = load_scheduler(tiny_base, prediction_type)
-    scheduler.set_timesteps(50)
-    generator = torch.Generator().manual_seed(4)
-    prediction, z_t = 0.3 * torch.randn(1, 4, 200, 200, generator=generator), torch.ones(1, 4, 200, 200)
-    for timestep in (101, 501, 901):
-        clean = scheduler.step(prediction, timestep, z_t).pred_original_sample
-        expected = variance_of_latent(scheduler, torch.tensor(0.09), torch.tensor(timestep))
-        assert clean.var().item() == pytest.approx(expected.item(), rel=0.02)
-
-
-def test_the_decoded_readout_is_the_variance_of_decoded_perturbations(tiny_base, nets):
-    vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
-    pixels, sar = images(2, 32, 40)
-    noise = image_noise(vae, 6, pixels)
-    eo, midpoint = translate(nets[2], vae, scheduler, sar, noise, PROMPT, 4)
-    same, decoded = translate(nets[2], vae, scheduler, sar, noise, PROMPT, 4, readout="decoded")
-    assert torch.equal(eo, same) and decoded.shape == (2, 1, 32, 40)
-    with torch.no_grad():
-        z_sar = vae.encode(sar).latent_dist.mean * 0.7
-        noise = torch.cat([by_rule(6, each, 4, 8, 10) for each in pixels])
-        z_eo, _ = sample(nets[2], scheduler, z_sar, noise, PROMPT, 4)
-        a = alpha_bar()[481].float()
-        sigma = (midpoint * (1 - a) / a).sqrt()
-        squares = []
-        for draw in range(DECODED_DRAWS):
-            n = torch.randn(1, 4, 8, 10, generator=torch.Generator().manual_seed(2**40 + draw))
-            squares.append((vae.decode((z_eo + sigma * n) / 0.7).sample.clamp(-1, 1) - eo).square().mean(1, keepdim=True))
-    torch.testing.assert_close(decoded, torch.stack(squares).mean(0).clamp(min=1e-6), atol=1e-5, rtol=1e-3)
-
-
-@pytest.mark.parametrize("readout", list(READOUTS))
-def test_a_readout_does_not_depend_on_the_batch_and_a_stage_1_net_has_none(tiny_base, nets, readout):
+@pytest.mark.parametrize("wanted", READ.values(), ids=READ)
+def test_the_variance_does_not_depend_on_the_batch_and_a_stage_1_net_has_none(tiny_base, nets, wanted):
     vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
     pixels, sar = images(3, 32, 32)
     noise = image_noise(vae, 1, pixels)
-    _, together = translate(nets[2], vae, scheduler, sar, noise, PROMPT, 4, readout)
+    _, together = translate(nets[2], vae, scheduler, sar, noise, PROMPT, 4, wanted)
     pairs = zip(sar.split(1), noise.split(1), strict=True)
-    alone = [translate(nets[2], vae, scheduler, *pair, PROMPT, 4, readout)[1] for pair in pairs]
+    alone = [translate(nets[2], vae, scheduler, *pair, PROMPT, 4, wanted)[1] for pair in pairs]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-3)
-    assert translate(nets[1], vae, scheduler, sar[:1], noise[:1], PROMPT, 2, readout)[1] is None
+    assert translate(nets[1], vae, scheduler, sar[:1], noise[:1], PROMPT, 2, wanted)[1] is None
 
 
 # --------------------------------------------------------------------------------------------------------------- ensembles

@@ -22,11 +22,11 @@ from benchmarks.measures import (
     picture_measures,
     share_drawn,
 )
-from cdiffset.diffusion import image_noise, translate, weighted_mean
+from cdiffset.diffusion import image_noise, translate, variance_weights, weighted_mean
 from cdiffset.images import to_uint8
+from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.losses import RAW_OFFSET, cdiff_loss, mse_loss
 from cdiffset.model import embed_prompt, load_scheduler, load_vae, patch_conv_in, patch_conv_out
-from cdiffset.readouts import steps_read
 from data.simulate import Simulation
 
 
@@ -132,10 +132,10 @@ def test_recorded_variances_are_the_samplers_own_readouts(tiny_base, unet, scene
     assert pictures.shape == (2, 5, 3, 64, 64) and sigma2.shape == (2, 8, 5, 1, 16, 16)
     for seed in (0, 1):
         noise = image_noise(vae, seed, to_uint8(some.sar))
-        for readout in ("midpoint", "first", "early", "mean", "late"):
-            picture, expected = translate(unet, vae, scheduler, some.sar, noise, prompt, 8, readout)
+        for wanted, _ in VARIANCE_READOUTS.values():
+            picture, expected = translate(unet, vae, scheduler, some.sar, noise, prompt, 8, wanted)
             torch.testing.assert_close(pictures[seed], picture, atol=1e-4, rtol=1e-4)
-            weights = steps_read(readout, scheduler.timesteps.tolist())
+            weights = variance_weights(wanted, scheduler.timesteps.tolist())
             torch.testing.assert_close(weighted_mean(sigma2[seed], weights), expected, atol=1e-4, rtol=1e-4)
     stage1 = Recorder(patch_conv_in(tiny_unet()))
     stage1(torch.zeros(1, 8, 16, 16), torch.tensor(3), encoder_hidden_states=prompt)

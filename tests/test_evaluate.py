@@ -12,10 +12,13 @@ from pathlib import Path
 
 import evaluate
 import utils
-from cdiffset import errors, evaluation, judgement, pairs
+from cdiffset import errors
 from cdiffset.errors import UserError
-from cdiffset.report import line_chart, ticks
-from cdiffset.uncertainty import ence, reliability
+from cdiffset.evaluation import baselines as judgement
+from cdiffset.evaluation import evaluate as evaluation
+from cdiffset.evaluation import folders as pairs
+from cdiffset.evaluation.report import line_chart, ticks
+from cdiffset.evaluation.uncertainty import ence, reliability
 
 # isort: split
 import numpy as np

@@ -15,17 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cdiffset.errors import UserError
-from feeders.feeder import (
-    PairedFolderFeeder,
-    QXSFeeder,
-    SAROptFeeder,
-    SENMSFeeder,
-    SpaceNetFeeder,
-    StellarFeeder,
-    read_list,
-    relative_path,
-    split_of,
-)
+from cdiffset.pairing import read_list, relative_path, split_of
+from feeders.feeder import PairedFolderFeeder, QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder, StellarFeeder
 
 SIZE, CROP = 12, 8
 AUGMENTATIONS = {"hflip": True, "vflip": True, "rot": True}

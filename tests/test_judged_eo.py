@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import evaluate
 import utils
-from cdiffset import errors, evaluation, pairs
+from cdiffset import errors
+from cdiffset.evaluation import evaluate as evaluation
+from cdiffset.evaluation import folders as pairs
 
 # isort: split
 import numpy as np
@@ -21,10 +23,10 @@ from scipy.ndimage import correlate
 from scipy.stats import spearmanr
 
 import calibrate
-from cdiffset.audit_report import EXCLUDED, write_findings
-from cdiffset.auditor import continued, write_maps
+from cdiffset.auditing.auditor import continued, write_maps
+from cdiffset.auditing.report import EXCLUDED, write_findings
 from cdiffset.images import read_judged_eo, read_tiff, without_georeference, write_tiff
-from feeders.feeder import Pair
+from cdiffset.pairing import Pair
 
 REPO = Path(__file__).parents[1]
 HEIGHT, WIDTH, COUNT = 40, 32, 3
@@ -485,7 +487,7 @@ def test_calibration_draws_from_the_pixels_that_count(one_pair, tmp_path, capsys
 
 
 def test_the_audit_scores_the_pixels_that_count(one_pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("cdiffset.auditor.recorded_settings", lambda args: {})
+    monkeypatch.setattr("cdiffset.auditing.auditor.recorded_settings", lambda args: {})
     seen, residual = [], np.random.default_rng(0).random((HEIGHT, WIDTH)).astype(np.float32)
     residual[excluded()] = 1000
 

@@ -16,11 +16,12 @@ from PIL import Image
 from training import AUGMENTATIONS, BATCH, assert_same_run, command_line, train_lines
 
 import main
-from cdiffset import errors, latent_cache
+from cdiffset import errors
 from cdiffset.config import load_config
 from cdiffset.errors import UserError
-from cdiffset.latent_cache import LatentCache, Shards, Work
 from cdiffset.model import encode
+from cdiffset.training import latent_cache
+from cdiffset.training.latent_cache import LatentCache, Shards, Work
 from feeders.feeder import PairedFolderFeeder
 from train import BatchOrder, Trainer
 

@@ -16,7 +16,7 @@ def python(code: str) -> str:
 
 def test_nothing_unused_is_imported_and_all_of_it_is_there_for_others():
     said = python(
-        "import sys, torch\nmark = torch.compiler.disable\nimport cdiffset.translator\n"
+        "import sys, torch\nmark = torch.compiler.disable\nimport cdiffset.inference.translator\n"
         f"print([name for name in {UNUSED} if name in sys.modules], torch.compiler.disable is mark)\n"
         "import scipy, torch._dynamo, torchvision, transformers\n"
         "from transformers import CLIPTextModel\n"

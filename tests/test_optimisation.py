@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from cdiffset import optimisation
-from cdiffset.optimisation import Guard, gradient_norm, load_moments, step_copies
+from cdiffset.training import weights as optimisation
+from cdiffset.training.weights import Guard, gradient_norm, load_moments, step_copies
 
 
 def network() -> nn.Module:

@@ -123,7 +123,7 @@ def test_options_of_speed_change_nothing(outputs, plain):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--readout", "mean"], "--readout mean: it changes maps alone"),
+        (["--readout", "early"], "--readout early: it changes maps alone"),
         (["--ensemble", "2"], "--ensemble 2: nothing shows it"),
         (["--ensemble-output", "mean"], "--ensemble-output mean: it chooses among samples"),
         (["--scale", "db"], "--scale: .*picture.npy is an array"),

@@ -20,12 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_translate import KINDS, REPO, arguments, command, files, grey, save, save_checkpoint
 
-from cdiffset import pipeline, processes, prompt_cache
+from cdiffset import ranks
 from cdiffset.errors import UserError
+from cdiffset.inference import batching as pipeline
+from cdiffset.inference import prompt_cache
+from cdiffset.inference.batching import WriteBehind, batches_of_one_size, read_ahead
+from cdiffset.inference.prompt_cache import cached_prompt
+from cdiffset.inference.translator import Model, decoder_bytes
 from cdiffset.model import embed_prompt
-from cdiffset.pipeline import WriteBehind, batches_of_one_size, read_ahead
-from cdiffset.prompt_cache import cached_prompt
-from cdiffset.translator import Model, decoder_bytes
 
 
 # ------------------------------------------------------------------------------------------------------- reading, writing
@@ -138,7 +140,7 @@ def test_shares_are_even_disjoint_and_all(names, count):
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("RANK", str(rank))
             environment.setenv("WORLD_SIZE", str(count))
-            shares.append(processes.share(names))
+            shares.append(ranks.share(names))
     assert sorted(sum(shares, [])) == list(range(len(names))) and all(share == sorted(share) for share in shares)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -146,13 +148,13 @@ def test_shares_are_even_disjoint_and_all(names, count):
 def test_no_launcher_is_one_process_and_nonsense_is_refused(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert processes.place() == (0, 1) and processes.local_rank() == 0 and processes.total(3) == 3
+    assert ranks.place() == (0, 1) and ranks.local_rank() == 0 and ranks.total(3) == 3
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(UserError, match="RANK from 0 to 0, found 2"):
-        processes.place()
+        ranks.place()
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(UserError, match="WORLD_SIZE, .*found 'many'"):
-        processes.place()
+        ranks.place()
 
 
 # ----------------------------------------------------------------------------------------------------------- prompt cache
@@ -284,7 +286,7 @@ def test_auto_on_a_cpu_goes_by_the_size(size, together, capsys):
 
 @pytest.mark.parametrize("free, together", [(10.0, 8), (1.0, 1), (1000.0, 64)])
 def test_auto_on_a_gpu_goes_by_the_memory_that_one_image_takes(monkeypatch, free, together):
-    monkeypatch.setattr("cdiffset.translator.free_memory", lambda device: int(free * 2**30))
+    monkeypatch.setattr("cdiffset.inference.translator.free_memory", lambda device: int(free * 2**30))
     model = model_of("auto", "cuda", measured_bytes=lambda *_: 2**30)
     assert model.images_together(64, 64) == together
 
@@ -293,7 +295,7 @@ def test_what_cannot_fit_is_refused_and_what_crowds_the_memory_goes_through_the_
     least = decoder_bytes(tiny_vae(), 64, 64)
     assert least == 2 * 8 * 64 * 64 * 4  # two of 8 channels, float32
     for free, expected in ((least - 1, None), (least, True), (8 * least + 8, False)):
-        monkeypatch.setattr("cdiffset.translator.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("cdiffset.inference.translator.free_memory", lambda device, free=free: free)
         model = model_of(2)
         if expected is None:
             with pytest.raises(UserError, match="images of 64 x 64 px take more than .* as GeoTIFF"):

@@ -5,11 +5,11 @@ import pytest
 import rasterio
 from rasterio.windows import Window
 
-from cdiffset import radiometry
 from cdiffset.errors import UserError
-from cdiffset.geotiff import open_scene
 from cdiffset.images import read_sar, sar_statistics
-from cdiffset.radiometry import Radiometry, RadiometryOptions, describe, despeckled, fill, measure, out_of_domain
+from cdiffset.scenes import radiometry
+from cdiffset.scenes.geotiff import open_scene
+from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions, describe, despeckled, fill, measure, out_of_domain
 
 RNG = np.random.default_rng(0)
 

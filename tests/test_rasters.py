@@ -15,9 +15,9 @@ from rasterio.windows import Window
 from test_translate import command, save_checkpoint
 
 from cdiffset.errors import UserError
-from cdiffset.geotiff import find_sources, group_polarisations, is_scene, open_scene, without_polarisation
 from cdiffset.images import read_sar
-from cdiffset.radiometry import RadiometryOptions, measure, read_whole, shared_stretch
+from cdiffset.scenes.geotiff import find_sources, group_polarisations, is_scene, open_scene, without_polarisation
+from cdiffset.scenes.radiometry import RadiometryOptions, measure, read_whole, shared_stretch
 
 RNG = np.random.default_rng(0)
 UTM = {"crs": "EPSG:32631", "transform": Affine(10, 0, 500_000, 0, -10, 5_700_000)}

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from cdiffset.errors import UserError
-from cdiffset.record import FILE_NAME, Record
+from cdiffset.inference.record import FILE_NAME, Record
 
 SETTINGS = {"weights": "a" * 64, "seed": 1, "stretch": None}
 

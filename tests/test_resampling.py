@@ -9,11 +9,11 @@ from rasterio.rpc import RPC
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
-from cdiffset import radiometry as radiometry_module
 from cdiffset.errors import UserError
-from cdiffset.geotiff import open_scene
-from cdiffset.radiometry import Radiometry, RadiometryOptions, chosen_steps
-from cdiffset.resampling import apply_weights, gsd_of, resample_strips, resampled_size, steps_to, weights
+from cdiffset.scenes import radiometry as radiometry_module
+from cdiffset.scenes.geotiff import open_scene
+from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions, chosen_steps
+from cdiffset.scenes.resampling import apply_weights, gsd_of, resample_strips, resampled_size, steps_to, weights
 
 RNG = np.random.default_rng(0)
 

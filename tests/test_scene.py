@@ -17,17 +17,19 @@ from rio_cogeo.cogeo import cog_validate
 from test_translate import command, files, save_checkpoint
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from cdiffset import scene
+from cdiffset.confidence import variance_map
 from cdiffset.diffusion import sample
-from cdiffset.geotiff import open_scene
 from cdiffset.images import to_signed, to_uint8
+from cdiffset.inference.options import begin_reading
+from cdiffset.inference.translator import Translator, pad_to_multiple
+from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.model import decode, encode
-from cdiffset.options import begin_reading, radiometry_options
-from cdiffset.radiometry import Radiometry, RadiometryOptions
-from cdiffset.scene import Field, gather_team, map_strips, translate_scene, variance_strips
-from cdiffset.tiles import blending_weights, fuse, make_grid, noise_field, strips
-from cdiffset.translator import Translator, pad_to_multiple
-from cdiffset.uncertainty import variance_map
+from cdiffset.scenes import fusion as scene
+from cdiffset.scenes.fusion import Field, gather_team, map_strips, translate_scene, variance_strips
+from cdiffset.scenes.geotiff import open_scene
+from cdiffset.scenes.options import radiometry_options
+from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions
+from cdiffset.scenes.tiles import blending_weights, fuse, make_grid, noise_field, strips
 
 RNG = np.random.default_rng(0)
 SMOOTH = Image.fromarray(RNG.integers(0, 256, (9, 13), dtype=np.uint8))
@@ -156,7 +158,7 @@ def test_an_identity_model_returns_its_input(tmp_path, size, blend):
 
 @pytest.mark.parametrize(
     ("readout", "spacing", "blend"),
-    [("midpoint", "leading", "latents"), ("mean", "leading", "latents"), ("mean", "leading", "pixels"),
+    [("midpoint", "leading", "latents"), ("first", "leading", "latents"), ("early", "leading", "pixels"),
      ("early", "trailing", "latents")],
 )  # fmt: skip
 def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout, spacing, blend):
@@ -173,7 +175,9 @@ def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout
     with torch.no_grad():
         z_sar = encode(model.vae, torch.from_numpy(to_signed(padded)).permute(2, 0, 1)[None])
         noise = torch.from_numpy(noise_field(5, 4, slice(0, 19), slice(0, 25)))[None]
-        z_eo, sigma2 = sample(model.unet, model.scheduler, z_sar, noise, model.prompt_embedding, 3, readout)
+        z_eo, sigma2 = sample(
+            model.unet, model.scheduler, z_sar, noise, model.prompt_embedding, 3, VARIANCE_READOUTS[readout][0]
+        )
         eo = to_uint8(decode(model.vae, z_eo))[0, :75, :98]
     assert np.abs(read(outputs["eo"])[:3].astype(int) - eo.transpose(2, 0, 1)).max() <= 1
     np.testing.assert_allclose(read(outputs["variance"])[0], variance_map(sigma2, (76, 100))[0, 0, :75, :98], rtol=1e-3)
@@ -436,7 +440,6 @@ def test_a_strip_of_65535_px_goes_through(checkpoints, tmp_path):
         ({"despeckle": "lee:4,1"}, "--despeckle: expected lee:SIZE,LOOKS or multilook:SIZE"),
         ({"gsd": "-1"}, "--gsd: invalid metres"),
         ({"ensemble": 2}, "--ensemble: not available for scenes of more than one tile"),
-        ({"readout": "decoded"}, "--readout decoded: not available for scenes of more than one tile"),
         ({"scheduler": "unipc"}, "--scheduler unipc: not available for scenes of more than one tile"),
     ],
 )

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from benchmarks import steps
 from benchmarks.audit import load
 from cdiffset.errors import UserError
-from cdiffset.options import PAPER, Sampling
+from cdiffset.inference.options import PAPER, Sampling
 from utils import PairMetrics
 
 SCENES = 3

@@ -11,10 +11,10 @@ import rasterio
 from PIL import Image
 from rasterio.transform import Affine
 
-from cdiffset import geotiff
-from cdiffset.geotiff import open_scene, write_cog
-from cdiffset.radiometry import Radiometry
-from cdiffset.swipe import write_swipe
+from cdiffset.scenes import geotiff
+from cdiffset.scenes.geotiff import open_scene, write_cog
+from cdiffset.scenes.radiometry import Radiometry
+from cdiffset.scenes.slider_page import write_swipe
 
 RNG = np.random.default_rng(0)
 NAME = "<script>alert(1)</script>&\"'.tif".replace("/", "\u2215")

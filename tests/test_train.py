@@ -44,13 +44,14 @@ import main
 import test as test_py
 import train
 import utils
-from cdiffset import errors, optimisation
+from cdiffset import errors
 from cdiffset.config import Config, load_config
 from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar
 from cdiffset.model import load_base_unet, patch_conv_in, patch_conv_out
-from cdiffset.optimisation import flat
+from cdiffset.training import weights as optimisation
+from cdiffset.training.weights import flat
 from train import BatchOrder, Trainer
 
 REPO = Path(__file__).parents[1]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from cdiffset.uncertainty import (
+from cdiffset.evaluation.uncertainty import (
     aurg,
     auroc,
     ause,

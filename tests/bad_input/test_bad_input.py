@@ -31,7 +31,7 @@ import main as train_command
 from cdiffset import errors
 from cdiffset.config import load_config
 from cdiffset.images import read_sar_valid
-from cdiffset.record import FILE_NAME
+from cdiffset.inference.record import FILE_NAME
 from data import data_split
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -10,7 +10,8 @@ from faults import finish, kill, start, wait_for
 from PIL import Image
 from training import assert_same_run, val_lines
 
-from cdiffset import checkpoint, record
+from cdiffset import checkpoint
+from cdiffset.inference import record
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(not Path("/proc").is_dir(), reason="watches processes through /proc")]
 

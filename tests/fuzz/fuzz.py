@@ -34,7 +34,7 @@ def read_config(data: bytes, folder: Path) -> None:
 
 def read_lists(data: bytes, folder: Path) -> None:
     from cdiffset.errors import UserError
-    from feeders.feeder import read_list, read_pairs, relative_path
+    from cdiffset.pairing import read_list, read_pairs, relative_path
 
     path = folder / f"train{LIST_SUFFIXES[data[0] % len(LIST_SUFFIXES)] if data else '.txt'}"
     path.write_bytes(data[1:])

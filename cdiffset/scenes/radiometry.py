@@ -14,9 +14,9 @@ from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from cdiffset.errors import UserError
-from cdiffset.geotiff import MAX_PIXELS, POLARISATIONS, Scene, is_auxiliary, is_scene, open_scene
 from cdiffset.images import PIXEL_PERCENTILES, STRETCH_PERCENTILES, read_sar_valid
-from cdiffset.resampling import apply_weights, gsd_of, require_gsd, resampled_size, steps_to, weights
+from cdiffset.scenes.geotiff import MAX_PIXELS, POLARISATIONS, Scene, is_auxiliary, is_scene, open_scene
+from cdiffset.scenes.resampling import apply_weights, gsd_of, require_gsd, resampled_size, steps_to, weights
 
 SAMPLE_PX = 2**22  # what percentiles are taken of; a scene of at most so many pixels is read whole
 SAMPLE_SIDE = 256  # px of a sampled block

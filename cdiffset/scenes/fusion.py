@@ -27,23 +27,23 @@ from diffusers import AutoencoderKL
 from rasterio.windows import Window
 from tqdm import tqdm
 
-from cdiffset.calibration import Calibration
-from cdiffset.diffusion import predict, sample
+from cdiffset.calibration.calibration import Calibration
+from cdiffset.calibration.error_pictures import hatched
+from cdiffset.diffusion import predict, sample, variance_weights
 from cdiffset.errors import UserError
-from cdiffset.geotiff import Scene, open_scene, write_cog, write_quicklook
 from cdiffset.images import QUICKLOOK, hidden_beside, to_signed, to_uint8, written_whole
+from cdiffset.inference.batching import skip_too_long
+from cdiffset.inference.options import Sampling
+from cdiffset.inference.translator import Model, Translation, Translator, translate_files
+from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.losses import variance
 from cdiffset.model import decode, encode, vae_factor
-from cdiffset.options import Sampling
-from cdiffset.overlay import hatched
-from cdiffset.pipeline import skip_too_long
-from cdiffset.radiometry import Radiometry, RadiometryOptions, describe, measure, out_of_domain
-from cdiffset.readouts import steps_read
-from cdiffset.resampling import gsd_of, resample_strips
-from cdiffset.sharing import Team
-from cdiffset.swipe import write_swipe
-from cdiffset.tiles import Grid, fuse, make_grid, noise_field, strips
-from cdiffset.translator import Model, Translation, Translator, translate_files
+from cdiffset.scenes.geotiff import Scene, open_scene, write_cog, write_quicklook
+from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions, describe, measure, out_of_domain
+from cdiffset.scenes.resampling import gsd_of, resample_strips
+from cdiffset.scenes.sharing import Team
+from cdiffset.scenes.slider_page import write_swipe
+from cdiffset.scenes.tiles import Grid, fuse, make_grid, noise_field, strips
 
 STRIP = 256  # rows of pixels written together
 MARGIN = 3  # latent rows that bicubic interpolation may look at beyond its own
@@ -133,8 +133,8 @@ def predict_tiles(model: Model, index: int, z_sar: torch.Tensor, z_t: torch.Tens
 
 def translate_tiles(model: Model, _: int, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Each tile by itself => EO latent with σ² below it, [B, C + 1, h, w]; σ² is 0 from a stage 1 U-Net."""
-    steps, readout = model.args.num_inference_steps, model.args.readout
-    z_eo, sigma2 = sample(model.unet, model.scheduler, encode(model.vae, pixels), noise, model.prompt_embedding, steps, readout)
+    steps, read = model.args.num_inference_steps, VARIANCE_READOUTS[model.args.readout][0]
+    z_eo, sigma2 = sample(model.unet, model.scheduler, encode(model.vae, pixels), noise, model.prompt_embedding, steps, read)
     return torch.cat([z_eo, torch.zeros_like(z_eo[:, :1]) if sigma2 is None else sigma2.float()], dim=1)
 
 
@@ -249,7 +249,7 @@ def denoise_step(model: Model, tiles: Tiles, scratch: Scratch, index: int) -> No
     """One step of the scheduler, from one file into the other."""
     z_sar, old, new = scratch.fields["z_sar"], scratch.fields[TURNS[index % 2]], scratch.fields[TURNS[(index + 1) % 2]]
     channels, timestep = len(z_sar), model.scheduler.timesteps[index]
-    weights = steps_read(model.args.readout, model.scheduler.timesteps.tolist())
+    weights = variance_weights(VARIANCE_READOUTS[model.args.readout][0], model.scheduler.timesteps.tolist())
     weight = weights.get(index, 0.0) / max(sum(weights.values()), 1.0)
     read = windows_of(tiles, z_sar, slice(None), old, slice(0, channels))
     for top, strip in strips(fuse(tiles.grid, tiles.run(predict_tiles, read, index)), tiles.grid.width):

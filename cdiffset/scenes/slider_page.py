@@ -12,10 +12,10 @@ import rasterio
 from PIL import Image
 from rasterio.windows import Window
 
-from cdiffset.geotiff import Scene, quicklook
+from cdiffset.calibration.error_pictures import ERROR_VIEW_MAX, colours
 from cdiffset.images import without_georeference, written_whole
-from cdiffset.overlay import ERROR_VIEW_MAX, colours
-from cdiffset.radiometry import Radiometry
+from cdiffset.scenes.geotiff import Scene, quicklook
+from cdiffset.scenes.radiometry import Radiometry
 
 STRIP = 128  # rows of the picture that are read together
 QUALITY = 90  # of WebP, which has transparency and is a tenth of PNG

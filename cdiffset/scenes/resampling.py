@@ -18,7 +18,7 @@ from cdiffset.errors import UserError
 if TYPE_CHECKING:
     from scipy.sparse import csr_array  # slow to import, and few resample
 
-    from cdiffset.geotiff import Scene
+    from cdiffset.scenes.geotiff import Scene
 
 SEMI_MAJOR_AXIS, E2 = 6_378_137.0, 6.694379990141e-3  # m; squared eccentricity: WGS 84
 SAME_GSD = 0.02  # a relative difference that is not worth resampling

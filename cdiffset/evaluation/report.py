@@ -1,6 +1,6 @@
 """A report's content => Markdown, and one self-contained HTML file.
 
-Numbers come from `cdiffset.evaluation` and are only set here. Both texts are made
+Numbers come from `cdiffset.evaluation.evaluate` and are only set here. Both texts are made
 of the same blocks; Markdown leaves the pictures out.
 """
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cdiffset.judgement import ERRORS, GRADIENT_SIGMA_PX, WINDOW_PX
-from cdiffset.pairs import FAULTS, MASKS
+from cdiffset.evaluation.baselines import ERRORS, GRADIENT_SIGMA_PX, WINDOW_PX
+from cdiffset.evaluation.folders import FAULTS, MASKS
 
 LABELS = {  # with the unit, and an arrow towards better
     "psnr": "PSNR [dB] ↑",

@@ -13,9 +13,10 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from cdiffset.audit import scores_of, strongest_boxes
+from cdiffset.auditing.residual import scores_of, strongest_boxes
 from cdiffset.images import read_judged_eo, read_sar, read_tiff, to_signed, write_png, written_whole
-from feeders.feeder import ListFeeder, Pair, PairedFeeder
+from cdiffset.pairing import Pair
+from feeders.feeder import ListFeeder, PairedFeeder
 from utils import panel
 
 MAPS = "maps"  # the folder of them

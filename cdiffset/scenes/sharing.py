@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from cdiffset import processes
+from cdiffset import ranks
 
 HEADER = 2 + 4 * 2  # stage, index, and the shapes of at most two arrays of four dimensions; stage -1: there is no more work
 
@@ -16,9 +16,9 @@ class Team:
 
     def __init__(self, work: Callable[..., np.ndarray]):
         """work(stage, index, *arrays [B, C, h, w]) => array [B, C', h', w'], all float32; the same in every process."""
-        self.work, (self.rank, self.size) = work, processes.place() if processes.can_talk() else (0, 1)
+        self.work, (self.rank, self.size) = work, ranks.place() if ranks.can_talk() else (0, 1)
         if self.size > 1:
-            processes.join()
+            ranks.join()
 
     def share(self, stage: int, index: int, inputs: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
         """In the first process: at most one set of arrays for each process => what each makes of its set, in their order."""

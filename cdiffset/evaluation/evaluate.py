@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 import utils
 from cdiffset.errors import UserError
+from cdiffset.evaluation.baselines import pooled
+from cdiffset.evaluation.folders import FAULTS, MAPS, Inputs, PairFolders
+from cdiffset.evaluation.report import render_html, render_markdown
 from cdiffset.images import MAX_PIXELS, written_whole
-from cdiffset.judgement import pooled
-from cdiffset.pairs import FAULTS, MAPS, Inputs, PairFolders
-from cdiffset.report import render_html, render_markdown
 
 RESAMPLES = 2000  # of the bootstrap
 INTERVAL = (2.5, 97.5)  # percentiles

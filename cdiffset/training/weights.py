@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from cdiffset.errors import UserError
-from cdiffset.fsdp import divided_as, part
+from cdiffset.training.fsdp import divided_as, part
 
 FUSED = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}  # told on the device to leave a step out
 FIRST_MOMENT = {"AdamW": "exp_avg", "Adam": "exp_avg", "AdamW8bit": "state1"}

@@ -14,6 +14,7 @@ from rasterio.errors import RasterioError
 from torch.utils.data import Dataset
 
 from cdiffset.errors import UserError
+from cdiffset.evaluation.baselines import image_columns, rivals, sample_pixels
 from cdiffset.images import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
@@ -27,8 +28,7 @@ from cdiffset.images import (
     require_size,
     to_signed,
 )
-from cdiffset.judgement import image_columns, rivals, sample_pixels
-from feeders.feeder import PAIR_SUFFIXES, Pair, read_list, read_pair_list
+from cdiffset.pairing import PAIR_SUFFIXES, Pair, read_list, read_pair_list, size_words
 
 POOLED_PIXELS = 5_000_000  # pooled measures see at most about so many pixels, equally many of each image
 MAPS = {
@@ -140,7 +140,7 @@ class PairFolders(Dataset):
             read_judged_eo(self._path(kind, stem), limits, option, self.max_pixels)
             for kind, (limits, option) in self.ranges.items()
         )
-        faults = [] if eo.shape == generated.shape else [("cropped", f"{stem} ({_size(eo)} to {_size(generated)})")]
+        faults = [] if eo.shape == generated.shape else [("cropped", f"{stem} ({size_words(eo)} to {size_words(generated)})")]
         eo, eo_valid = (centre_crop(array, valid.shape, stem) for array in (eo, eo_valid))
         valid = valid & eo_valid
         if not valid.any():
@@ -228,7 +228,7 @@ def centre_crop(image: np.ndarray, size: tuple[int, int], what: str) -> np.ndarr
     (height, width), (new_height, new_width) = image.shape[:2], size
     top, left = (height - new_height) // 2, (width - new_width) // 2
     if min(height - new_height, width - new_width) < 0:
-        raise SizeFault(f"{what} is {_size(image)}, the prediction {new_width} x {new_height} px")
+        raise SizeFault(f"{what} is {size_words(image)}, the prediction {new_width} x {new_height} px")
     return image[top : top + new_height, left : left + new_width]
 
 
@@ -242,7 +242,7 @@ def read_judged_pair(
     pixels, sar_valid = sar
     eo, valid, _ = read_judged_eo(pair.eo, eo_range, "--eo-range", max_pixels)
     if pixels.shape != eo.shape:
-        sizes = f"SAR {pair.sar} is {_size(pixels)}, EO {pair.eo} is {_size(eo)}"
+        sizes = f"SAR {pair.sar} is {size_words(pixels)}, EO {pair.eo} is {size_words(eo)}"
         raise SizeFault(f"the images of a pair differ in size: {sizes}")
     if not (valid & sar_valid).any():
         raise EmptyFault(f"{pair.sar} and {pair.eo}: no pixel is valid in both")
@@ -272,7 +272,3 @@ def mean_difference(one: np.ndarray, other: np.ndarray, valid: np.ndarray) -> fl
 def as_tensor(pixels: np.ndarray) -> torch.Tensor:
     """[H, W, 3] in 0-255 => [3, H, W] in [-1, 1]."""
     return to_signed(torch.from_numpy(np.moveaxis(pixels, -1, 0).copy()))
-
-
-def _size(image: np.ndarray) -> str:
-    return f"{image.shape[1]} x {image.shape[0]} px"

@@ -13,13 +13,19 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from cdiffset import processes
+from cdiffset import ranks
 from cdiffset.attention import share_prompt
 from cdiffset.checkpoint import Weights, meta_file, read_meta
+from cdiffset.confidence import confidence_map, variance_map
 from cdiffset.device import form_of, free_memory, without_instructions
-from cdiffset.diffusion import ensemble, image_noise, predict, reduce_samples
+from cdiffset.diffusion import image_noise, predict
 from cdiffset.errors import UserError
 from cdiffset.images import to_signed, to_uint8
+from cdiffset.inference.batching import batches_of_one_size, file_threads
+from cdiffset.inference.ensemble import ensemble, reduce_samples
+from cdiffset.inference.options import model_settings
+from cdiffset.inference.prompt_cache import cached_prompt
+from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.model import (
     build_unet,
     check_base,
@@ -31,10 +37,6 @@ from cdiffset.model import (
     make_sampler,
     vae_factor,
 )
-from cdiffset.options import model_settings
-from cdiffset.pipeline import batches_of_one_size, file_threads
-from cdiffset.prompt_cache import cached_prompt
-from cdiffset.uncertainty import confidence_map, variance_map
 
 PIXELS_TOGETHER = 4 * 256**2  # of a batch on a CPU: from there on, the U-Net of SD takes no less time per image
 MOST_TOGETHER = 64  # images of a batch on a GPU
@@ -85,7 +87,7 @@ class Model:
                 f"a confidence takes one of stage 2 ({latent_channels + 1})"
             )
         self.prompt_embedding = cached_prompt(
-            args.checkpoint, base, prompt, self.unet.config.cross_attention_dim, processes.place()[0] == 0
+            args.checkpoint, base, prompt, self.unet.config.cross_attention_dim, ranks.place()[0] == 0
         )
         check_prompt_width(self.unet, self.prompt_embedding, base, "--checkpoint")
         self.scheduler = load_scheduler(base, prediction_type)
@@ -182,7 +184,7 @@ class Translator(Model):
     ) -> list[Translation]:
         samples, sigma2, spread = ensemble(
             self.unet, self.vae, self.scheduler, sar, noise, self.prompt_embedding, self.args.num_inference_steps,
-            self.args.readout, together,
+            VARIANCE_READOUTS[self.args.readout][0], together,
         )  # [N,B,3,H',W'], [B,1,h,w], [B,1,H',W']  # fmt: skip
         if not samples.isfinite().all():
             raise UserError("the translation is not finite: this precision does not suit the checkpoint, try --precision fp32")

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from scipy.ndimage import gaussian_gradient_magnitude, uniform_filter
 
-from cdiffset.uncertainty import auroc, average_precision, ence, judge_ranking, rank_error, reliability
+from cdiffset.evaluation.uncertainty import auroc, average_precision, ence, judge_ranking, rank_error, reliability
 
 ERRORS = ("absolute", "squared")
 WINDOW_PX = 7  # of the local coefficient of variation

@@ -97,7 +97,7 @@ def conformal_quantile(expected: np.ndarray, error: np.ndarray, level: float) ->
 
 def judge(calibration: Calibration, scales: dict[str, float], maps: dict[str, np.ndarray], error: np.ndarray) -> dict:
     """How a calibration does on pixels of images that it has not seen, beside each map times one global scale."""
-    from cdiffset.uncertainty import ence, reliability
+    from cdiffset.evaluation.uncertainty import ence, reliability
 
     bins = min(BINS, error.size)
     expected = calibration.expected_error(maps)

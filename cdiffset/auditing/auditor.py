@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
-from cdiffset.audit import residual_map, upsampled
-from cdiffset.audit_report import MAPS, map_path
+from cdiffset.auditing.report import MAPS, map_path
+from cdiffset.auditing.residual import residual_map, upsampled
 from cdiffset.errors import UserError
+from cdiffset.evaluation.folders import read_judged_pair
 from cdiffset.images import read_sar_valid, write_tiff
-from cdiffset.options import recorded_settings
-from cdiffset.pairs import read_judged_pair
-from cdiffset.pipeline import batches_of_one_size, skip_too_long
-from cdiffset.record import Record
-from cdiffset.translator import Model
-from feeders.feeder import Pair
+from cdiffset.inference.batching import batches_of_one_size, skip_too_long
+from cdiffset.inference.options import recorded_settings
+from cdiffset.inference.record import Record
+from cdiffset.inference.translator import Model
+from cdiffset.pairing import Pair
 
 
 class Auditor(Model):

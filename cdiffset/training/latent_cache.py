@@ -34,7 +34,8 @@ from cdiffset.checkpoint import flush
 from cdiffset.errors import UserError
 from cdiffset.images import written_whole
 from cdiffset.model import vae_factor
-from feeders.feeder import Pair, PairedFeeder, View
+from cdiffset.pairing import Pair
+from feeders.feeder import PairedFeeder, View
 
 FORMAT = 1  # of the folder; another number is another cache
 INDEX, LOCK = "index.json", ".lock"

@@ -8,15 +8,12 @@ from typing import NamedTuple
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES
 from cdiffset.errors import UserError
 from cdiffset.images import MAX_PIXELS
-from cdiffset.radiometry import CHANNELS, SCALES, RadiometryOptions
-from cdiffset.readouts import ENSEMBLE_OUTPUTS, READOUTS, SCHEDULERS, TIMESTEP_SPACINGS
+from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 
 MAX_SEED = 2**63 - 1
-TILE, OVERLAP = 1024, 128  # px
-BLENDS = {
-    "latents": "their predictions, at every denoising step",
-    "pixels": "finished tiles, each translated by itself from the scene's noise",
-}
+SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
+TIMESTEP_SPACINGS = ("leading", "trailing")
+ENSEMBLE_OUTPUTS = ("first", "mean", "median")
 MAX_FEW_STEPS = 50  # but by DDIM with leading spacing: the others' timesteps may leave their range from 61 steps on
 
 
@@ -46,8 +43,8 @@ def add_translation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scheduler", choices=SCHEDULERS, help="what steps from noise to image; of scenes ddim [the preset's]")
     group.add_argument("--timestep-spacing", choices=TIMESTEP_SPACINGS, help="trailing starts from pure noise [the preset's]")
     group.add_argument("--num-inference-steps", type=int, help=f"1 to {MAX_FEW_STEPS}, ddim leading up to 999 [the preset's]")
-    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in READOUTS.items())
-    group.add_argument("--readout", choices=READOUTS, help=f"where the variance is read [midpoint]. {meanings}")
+    meanings = "; ".join(f"{name}: {meaning}" for name, (_, meaning) in VARIANCE_READOUTS.items())
+    group.add_argument("--readout", choices=VARIANCE_READOUTS, help=f"where the variance is read [midpoint]. {meanings}")
     group.add_argument(
         "--ensemble", type=int, default=1, metavar="N", help="samples per image, of seeds SEED ... SEED + N - 1 [1]"
     )
@@ -82,26 +79,6 @@ def batch_size(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def add_scene_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "scenes",
-        "Georeferenced rasters of any size and TIFFs with a side above --tile become GeoTIFFs on their own grid. With any of "
-        "these options every file does.",
-    )
-    group.add_argument("--tile", type=int, help=f"px, a multiple of 64; larger scenes are fused of tiles [{TILE}]")
-    group.add_argument("--overlap", type=int, help=f"of tiles, px, a multiple of 8, at most half a tile [{OVERLAP}]")
-    group.add_argument(
-        "--blend", choices=BLENDS, help="what of the tiles is fused [latents]: "
-        + "; ".join(f"{name}: {meaning}" for name, meaning in BLENDS.items())
-    )  # fmt: skip
-    add_radiometry_options(group, "[the checkpoint's, else ")
-    group.add_argument("--gsd", type=metres, metavar="METRES", help="per pixel of the scene [what the file tells]")
-    group.add_argument(
-        "--resample-gsd", type=metres, nargs="?", const=True, metavar="METRES", help="translate at the GSD of the "
-        "checkpoint's training images, or at this one; results come back on the scene's own grid [no resampling]"
-    )  # fmt: skip
-
-
 def add_eo_range(group) -> None:
     group.add_argument(
         "--eo-range", type=value_range, metavar="LOW,HIGH", help="what black and white are in the true EO, e.g. 0,1 or -1,1, "
@@ -118,63 +95,6 @@ def value_range(text: str) -> tuple[float, float]:
     if not 0 < high - low < math.inf:
         raise argparse.ArgumentTypeError(f"expected LOW,HIGH with LOW below HIGH, e.g. 0,1 or -1,1, found {text!r}")
     return low, high
-
-
-def add_radiometry_options(group, default: str = "[") -> None:
-    """How SAR scenes are read: what test.py and data/make_chips.py have in common."""
-    group.add_argument(
-        "--bands", help=f"1 to 4 bands by number or name, e.g. VV,VH; also of files of one product {default}all but alpha and "
-        "auxiliary ones]"
-    )  # fmt: skip
-    presets = "; ".join(f"{name}: {meaning}" for name, (_, meaning) in CHANNELS.items())
-    group.add_argument(
-        "--channels", choices=CHANNELS, help=f"how bands become three channels {default}by their number]. {presets}"
-    )
-    group.add_argument(
-        "--scale", choices=("auto", *SCALES), help="what the numbers are: dn and amplitude are stretched as they are, "
-        f"intensity and db as amplitudes; auto: by the numbers, units and names, and says why {default}dn]"
-    )  # fmt: skip
-    group.add_argument(
-        "--stretch", metavar="RULE", help="percentile:LOW,HIGH of each band of the whole scene; fixed:MIN,MAX, or a pair for "
-        "each band; folder: percentiles 1 and 99 of all scenes together; dataset: those of the training images, kept with the "
-        f"checkpoint {default}8-bit as it is, other percentile:1,99]"
-    )  # fmt: skip
-    group.add_argument(
-        "--despeckle", metavar="FILTER", help="lee:SIZE,LOOKS: Lee filter of SIZE px, for a product of so many looks, e.g. "
-        f"lee:7,4.4; multilook:SIZE: mean intensity of SIZE px {default}none]"
-    )  # fmt: skip
-    group.add_argument(
-        "--nodata", type=float, metavar="VALUE", help="a number of the file that means no data, beside what the file declares "
-        "itself, masks, NaN and Inf [none: undeclared zeros are data]"
-    )  # fmt: skip
-
-
-def metres(text: str) -> float:
-    """A length of more than 0; argparse tells a ValueError as a mistake on the command line."""
-    if not 0 < float(text) < 1e5:
-        raise ValueError
-    return float(text)
-
-
-def scene_options_given(args: argparse.Namespace) -> list[str]:
-    """The scene options on the command line, which have any file translated as a scene."""
-    tiles = [f"--{name}" for name in ("tile", "overlap", "blend") if getattr(args, name) is not None]
-    return tiles + radiometry_options(args).given()
-
-
-def radiometry_options(args: argparse.Namespace) -> RadiometryOptions:
-    return RadiometryOptions(**{name: getattr(args, name) for name in RadiometryOptions.__dataclass_fields__})
-
-
-def check_scene_options(args: argparse.Namespace) -> None:
-    """Fill in defaults, check limits."""
-    for name, default in (("tile", TILE), ("overlap", None), ("blend", "latents")):
-        if getattr(args, name) is None:
-            setattr(args, name, min(OVERLAP, args.tile // 2) if name == "overlap" else default)
-    check_limits(args, {"tile": (64, None), "overlap": (0, args.tile // 2)})
-    for name, step in (("tile", 64), ("overlap", 8)):
-        if getattr(args, name) % step:
-            raise UserError(f"--{name}: expected a multiple of {step}, found {getattr(args, name)}")
 
 
 def check_translation_options(args: argparse.Namespace) -> None:

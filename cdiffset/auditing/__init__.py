@@ -1,0 +1,1 @@
+"""Which pairs of a dataset contradict themselves, and where."""

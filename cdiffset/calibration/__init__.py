@@ -1,0 +1,1 @@
+"""From σ² to an expected error in grey levels, and its pictures."""

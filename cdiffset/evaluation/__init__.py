@@ -1,0 +1,1 @@
+"""Judging images and their uncertainty maps against the truth."""

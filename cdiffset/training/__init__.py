@@ -1,0 +1,1 @@
+"""Training, beside the loop in train.py: batches, weights, state, validation, logs."""
