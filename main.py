@@ -12,9 +12,14 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(argv, launcher_settings())
     if config.gpu is not None and "LOCAL_RANK" not in os.environ:  # a launcher deals the GPUs out itself
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpu))
-    from train import Trainer  # heavy imports, only once the configuration holds
+    if config.phase == "test":  # heavy imports, only once the configuration holds
+        from cdiffset.training.validation import run_test
 
-    Trainer(config).run()
+        run_test(config)
+    else:
+        from train import Trainer
+
+        Trainer(config).run()
     return 0
 
 

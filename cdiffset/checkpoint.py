@@ -1,8 +1,8 @@
 """Checkpoints: writing our own, and loading U-Net weights in every form in which they are found. Save and load side by side.
 
-A checkpoint folder holds unet/ (diffusers layout), unet_ema/ where an average is kept, training_state.pt (optimizer,
-schedule, scaler), checkpoint.json (iteration, epoch, best PSNR, the run's configuration) and manifest.json, which lists
-every other file with its size and SHA-256, so that damage is noticed before it is trained on.
+A checkpoint folder holds unet/ (diffusers layout), unet_ema/ where an average is kept, prompt_embedding.safetensors,
+training_state.pt (optimizer, schedule, scaler), checkpoint.json (iteration, epoch, best PSNR, the run's configuration) and
+manifest.json, which lists every other file with its size and SHA-256, so that damage is noticed before it is trained on.
 """
 
 import fcntl
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,12 +19,13 @@ from typing import TextIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cdiffset.device import AS_STORED, Form
 from cdiffset.errors import UserError
 
-META, STATE, MANIFEST, LOCK = "checkpoint.json", "training_state.pt", "manifest.json", ".lock"
+META, STATE, PROMPT = "checkpoint.json", "training_state.pt", "prompt_embedding.safetensors"
+MANIFEST, LOCK = "manifest.json", ".lock"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers; Accelerate, hence the released code's runs
 WRAPPERS = ("module.", "unet.", "_orig_mod.")  # what DDP, pipelines and torch.compile put before names
 INDEX = ".index.json"  # what diffusers and Accelerate add to these names where the weights are split over several files
@@ -171,7 +173,9 @@ def recorded_base(path: str | Path) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------------ our own folders
-def write_checkpoint(work_dir: Path, names: list[str], unet, ema_unet, state: dict, meta: dict) -> None:
+def write_checkpoint(
+    work_dir: Path, names: list[str], unet, ema_unet, prompt_embedding: torch.Tensor, state: dict, meta: dict
+) -> None:
     """Write one checkpoint under each of `names` in work_dir. The later names share the first one's files by hard links.
 
     A checkpoint is built in a hidden folder, flushed to the disk and renamed, so that a name never stands for half of one.
@@ -184,6 +188,7 @@ def write_checkpoint(work_dir: Path, names: list[str], unet, ema_unet, state: di
         unet.save_pretrained(building / "unet")
         if ema_unet is not None:
             ema_unet.save_pretrained(building / "unet_ema")
+        save_file({"prompt_embedding": prompt_embedding.cpu().contiguous()}, building / PROMPT)
         torch.save(state, building / STATE)
         (building / META).write_text(json.dumps(meta, indent=2) + "\n")
         seal(building)
@@ -206,13 +211,13 @@ def hidden(folder: Path, purpose: str) -> Path:
 def seal(folder: Path) -> None:
     """Write the manifest of a folder's files, and have the disk hold all of them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
+    listed = {path.relative_to(folder).as_posix(): size_and_hash(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=2) + "\n")
     for path in (*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         flush(path)
 
 
-def fingerprint(file: Path) -> dict:
+def size_and_hash(file: Path) -> dict:
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
@@ -266,7 +271,7 @@ def damage(folder: Path) -> str | None:
         for name in (META, STATE, *listed):
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if fingerprint(folder / name) != listed[name]:
+            if size_and_hash(folder / name) != listed[name]:
                 return f"{name} is not as it was written"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -281,7 +286,7 @@ def identity(weights: Path, option: str) -> str:
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # weights of another origin; `check_listed` tells
         return json.loads(manifest.read_text())["files"][weights.relative_to(manifest.parent).as_posix()]["sha256"]
     try:
-        hashes = [fingerprint(part)["sha256"] for part in parts_of(weights, option)]
+        hashes = [size_and_hash(part)["sha256"] for part in parts_of(weights, option)]
     except OSError as error:
         raise UserError(f"{option}: {error.filename} is damaged or no safetensors file ({error.strerror})") from error
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -296,7 +301,7 @@ def check_listed(weights: Path, option: str) -> None:
         return  # weights of another origin
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{option}: {manifest} is damaged ({type(error).__name__}), take another checkpoint") from error
-    if listed is not None and fingerprint(weights) != listed:
+    if listed is not None and size_and_hash(weights) != listed:
         raise UserError(f"{option}: {weights} is damaged: not as it was written by {manifest.name}, take another checkpoint")
 
 
@@ -323,11 +328,14 @@ def newest_whole(work_dir: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def prune(work_dir: Path, limit: int | None) -> None:
-    """Keep the newest `limit` numbered checkpoints; latest and best stay. Nothing goes while none of those kept is whole."""
+def prune(work_dir: Path, limit: int | None, just_written: Sequence[str] = ()) -> None:
+    """Keep the newest `limit` numbered checkpoints; latest and best stay. Nothing goes while none of those kept is whole.
+
+    Those of the names `just_written` are known to be whole: hashing gigabytes once more would take as long as writing them.
+    """
     numbered = [folder for folder in list_checkpoints(work_dir) if folder.name.startswith(("checkpoint-", "epoch-"))]
     surplus = numbered[:-limit] if limit else []
-    if surplus and any(damage(folder) is None for folder in reversed(numbered[-limit:])):
+    if surplus and any(folder.name in just_written or damage(folder) is None for folder in reversed(numbered[-limit:])):
         for folder in surplus:
             shutil.rmtree(folder.rename(hidden(folder, "pruned")))
 

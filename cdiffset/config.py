@@ -24,12 +24,8 @@ DEFAULT_PROMPT = "electro-optical image"
 # The paper samples by DDIM, 50 steps of 1000, leading, offset 1, and reads σ² for its confidence map at the loop's midpoint.
 PAPER_TIMESTEPS = tuple(1000 // 50 * step + 1 for step in reversed(range(50)))  # 981, 961 ... 1
 MIDPOINT = PAPER_TIMESTEPS[50 // 2]
-NOT_DIVIDED = {  # settings that `fsdp` cannot serve
-    "mixed_precision": ("fp16", "bf16_copy"), "optimizer": ("AdamW8bit",), "torch_compile": (True,), "ema_on_cpu": (True,),
-}  # fmt: skip
 AUTOCAST_TYPE = {"bf16_copy": "bf16"}  # which is how Accelerate knows it
 UNREAD = ("model", "loss_diff_weight", "loss_cond_weight", "loss_reg_weight")  # keys that the released parser knows, no more
-MAX_VALUES = 10_000  # in a YAML, all aliases written out; a run has some fifty
 
 
 # -------------------------------------------------- kinds of values: each returns the value or says what is allowed
@@ -133,97 +129,113 @@ def shown(value) -> str:
     return written if len(written) <= 120 else f"{written[:120]}…"
 
 
-def knob(default: Any, kind: Callable, help: str) -> Any:
-    metadata = {"kind": kind, "help": help}
+def knob(
+    default: Any,
+    kind: Callable,
+    help: str,
+    group: str | None = None,  # heading in --help that begins here
+    may_change: bool = False,  # between two parts of a run, as it does not change what is learnt
+    not_with_fsdp: tuple = (),  # values that `fsdp` refuses
+) -> Any:
+    metadata = {"kind": kind, "help": help, "group": group, "may_change": may_change, "not_with_fsdp": not_with_fsdp}
     return field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
 
-
-GROUPS = {  # the first setting of each group, for --help
-    "phase": "run", "feeder": "data", "pretrained_model_name_or_path": "model", "prediction_type": "loss",
-    "optimizer": "optimisation", "mixed_precision": "machine", "num_inference_steps": "validation",
-    "log_iter": "logs and checkpoints",
-}  # fmt: skip
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """One run. The defaults are the paper's where it states them; what is off by default changes nothing."""
 
-    phase: str = knob("train", choice("train", "test"), "train, or test: judge accelerator_path on the whole test list")
-    work_dir: str = knob("work_dir/run", filled_text, "folder of the run: checkpoints, logs, pictures, reports")
+    phase: str = knob(
+        "train", choice("train", "test"), "train, or test: judge accelerator_path on the whole test list",
+        group="run", may_change=True,
+    )  # fmt: skip
+    work_dir: str = knob(
+        "work_dir/run", filled_text, "folder of the run: checkpoints, logs, pictures, reports", may_change=True
+    )
     seed: int = knob(2024, whole(0), "fixes weights, data order, augmentation, noise and timesteps")
 
-    feeder: str = knob("feeders.feeder.QXSFeeder", filled_text, "dotted name of the feeder class")
+    feeder: str = knob("feeders.feeder.QXSFeeder", filled_text, "dotted name of the feeder class", group="data")
     train_feeder_args: dict = knob({}, mapping, "arguments of the training feeder, e.g. dataroot, listroot, crop_size (px)")
-    test_feeder_args: dict = knob({}, mapping, "arguments of the test feeder")
-    num_worker: int = knob(4, whole(0), "loader processes per training process")
+    test_feeder_args: dict = knob({}, mapping, "arguments of the test feeder", may_change=True)
+    num_worker: int = knob(4, whole(0), "loader processes per training process", may_change=True)
     latent_cache: str | None = knob(
-        None,
-        optional(filled_text),
-        "folder in which the VAE's latents of the training pairs are kept; null: encode every batch",
-    )
-    latent_cache_crops: int | None = knob(
-        None, optional(whole(1)), "for random crops: how many of each pair are kept at a time; null: images are of crop_size"
-    )
-    latent_cache_epochs: int = knob(50, whole(1), "for random crops: epochs after which they are drawn anew")
+        None, optional(filled_text),
+        "folder in which the VAE's latents of the training pairs are kept; null: encode every batch", may_change=True,
+    )  # fmt: skip
 
-    pretrained_model_name_or_path: str = knob(DEFAULT_BASE, filled_text, "Stable Diffusion: Hub name or local folder")
+    pretrained_model_name_or_path: str = knob(
+        DEFAULT_BASE, filled_text, "Stable Diffusion: Hub name or local folder", group="model"
+    )
     accelerator_path: str | None = knob(None, optional(filled_text), "U-Net checkpoint to start from; null: the base's")
     confidence: bool = knob(True, boolean, "true: stage 2, variance channel and C-Diff loss; false: stage 1, MSE")
     prompt: str = knob(DEFAULT_PROMPT, text, "the one text prompt; empty: the null prompt")
 
-    prediction_type: str = knob("epsilon", choice(*PREDICTION_TYPES), "what the U-Net predicts")
+    prediction_type: str = knob("epsilon", choice(*PREDICTION_TYPES), "what the U-Net predicts", group="loss")
     beta: str | float = knob("timestep", beta_value, "C-Diff exponent: timestep (sqrt of alpha-bar) or 0 to 1")
 
     optimizer: str = knob(
-        "AdamW", choice("AdamW", "Adam", "AdamW8bit"), "optimizer; AdamW8bit, of bitsandbytes: moments of 8 bits"
-    )
+        "AdamW", choice("AdamW", "Adam", "AdamW8bit"), "optimizer; AdamW8bit, of bitsandbytes: moments of 8 bits",
+        group="optimisation", not_with_fsdp=("AdamW8bit",),
+    )  # fmt: skip
     learning_rate: float = knob(3e-5, number(0, above=True), "peak learning rate")
     weight_decay: float = knob(0.01, number(0), "weight decay")
     lr_scheduler: str = knob("cosine", choice(*LR_SCHEDULERS), "learning rate after the warm-up")
     num_warmup: int = knob(100, whole(0), "iterations of linear warm-up")
     num_iter: int = knob(50_000, whole(1), "optimizer steps, however many processes or accumulation steps share one")
     batch_size: int = knob(64, whole(1), "pairs per optimizer step, over all processes and accumulation steps")
-    gradient_accumulation_steps: int = knob(1, whole(1), "parts in which each process works through its share of a batch")
+    gradient_accumulation_steps: int = knob(
+        1, whole(1), "parts in which each process works through its share of a batch", may_change=True
+    )
     max_grad_norm: float | None = knob(None, optional(number(0, above=True)), "clip the gradient norm to this; null: no")
     skip_nonfinite: int = knob(
-        0, whole(0), "leave out up to so many steps of a non-finite loss or gradient; 0: stop at the first"
+        0, whole(0), "leave out up to so many steps of a non-finite loss or gradient; 0: stop at the first", may_change=True
     )
     ema_decay: float | None = knob(None, optional(number(0, 1)), "keep an exponential average of the weights; null: none")
 
     mixed_precision: str = knob(
         "no", choice("no", "fp16", "bf16", "bf16_copy"),
         "autocast type; trained weights stay float32. bf16_copy: the network is a bfloat16 copy of them, fastest",
+        group="machine", not_with_fsdp=("fp16", "bf16_copy"),
     )  # fmt: skip
     tf32: bool = knob(False, boolean, "TF32 for what is float32 on Nvidia GPUs: faster, 10 bits of mantissa")
     deterministic: bool = knob(
-        True, boolean, "the same bits in every run on GPUs; false: quicker kernels too that add up in any order"
+        True, boolean, "the same bits in every run on GPUs; false: also kernels that add up in any order, which are faster",
+        may_change=True,
+    )  # fmt: skip
+    torch_compile: bool = knob(
+        False, boolean, "compile the U-Net: minutes at first, then faster; other rounding", not_with_fsdp=(True,)
     )
-    torch_compile: bool = knob(False, boolean, "compile the U-Net: minutes at first, then faster; other rounding")
-    ema_on_cpu: bool = knob(False, boolean, "keep the average in CPU memory: less GPU memory, more time")
-    fsdp: bool = knob(False, boolean, "divide weights, gradients and moments among the processes: less memory, more time")
-    gradient_checkpointing: bool = knob(False, boolean, "recompute activations: less memory, more time")
-    gpu: list | None = knob(None, optional(gpu_ids), "GPUs a single process may see; null: all")
+    fsdp: bool = knob(
+        False, boolean, "divide weights, gradients and moments among the processes: less memory, more time", may_change=True
+    )
+    gradient_checkpointing: bool = knob(False, boolean, "recompute activations: less memory, more time", may_change=True)
+    gpu: list | None = knob(None, optional(gpu_ids), "GPUs a single process may see; null: all", may_change=True)
 
-    num_inference_steps: int = knob(50, whole(1, 999), "DDIM steps of validation")
-    val_len: int = knob(100, whole(1), "validate on the first val_len test pairs")
-    test_batch_size: int = knob(1, whole(1), "pairs per validation batch and process")
-    eval_epoch: int = knob(10, whole(0), "validate every so many epochs; 0: only in the last part and at the end")
-    eval_each_epoch_from: float = knob(0.8, number(0, 1), "share of num_iter from which every epoch is validated; 1: never")
-    lpips: bool = knob(True, boolean, "also the metrics by networks, LPIPS first, where weights are at hand")
+    num_inference_steps: int = knob(50, whole(1, 999), "DDIM steps of validation", group="validation", may_change=True)
+    val_len: int = knob(100, whole(1), "validate on the first val_len test pairs", may_change=True)
+    test_batch_size: int = knob(1, whole(1), "pairs per validation batch and process", may_change=True)
+    eval_epoch: int = knob(
+        10, whole(0), "validate every so many epochs; 0: only in the last part and at the end", may_change=True
+    )
+    eval_each_epoch_from: float = knob(
+        0.8, number(0, 1), "share of num_iter from which every epoch is validated; 1: never", may_change=True
+    )
+    lpips: bool = knob(True, boolean, "also the metrics by networks, LPIPS first, where weights are available", may_change=True)
 
-    log_iter: int = knob(50, whole(1), "iterations between log lines")
-    save_iter: int = knob(5000, whole(0), "write checkpoint-N every so many iterations; 0: never")
-    save_epoch: int = knob(0, whole(0), "write epoch-N every so many epochs; 0: never")
-    checkpoints_total_limit: int | None = knob(3, optional(whole(1)), "numbered ones to keep; null: all")
+    log_iter: int = knob(50, whole(1), "iterations between log lines", group="logs and checkpoints", may_change=True)
+    save_iter: int = knob(5000, whole(0), "write checkpoint-N every so many iterations; 0: never", may_change=True)
+    save_epoch: int = knob(0, whole(0), "write epoch-N every so many epochs; 0: never", may_change=True)
+    checkpoints_total_limit: int | None = knob(3, optional(whole(1)), "numbered ones to keep; null: all", may_change=True)
     resume: str | None = knob(
         "auto", optional(filled_text),
         "auto: continue work_dir's run if its settings are these; latest or a folder: continue it; null: start afresh",
+        may_change=True,
     )  # fmt: skip
-    report_to: str = knob("tensorboard", choice("tensorboard", "none"), "scalars beside the text logs")
+    report_to: str = knob("tensorboard", choice("tensorboard", "none"), "scalars beside the text logs", may_change=True)
 
 
 KNOBS = {f.name: f for f in fields(Config)}
@@ -265,8 +277,8 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), dest=name, help=argparse.SUPPRESS)
     group = parser
     for name, knob_field in KNOBS.items():
-        if name in GROUPS:
-            group = parser.add_argument_group(GROUPS[name])
+        if heading := knob_field.metadata["group"]:
+            group = parser.add_argument_group(heading)
         default = knob_field.default if knob_field.default_factory is not dict else {}
         group.add_argument(
             *dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")),
@@ -328,7 +340,7 @@ def merge(values: dict, name: str, value: Any) -> None:
 
 
 class CarefulLoader(yaml.SafeLoader):
-    """YAML without duplicate keys, of which one would silently win, and without aliases that multiply beyond all measure."""
+    """YAML without duplicate keys, of which one would silently win."""
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)  # here, because merge keys are later expanded in place
@@ -338,20 +350,6 @@ class CarefulLoader(yaml.SafeLoader):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", node.start_mark)
                 seen.add(key.value)
-        return self.weighed(node, [part for pair in node.value for part in pair])
-
-    def compose_sequence_node(self, anchor):
-        node = super().compose_sequence_node(anchor)
-        return self.weighed(node, node.value)
-
-    def weighed(self, node, parts: list):
-        """The node, with its number of values once every alias is written out."""
-        try:
-            node.weight = 1 + sum(1 if isinstance(part, yaml.ScalarNode) else part.weight for part in parts)
-        except AttributeError:  # a part is still being composed: this node lies within it
-            raise yaml.constructor.ConstructorError(None, None, "a recursive alias", node.start_mark) from None
-        if node.weight > MAX_VALUES:
-            raise yaml.constructor.ConstructorError(None, None, f"aliases that make over {MAX_VALUES} values", node.start_mark)
         return node
 
 
@@ -418,16 +416,9 @@ def check(values: dict, launcher: dict[str, str]) -> Config:
             f"gradient_accumulation_steps: expected a divisor of batch_size ({config.batch_size}), "
             f"found {config.gradient_accumulation_steps}"
         )
-    for name, unserved in NOT_DIVIDED.items():
-        if config.fsdp and (value := getattr(config, name)) in unserved:
-            raise UserError(f"fsdp: true cannot be had with {name}: {shown(value)}, expected another {name} or fsdp: false")
-    if config.latent_cache_crops and not config.latent_cache:
-        raise UserError(f"latent_cache_crops: {config.latent_cache_crops} crops of each pair, but latent_cache names no folder")
-    if config.latent_cache_crops and config.latent_cache_crops > config.latent_cache_epochs:
-        raise UserError(
-            f"latent_cache_crops: expected at most latent_cache_epochs ({config.latent_cache_epochs}), an epoch shows one crop "
-            f"of each pair; found {config.latent_cache_crops}"
-        )
+    for name, knob_field in KNOBS.items():
+        if config.fsdp and (value := getattr(config, name)) in knob_field.metadata["not_with_fsdp"]:
+            raise UserError(f"fsdp: true is not available with {name}: {shown(value)}, expected another {name} or fsdp: false")
     return config
 
 

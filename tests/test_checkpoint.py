@@ -13,6 +13,7 @@ import torch
 from conftest import tiny_unet
 from safetensors.torch import load_file, save_file
 
+from cdiffset import checkpoint
 from cdiffset.checkpoint import (
     Weights,
     list_checkpoints,
@@ -28,6 +29,7 @@ from cdiffset.errors import UserError
 from cdiffset.model import build_unet, load_unet, patch_conv_in, patch_conv_out
 
 DIFFUSERS = "diffusion_pytorch_model.safetensors"
+PROMPT = torch.zeros(1, 3, 64)
 
 
 def trained(stage: int = 2, seed: int = 0, **changes):
@@ -71,12 +73,12 @@ def old_run_folder(unet, folder: Path) -> Path:
 
 
 def our_folder(unet, folder: Path) -> Path:
-    write_checkpoint(folder, ["checkpoint-5"], unet, None, {}, {"iteration": 5})
+    write_checkpoint(folder, ["checkpoint-5"], unet, None, PROMPT, {}, {"iteration": 5})
     return folder / "checkpoint-5"
 
 
 def our_folder_with_average(unet, folder: Path) -> Path:
-    write_checkpoint(folder, ["checkpoint-5"], trained(seed=99), unet, {}, {"iteration": 5})
+    write_checkpoint(folder, ["checkpoint-5"], trained(seed=99), unet, PROMPT, {}, {"iteration": 5})
     return folder / "checkpoint-5"
 
 
@@ -153,7 +155,7 @@ def test_weights_are_read_before_anyone_asks_for_them(tiny_base, tmp_path):
 
 
 def test_the_average_is_preferred_where_there_is_one(tiny_base, tmp_path):
-    write_checkpoint(tmp_path, ["latest"], trained(seed=1), trained(seed=2), {}, {"iteration": 1})
+    write_checkpoint(tmp_path, ["latest"], trained(seed=1), trained(seed=2), PROMPT, {}, {"iteration": 1})
     for path, seed in (("latest", 2), ("latest/unet", 1), ("latest/unet_ema", 2)):
         assert_same(load_unet(str(tmp_path / path), tiny_base, 4, "checkpoint")[0], trained(seed=seed).state_dict())
 
@@ -356,7 +358,7 @@ def state_of(iteration: int) -> dict:
 def write(work_dir: Path, iteration: int, names: list[str], ema: bool = False) -> None:
     average = trained(seed=iteration + 1000) if ema else None
     meta = {"iteration": iteration, "epoch": iteration // 2, "best_psnr": None}
-    write_checkpoint(work_dir, names, trained(seed=iteration), average, state_of(iteration), meta)
+    write_checkpoint(work_dir, names, trained(seed=iteration), average, PROMPT, state_of(iteration), meta)
 
 
 def test_a_checkpoint_comes_back_as_it_was_written(tiny_base, tmp_path):
@@ -364,7 +366,7 @@ def test_a_checkpoint_comes_back_as_it_was_written(tiny_base, tmp_path):
     for name in ("checkpoint-6", "latest"):
         folder = tmp_path / "run" / name
         assert sorted(file.name for file in folder.iterdir()) == [
-            "checkpoint.json", "manifest.json", "training_state.pt", "unet", "unet_ema",
+            "checkpoint.json", "manifest.json", "prompt_embedding.safetensors", "training_state.pt", "unet", "unet_ema",
         ]  # fmt: skip
         require_state(folder)
         state, meta = read_state(folder)
@@ -440,7 +442,7 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["latest"]
 
 
-def test_pruning_keeps_the_newest_numbered_ones_and_the_others_whole(tiny_base, tmp_path):
+def test_pruning_keeps_the_newest_numbered_ones_and_the_others_whole(tiny_base, tmp_path, monkeypatch):
     write(tmp_path, 1, ["checkpoint-1", "best"])
     write(tmp_path, 2, ["epoch-1"])
     write(tmp_path, 9, ["checkpoint-9"])
@@ -450,7 +452,9 @@ def test_pruning_keeps_the_newest_numbered_ones_and_the_others_whole(tiny_base, 
     prune(tmp_path, 2)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["best", "checkpoint-9", "checkpoint-10", "latest"]
     prune(tmp_path, 2)
-    prune(tmp_path, 1)
+    with monkeypatch.context() as patch:  # what was just written is not hashed again
+        patch.setattr(checkpoint, "damage", lambda folder: pytest.fail(f"{folder} was hashed"))
+        prune(tmp_path, 1, just_written=["checkpoint-10", "latest"])
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["best", "checkpoint-10", "latest"]
     shutil.rmtree(tmp_path / "checkpoint-10")
     for name, iteration in (("best", 1), ("latest", 10)):

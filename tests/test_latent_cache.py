@@ -17,13 +17,12 @@ from training import AUGMENTATIONS, BATCH, assert_same_run, command_line, train_
 
 import main
 from cdiffset import errors
-from cdiffset.config import load_config
 from cdiffset.errors import UserError
 from cdiffset.model import encode
 from cdiffset.training import latent_cache
-from cdiffset.training.latent_cache import LatentCache, Shards, Work
+from cdiffset.training.latent_cache import Encoder, LatentCache, Shards
 from feeders.feeder import PairedFolderFeeder
-from train import BatchOrder, Trainer
+from train import Trainer
 
 SIZE = 16
 PAIRS = 5
@@ -60,7 +59,7 @@ def vae():
     return tiny_vae()
 
 
-def work(vae, batch_size=BATCH, stop=lambda: False, encoded: list | None = None) -> Work:
+def work(vae, batch_size=BATCH, stop=lambda: False, encoded: list | None = None) -> Encoder:
     """What a trainer lends; `encoded` collects the sizes of the batches."""
 
     def encode_batch(pixels: torch.Tensor) -> torch.Tensor:
@@ -72,11 +71,11 @@ def work(vae, batch_size=BATCH, stop=lambda: False, encoded: list | None = None)
     def load(dataset, size: int):
         return torch.utils.data.DataLoader(dataset, size)
 
-    return Work(encode_batch, load, batch_size, stop, False)
+    return Encoder(encode_batch, load, batch_size, stop, False)
 
 
-def cache(root: Path, source, vae, crops=None, epochs=50, report=lambda line: None) -> LatentCache:
-    return LatentCache(root, source, vae, crops, epochs, report)
+def cache(root: Path, source, vae, report=lambda line: None) -> LatentCache:
+    return LatentCache(root, source, vae, report)
 
 
 def from_images(vae, source, epoch: int, index: int) -> torch.Tensor:
@@ -96,7 +95,7 @@ def cached(pairs, epoch: int, index: int) -> torch.Tensor:
 def test_full_size_pairs_give_the_latents_of_their_images_bit_for_bit(full, tmp_path, dtype):
     """Over epochs in which all 8 orientations come up, in every precision, stored in no more bytes than it has."""
     source, vae = feeder(full), tiny_vae().to(dtype)
-    pairs = cache(tmp_path / "cache", source, vae).open(0, work(vae))
+    pairs = cache(tmp_path / "cache", source, vae).open(work(vae))
     numbers = set()
     for epoch in range(12):
         for index in range(PAIRS):
@@ -111,7 +110,7 @@ def test_full_size_pairs_give_the_latents_of_their_images_bit_for_bit(full, tmp_
 @pytest.mark.parametrize("on", [(), ("vflip",), ("hflip", "rot")])
 def test_only_orientations_that_can_occur_are_stored(full, tmp_path, vae, on):
     source = feeder(full, **{name: name in on for name in AUGMENTATIONS})
-    pairs = cache(tmp_path / "cache", source, vae).open(0, work(vae))
+    pairs = cache(tmp_path / "cache", source, vae).open(work(vae))
     stored = [np.load(file) for file in pairs.shards.folder.glob("*.npy")]
     assert sum(map(len, stored)) == PAIRS and all(shard.shape[1] == 2 ** len(on) for shard in stored)
     for epoch in range(8):
@@ -120,28 +119,16 @@ def test_only_orientations_that_can_occur_are_stored(full, tmp_path, vae, on):
 
 def test_latents_are_not_rotated(full, tmp_path, vae):
     """Every orientation is encoded: turning the latent of the upright image would be something else."""
-    pairs = cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae))
+    pairs = cache(tmp_path / "cache", feeder(full), vae).open(work(vae))
     upright, turned = pairs.shards.read(0, 0), pairs.shards.read(0, 1)
     assert not torch.allclose(upright.rot90(1, (-2, -1)), turned, atol=1e-3)
 
 
 def test_without_augmentation_one_view_is_stored(large, tmp_path, vae):
     source = feeder(large, "test")
-    pairs = cache(tmp_path / "cache", source, vae).open(0, work(vae))
+    pairs = cache(tmp_path / "cache", source, vae).open(work(vae))
     assert pairs.shards.shape[0] == 1
     assert all(torch.equal(cached(pairs, 3, index), from_images(vae, source, 3, index)) for index in range(PAIRS))
-
-
-def test_random_crops_repeat_the_first_epochs_of_every_block(large, tmp_path, vae):
-    source, crops, epochs = feeder(large), 2, 5
-    latents = cache(tmp_path / "cache", source, vae, crops, epochs)
-    for block in (0, 2):
-        pairs = latents.open(block, work(vae))
-        for epoch in range(block * epochs, (block + 1) * epochs):
-            shown = block * epochs + (epoch - block * epochs) % crops
-            assert latents.views.block(epoch) == block
-            assert torch.equal(cached(pairs, epoch, 1), from_images(vae, source, shown, 1))
-    assert not torch.equal(cached(pairs, 10, 1), cached(pairs, 11, 1))
 
 
 # -------------------------------------------------------------------------------------------------------- the same training
@@ -171,57 +158,20 @@ def test_bf16_training_from_the_cache_equals_training_from_images(run, settings,
     assert_same_run(mine, plain)
 
 
-def test_with_as_many_crops_as_epochs_random_crops_are_those_of_images(run, tmp_path):
-    """The common pairs are 40 x 40 px; 3 iterations an epoch. So 7 iterations are 3 epochs, and 2 blocks of 2."""
-    plain = run(tmp_path / "plain", num_iter=7)
-    mine = run(tmp_path / "mine", num_iter=7, latent_cache=tmp_path / "cache", latent_cache_crops=2, latent_cache_epochs=2)
-    assert_same_run(mine, plain)
-    assert [folder.name for folder in tmp_path.glob("cache/*/block-*")] == ["block-00001"]
-    fewer = run(tmp_path / "fewer", num_iter=7, latent_cache=tmp_path / "cache", latent_cache_crops=1, latent_cache_epochs=3)
-    ours, theirs = ([row["loss"] for row in train_lines(folder)] for folder in (fewer, plain))
-    assert ours[:3] == theirs[:3] and all(a != b for a, b in zip(ours[3:], theirs[3:], strict=True))
-
-
-def test_a_resumed_run_writes_its_block_anew_and_goes_on_the_same(argv, run, tmp_path, monkeypatch):
-    options = {"num_iter": 7, "save_iter": 5, "latent_cache_crops": 1, "latent_cache_epochs": 2}
-    whole = run(tmp_path / "whole", **options, latent_cache=tmp_path / "cache")
-    step = Trainer.step
-
-    def stopped(self, *args):
-        if self.iteration == 5:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    monkeypatch.setattr(Trainer, "step", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        main.main(argv(tmp_path / "cut", **options, latent_cache=tmp_path / "one"))
-    monkeypatch.undo()
-    # In another folder, which is no change of the settings.
-    assert_same_run(run(tmp_path / "cut", **options, latent_cache=tmp_path / "two"), whole)
-
-
-def test_blocks_of_a_run_hold_its_whole_order():
-    config = load_config(["--batch-size", "4", "--num-iter", "10", "--num-warmup", "0"])
-    order = BatchOrder(12, config, 4, 0, 1)  # 3 iterations an epoch
-    parts = list(order.in_blocks(lambda epoch: epoch // 2))
-    assert [(block, part.start, part.num_iter) for block, part in parts] == [(0, 4, 6), (1, 6, 10)]
-    assert [keys for _, part in parts for keys in part] == list(order)
-
-
 # ------------------------------------------------------------------------------------------------------ partial and stale
 def test_a_killed_pre_pass_is_continued_where_it_stopped(full, tmp_path, vae):
     """Every pair is a shard here."""
-    whole = cache(tmp_path / "whole", feeder(full), vae).open(0, work(vae))
+    whole = cache(tmp_path / "whole", feeder(full), vae).open(work(vae))
     calls, encoded = [], []
     # Asked before every batch of 4 and after every shard: 8 views are 2 batches.
     killed = work(vae, stop=lambda: calls.append(0) or len(calls) > 7)
-    assert cache(tmp_path / "cache", feeder(full), vae).open(0, killed) is None
+    assert cache(tmp_path / "cache", feeder(full), vae).open(killed) is None
     written = sorted(tmp_path.glob("cache/*/*.npy"))
     assert 0 < len(written) < PAIRS and not list(tmp_path.glob("cache/*/.*part*"))
     times = [file.stat().st_mtime_ns for file in written]
     with written[0].open("r+b") as damaged:  # as after a crash of the disk
         damaged.truncate(200)
-    pairs = cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae, encoded=encoded))
+    pairs = cache(tmp_path / "cache", feeder(full), vae).open(work(vae, encoded=encoded))
     assert len(encoded) == 4 * (PAIRS - len(written) + 1) and set(encoded) == {BATCH}
     assert [file.stat().st_mtime_ns for file in written][1:] == times[1:]
     for index in range(PAIRS):
@@ -229,7 +179,7 @@ def test_a_killed_pre_pass_is_continued_where_it_stopped(full, tmp_path, vae):
 
 
 def test_latents_of_any_batch_size_are_the_same_up_to_rounding(full, tmp_path, vae):
-    one, other = (cache(tmp_path / str(size), feeder(full), vae).open(0, work(vae, size)) for size in (3, 7))
+    one, other = (cache(tmp_path / str(size), feeder(full), vae).open(work(vae, size)) for size in (3, 7))
     for index in range(PAIRS):
         for view in range(8):
             torch.testing.assert_close(one.shards.read(index, view), other.shards.read(index, view))
@@ -253,7 +203,7 @@ def test_what_makes_a_cache_stale(tmp_path, what, monkeypatch):
     folder = make_pairs(tmp_path / "pairs", SIZE)
     to_bmp(folder)
     vae, lines, encoded = tiny_vae(), [], []
-    cache(tmp_path / "cache", feeder(folder), vae).open(0, work(vae))
+    cache(tmp_path / "cache", feeder(folder), vae).open(work(vae))
     source, expected = feeder(folder), None
     match what:
         case "image":
@@ -285,12 +235,10 @@ def test_what_makes_a_cache_stale(tmp_path, what, monkeypatch):
             monkeypatch.setattr(PairedFolderFeeder, "read", lambda *args: tuple(image / 2 for image in read(*args)))
             expected = "does not fit (other first pair as read)"
     if what == "crop":
-        with pytest.raises(
-            UserError, match="16 x 16 px, larger than crop_size 8: its crops are random; say by latent_cache_crops"
-        ):
+        with pytest.raises(UserError, match="16 x 16 px, larger than crop_size 8: its crops are random and cannot be cached"):
             cache(tmp_path / "cache", source, vae)
         return
-    pairs = cache(tmp_path / "cache", source, vae, report=lines.append).open(0, work(vae, encoded=encoded))
+    pairs = cache(tmp_path / "cache", source, vae, report=lines.append).open(work(vae, encoded=encoded))
     assert bool(encoded) == (expected is not None) == (len(list(tmp_path.glob("cache/*/index.json"))) == 2)
     assert len(lines) == (2 if expected else 1) and (expected is None or expected in lines[0])
     assert torch.equal(cached(pairs, 1, 3), from_images(vae, source, 1, 3))
@@ -308,7 +256,7 @@ def test_hashes_are_taken_again_only_where_a_file_has_another_date(full, tmp_pat
 
 
 # ----------------------------------------------------------------------------------------------- several processes, one cache
-def in_another_process(root: Path, folder: Path, block: int = 0, crops: int | None = None, epochs: int = 50):
+def in_another_process(root: Path, folder: Path):
     """Open a cache there => (the process, a queue of: images encoded, a latent)."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -316,7 +264,7 @@ def in_another_process(root: Path, folder: Path, block: int = 0, crops: int | No
     def use() -> None:
         torch.set_num_threads(1)  # as loader processes do: threads do not survive a fork
         vae, encoded = tiny_vae(), []
-        pairs = cache(root, feeder(folder), vae, crops, epochs).open(block, work(vae, encoded=encoded))
+        pairs = cache(root, feeder(folder), vae).open(work(vae, encoded=encoded))
         queue.put((sum(encoded), pairs.shards.read(0, 0).tolist()))
 
     process = context.Process(target=use)
@@ -343,16 +291,6 @@ def test_processes_of_one_run_share_the_cache(tmp_path, tiny_base, pair_folders,
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 
-def test_a_block_that_another_run_is_at_is_not_removed(large, tmp_path, vae):
-    held = cache(tmp_path / "cache", feeder(large), vae, 1, 2)
-    held.open(0, work(vae))
-    process, queue = in_another_process(tmp_path / "cache", large, 1, 1, 2)
-    queue.get(timeout=200), process.join()
-    assert sorted(folder.name for folder in held.folder.glob("block-*")) == ["block-00000", "block-00001"]
-    held.open(1, work(vae))
-    assert [folder.name for folder in held.folder.glob("block-*")] == ["block-00001"]
-
-
 # --------------------------------------------------------------------------------------------------------------- refused
 def refused(monkeypatch, folder: Path) -> None:
     """A file system that cannot be written to: root may write wherever permissions forbid it."""
@@ -366,22 +304,15 @@ def refused(monkeypatch, folder: Path) -> None:
     monkeypatch.setattr(Path, "open", read_only)
 
 
-def test_a_whole_cache_is_read_from_a_read_only_folder(full, large, tmp_path, vae, monkeypatch):
-    expected = cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae))
-    crops = cache(tmp_path / "cache", feeder(large), vae, 2, 2)
-    crops.open(0, work(vae))
-    crops.close()
+def test_a_whole_cache_is_read_from_a_read_only_folder(full, tmp_path, vae, monkeypatch):
+    expected = cache(tmp_path / "cache", feeder(full), vae).open(work(vae))
     refused(monkeypatch, tmp_path / "cache")
     os.utime(full / "eo" / "2.png")  # to be hashed again, without the means to note it
-    pairs = cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae))
+    pairs = cache(tmp_path / "cache", feeder(full), vae).open(work(vae))
     assert torch.equal(cached(pairs, 1, 2), cached(expected, 1, 2))
-    random = cache(tmp_path / "cache", feeder(large), vae, 2, 2)
-    assert torch.equal(cached(random.open(0, work(vae)), 1, 2), from_images(vae, feeder(large), 1, 2))
-    with pytest.raises(UserError, match="block-00001 lacks 5 of 5 shards and cannot be written into: Read-only file system"):
-        random.open(1, work(vae))
     next(pairs.shards.folder.glob("*.npy")).unlink()
     with pytest.raises(UserError, match="lacks 1 of 5 shards and cannot be written into: Read-only file system"):
-        cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae))
+        cache(tmp_path / "cache", feeder(full), vae).open(work(vae))
 
 
 def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_it_is_written(full, tmp_path, vae, monkeypatch):
@@ -389,7 +320,7 @@ def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_it_is_written(f
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 20_000, 20_000))
     encoded = []
     with pytest.raises(UserError, match=r"needs 2\.05e-05 GB more for 5 pairs x 8 views, but 2e-05 GB are free"):
-        cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae, encoded=encoded))
+        cache(tmp_path / "cache", feeder(full), vae).open(work(vae, encoded=encoded))
     assert not encoded and not list(tmp_path.glob("cache/*/*.npy"))
 
 
@@ -400,35 +331,20 @@ def test_a_disk_that_fills_up_leaves_no_half_shard(full, tmp_path, vae, monkeypa
 
     monkeypatch.setattr(latent_cache.np, "save", fills_up)
     with pytest.raises(UserError, match="cannot be written into: No space left on device"):
-        cache(tmp_path / "cache", feeder(full), vae).open(0, work(vae))
+        cache(tmp_path / "cache", feeder(full), vae).open(work(vae))
     assert not list(tmp_path.glob("cache/*/*shard*"))
 
 
 def test_latents_that_are_not_finite_are_refused_by_name(full, tmp_path, vae):
     broken = work(vae)._replace(encode=lambda pixels: torch.full((len(pixels), 4, 4, 4), torch.nan))
     with pytest.raises(UserError, match="the latents of 0 are not finite in float32"):
-        cache(tmp_path / "cache", feeder(full), vae).open(0, broken)
+        cache(tmp_path / "cache", feeder(full), vae).open(broken)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({}, r"40 x 40 px, larger than crop_size 32: its crops are random; say by latent_cache_crops"),
-        ({"latent_cache_crops": 60}, r"latent_cache_crops: expected at most latent_cache_epochs \(50\)"),
-        ({"latent_cache": None, "latent_cache_crops": 2}, r"latent_cache_crops: 2 crops of each pair, but latent_cache names"),
-    ],
-    ids=str,
-)
-def test_mistakes_are_told_in_one_line(argv, tmp_path, capsys, changes, message):
-    words = argv(tmp_path / "run", **{"latent_cache": tmp_path / "cache", **changes})
-    assert errors.run(main.main, words) == 2
-    assert re.fullmatch(rf"error: .*{message}.*", capsys.readouterr().err.strip().splitlines()[-1])
-
-
-def test_crops_of_full_size_images_are_refused(full, tmp_path, vae):
-    for source in (feeder(full, load_size=SIZE), feeder(full, "test")):
-        with pytest.raises(UserError, match="latent_cache_crops: no crop is random here"):
-            cache(tmp_path / "cache", source, vae, 2)
+def test_random_crops_are_refused_in_one_line(argv, tmp_path, capsys):
+    assert errors.run(main.main, argv(tmp_path / "run", latent_cache=tmp_path / "cache")) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch("error: .*40 x 40 px, larger than crop_size 32: its crops are random and cannot be cached.*", line)
 
 
 def test_an_image_that_vanishes_in_the_pre_pass_is_named(argv, settings, tmp_path, monkeypatch, capsys):

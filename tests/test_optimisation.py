@@ -1,15 +1,14 @@
-"""Float32 weights behind a bfloat16 network against plain AdamW, the moments' layout in memory, and the guard."""
+"""Float32 weights behind a bfloat16 network against plain AdamW, and the moments' layout in memory."""
 
 import copy
 import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from cdiffset.training import weights as optimisation
-from cdiffset.training.weights import Guard, gradient_norm, load_moments, step_copies
+from cdiffset.training.weights import gradient_norm, load_moments, step_master_weights
 
 
 def network() -> nn.Module:
@@ -34,7 +33,7 @@ def test_stepping_copies_is_adamw_on_float32_weights(monkeypatch, factor):
                 computed.grad = torch.randn_like(computed)
                 reference.grad = computed.grad.float() * (factor or 1)
         expected.step()
-        step_copies(optimizer, weights, computing, None if factor is None else torch.tensor(factor))
+        step_master_weights(optimizer, weights, computing, None if factor is None else torch.tensor(factor))
         for reference, weight, computed in zip(plain.parameters(), weights, computing, strict=True):
             torch.testing.assert_close(weight, reference, rtol=1e-5, atol=1e-7)
             assert torch.equal(computed, weight.bfloat16()) and weight.grad is None and computed.grad is None
@@ -73,18 +72,3 @@ def test_moments_saved_in_another_layout_lead_to_the_same_steps():
         )
         ends.append(torch.cat([parameter.detach().flatten() for parameter in net.parameters()]))
     assert torch.equal(*ends)
-
-
-def test_the_guard_lets_pass_until_too_many_steps_were_not_finite():
-    guard = Guard(Accelerator(cpu=True), allowed=1)
-    nan, one, factors = torch.tensor(math.nan), torch.tensor(1.0), []
-    for iteration, norm in enumerate([one, nan, one, torch.tensor(math.inf), one], start=1):
-        blocked = guard.watch(iteration, one, norm * guard.factor(), torch.tensor([iteration]), [str(iteration)])
-        factors.append((blocked.item(), guard.factor().item()))
-    assert factors[:3] == [(False, 1), (True, 1), (False, 1)]
-    assert all(blocked and math.isnan(factor) for blocked, factor in factors[3:])
-    found = guard.read()
-    assert [(iteration, timesteps, names) for iteration, _, _, timesteps, names in found] == [
-        (2, [2], ["2"]), (4, [4], ["4"]), (5, [5], ["5"]),
-    ]  # fmt: skip
-    assert math.isnan(found[0][2]) and found[1][2] == math.inf and guard.read() == []

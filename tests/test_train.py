@@ -50,9 +50,12 @@ from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar
 from cdiffset.model import load_base_unet, patch_conv_in, patch_conv_out
+from cdiffset.training import batches as batches_module
+from cdiffset.training import logs, validation
 from cdiffset.training import weights as optimisation
+from cdiffset.training.batches import ResumableBatchSampler
 from cdiffset.training.weights import flat
-from train import BatchOrder, Trainer
+from train import Trainer
 
 REPO = Path(__file__).parents[1]
 PAIRS, TEST_PAIRS = 12, 5
@@ -74,6 +77,12 @@ def few_pairs(pair_folders, tmp_path_factory) -> dict:
         for name in ("0.png", "1.png"):
             shutil.copy(pair_folders / "train" / kind / name, root / kind)
     return {"sar_dir": str(root / "sar"), "eo_dir": str(root / "eo"), "split": "test", "crop_size": 32}
+
+
+def rows_of(trainer: Trainer, count: int, folder: Path) -> list[dict]:
+    """Metrics of the first test pairs, by the U-Net that is validated."""
+    with trainer.weights.evaluated() as unet:
+        return trainer.validator.rows(unet, range(count), folder)
 
 
 def largest_difference(a: dict, b: dict) -> float:
@@ -188,17 +197,18 @@ def test_validation_and_saving_do_not_count_in_images_per_s(run, tmp_path, monke
     """On a clock by which a step takes a second, a validation or a save a hundred."""
     now = [0.0]
 
-    def takes(name: str, seconds: float):
-        method = getattr(Trainer, name)
+    def takes(owner: type, name: str, seconds: float):
+        method = getattr(owner, name)
 
         def timed(self, *args):
             now[0] += seconds
             return method(self, *args)
 
-        monkeypatch.setattr(Trainer, name, timed)
+        monkeypatch.setattr(owner, name, timed)
 
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    takes("step", 1), takes("save", 100), takes("evaluate", 100)
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(train, "time", clock), monkeypatch.setattr(logs, "time", clock)
+    takes(Trainer, "step", 1), takes(Trainer, "save", 100), takes(validation.Validator, "rows", 100)
     run(tmp_path, num_iter=8, log_iter=4, eval_epoch=1, save_iter=5)
     assert [row["images_per_s"] for row in train_lines(tmp_path)] == [BATCH, BATCH] and now[0] > 500
 
@@ -227,7 +237,7 @@ def by_hand(trainer: Trainer, base: str, iterations: int):
     alpha_bar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=config.weight_decay)
     average, losses = [parameter.detach().clone() for parameter in unet.parameters()], []
-    keys = iter(BatchOrder(len(trainer.train_feeder), config, 0, 0, 1))
+    keys = iter(ResumableBatchSampler(len(trainer.train_feeder), config, 0, 0, 1))
     for iteration in range(iterations):
         items = [trainer.train_feeder[key] for key in next(keys)]
         with torch.no_grad():
@@ -235,7 +245,7 @@ def by_hand(trainer: Trainer, base: str, iterations: int):
                 vae.encode(torch.stack([item[kind] for item in items])).latent_dist.mean * vae.config.scaling_factor
                 for kind in ("sar", "eo")
             )
-        trainer.iteration = iteration
+        trainer.state.iteration = iteration
         noise, timesteps = trainer.draw_noise(eo.shape[1:])
         a = alpha_bar[timesteps][:, None, None, None]
         output = unet(torch.cat([sar, a.sqrt() * eo + (1 - a).sqrt() * noise], 1), timesteps, prompt.repeat(BATCH, 1, 1)).sample
@@ -329,13 +339,13 @@ def test_bf16_keeps_float32_weights(run, whole_batches, tmp_path, precision):
 
 def test_a_bfloat16_copy_is_what_computes_and_float32_is_what_is_trained(build):
     trainer = build(mixed_precision="bf16_copy", num_iter=2)
-    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    before = [parameter.detach().clone() for parameter in trainer.weights.parameters]
     trainer.run()
-    copies = list(trainer.accelerator.unwrap_model(trainer.unet).parameters())
-    for parameter, copy in zip(trainer.parameters, copies, strict=True):
+    copies = list(trainer.accelerator.unwrap_model(trainer.weights.network).parameters())
+    for parameter, copy in zip(trainer.weights.parameters, copies, strict=True):
         assert (parameter.dtype, copy.dtype) == (torch.float32, torch.bfloat16) and parameter.grad is None and copy.grad is None
         assert torch.equal(copy, parameter.bfloat16())
-    assert sum(not torch.equal(*pair) for pair in zip(trainer.parameters, before, strict=True)) > 100
+    assert sum(not torch.equal(*pair) for pair in zip(trainer.weights.parameters, before, strict=True)) > 100
 
 
 def test_a_compiled_unet_learns_the_same(run, whole_batches, tiny_base, tmp_path, monkeypatch):
@@ -376,47 +386,43 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16_copy"])
-def test_a_step_fetches_nothing_from_the_device(build, monkeypatch, precision):
+def test_a_step_fetches_one_flag_from_the_device(build, monkeypatch, precision):
+    """Whether its gradient is finite: a GPU is waited for once a step."""
     trainer = build(confidence=True, ema_decay=0.9, max_grad_norm=0.5, mixed_precision=precision)
-    trainer.reads_at_once = False  # as on a GPU
-    loader, tolist, lists = trainer.train_loader(trainer.train_feeder, trainer.order), torch.Tensor.tolist, []
-    batches = iter(loader)
+    batches = trainer.batches()
+    first, tolist, lists = next(batches), torch.Tensor.tolist, []
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self) or tolist(self))
     with Reads() as reads:
-        trainer.step(batches)
-        assert reads.count == len(lists) == 0
-        trainer.check_finite()
-        assert len(lists) == 1 and trainer.window.loss.item() > 0 and reads.count == 1  # so that the counts can be trusted
+        trainer.step(iter([first]))
+        assert reads.count == 1 and not lists
+        assert trainer.window.loss.item() > 0 and reads.count == 2  # so that the count can be trusted
 
 
 @pytest.mark.parametrize(
     "precision, optimizer", [("no", "AdamW"), ("bf16_copy", "AdamW"), ("no", "AdamW8bit"), ("bf16_copy", "AdamW8bit")]
 )
 @pytest.mark.parametrize("allowed", [0, 1])
-def test_a_step_that_turns_out_not_to_be_finite_has_changed_nothing(
-    build, monkeypatch, tmp_path, precision, optimizer, allowed
-):
-    """Read late, as on a GPU: neither it nor those after it count, but those left out by permission."""
+def test_a_step_that_is_not_finite_changes_nothing(build, monkeypatch, precision, optimizer, allowed):
     if optimizer == "AdamW8bit":
         pytest.importorskip("bitsandbytes")
     settings = {"num_iter": 6, "log_iter": 6, "ema_decay": 0.9, "mixed_precision": precision, "skip_nonfinite": allowed}
     settings["optimizer"] = optimizer
-    trainer, step, encode = build(**settings), Trainer.step, train.encode
-    trainer.reads_at_once, states = False, []
+    trainer, step, encode, states = build(**settings), Trainer.step, train.encode, []
 
     def watched(self, batches):
-        states.append([copy.detach().clone() for copy in (*self.parameters, *self.ema_unet.parameters())])
-        spoilt = self.iteration in (2, 4)
+        states.append([copy.detach().clone() for copy in (*self.weights.parameters, *self.weights.average.parameters())])
+        spoilt = self.state.iteration in (2, 4)
         monkeypatch.setattr(train, "encode", lambda vae, pixels: encode(vae, pixels) * (math.inf if spoilt else 1))
         step(self, batches)
 
     monkeypatch.setattr(Trainer, "step", watched)
     with pytest.raises(UserError, match=rf"iteration {(3, 5)[allowed]}: the gradient norm is nan and .*weights are as before"):
         trainer.run()
-    final = [*trainer.parameters, *trainer.ema_unet.parameters()]
-    assert same(final, states[(2, 4)[allowed]]) and same(states[3], states[2]) and not same(states[2], states[1])
-    assert same(states[4], states[3]) == (allowed == 0)
-    log = (trainer.work_dir / "train_log.txt").read_text()
+    final = [*trainer.weights.parameters, *trainer.weights.average.parameters()]
+    assert len(states) == (3, 5)[allowed] and same(final, states[-1]) and not same(states[2], states[1])
+    if allowed:
+        assert same(states[3], states[2]) and not same(states[4], states[3])
+    log = (trainer.folder.path / "train_log.txt").read_text()
     assert ("step left out (1 of 1): iteration 3: " in log) == (allowed == 1)
 
 
@@ -429,7 +435,7 @@ def stop_at(monkeypatch, iteration: int) -> None:
     step = Trainer.step
 
     def stopped(self, *args):
-        if self.iteration == iteration:
+        if self.state.iteration == iteration:
             raise KeyboardInterrupt
         return step(self, *args)
 
@@ -476,7 +482,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(argv, uninterrupted, tmp_path
     )
 
 
-@pytest.mark.parametrize("changes", [{"mixed_precision": "bf16_copy"}, {"mixed_precision": "bf16", "ema_on_cpu": True}])
+@pytest.mark.parametrize("changes", [{"mixed_precision": "bf16_copy"}, {"mixed_precision": "bf16"}])
 def test_other_ways_of_computing_resume_bit_for_bit(argv, run, tmp_path, monkeypatch, changes):
     settings = {"num_iter": 4, "save_iter": 2, "ema_decay": 0.9, "confidence": True, **changes}
     with monkeypatch.context() as patch:
@@ -526,7 +532,7 @@ def test_a_setting_that_an_earlier_version_did_not_know_is_unchanged(build, tmp_
     settings = dataclasses.asdict(trainer.config) | {"learning_rate": 0.5}
     del settings["tf32"], settings["batch_size"]
     (tmp_path / "checkpoint.json").write_text(json.dumps({"config": settings}))
-    assert set(trainer.changed_settings(tmp_path)) == {"learning_rate: 0.5 -> 0.001", f"batch_size: 64 -> {BATCH}"}
+    assert set(trainer.folder.changed_settings(tmp_path)) == {"learning_rate: 0.5 -> 0.001", f"batch_size: 64 -> {BATCH}"}
 
 
 def copied(pair_folders: Path, root: Path) -> dict:
@@ -572,9 +578,9 @@ def test_data_that_moved_and_checkpoints_without_a_record_count_as_unchanged(run
     run(tmp_path / "run", num_iter=1, train_feeder_args=copied(pair_folders, tmp_path / "data"))
     latest = tmp_path / "run" / "latest"
     moved = build(train_feeder_args=copied(pair_folders, tmp_path / "elsewhere" / "moved"))
-    assert moved.data == meta_of(latest)["data"] and len(moved.data["sha256"]) == 64
-    assert all(line.startswith(("train_feeder_args.", "num_iter")) for line in moved.changed_settings(latest))
-    assert moved.changed_data(None) == []
+    assert moved.folder.data == meta_of(latest)["data"] and len(moved.folder.data["sha256"]) == 64
+    assert all(line.startswith(("train_feeder_args.", "num_iter")) for line in moved.folder.changed_settings(latest))
+    assert moved.folder.changed_data(None) == []
 
 
 def test_a_list_in_another_order_is_other_data(build, pair_folders, tmp_path):
@@ -582,14 +588,14 @@ def test_a_list_in_another_order_is_other_data(build, pair_folders, tmp_path):
     for names in ((0, 1, 2, 3), (1, 0, 2, 3)):
         (tmp_path / "list_train.csv").write_text("".join(f"sar/{name}.png,eo/{name}.png\n" for name in names))
         arguments = {"dataroot": str(pair_folders / "train"), "listroot": str(tmp_path / "list_train.csv"), "crop_size": 32}
-        records.append(build(tmp_path / str(names), train_feeder_args=arguments).data)
+        records.append(build(tmp_path / str(names), train_feeder_args=arguments).folder.data)
     assert records[0]["pairs"] == records[1]["pairs"] == 4 and records[0] != records[1]
 
 
 @pytest.mark.parametrize("names, keys", [(None, {"pairs"}), (["a", "b"], {"pairs", "sha256"})])
 def test_a_feeder_of_another_origin_is_known_by_its_names_or_its_length(names, keys):
     feeder = type("Feeder", (list,), {} if names is None else {"names": names})([0, 0])
-    assert train.data_record(feeder, {}).keys() == keys
+    assert batches_module.data_record(feeder, {}).keys() == keys
 
 
 def test_resume_latest_continues_with_changed_settings(run, begun, tmp_path):
@@ -607,17 +613,17 @@ def test_resume_latest_continues_with_changed_settings(run, begun, tmp_path):
 
 def test_the_first_step_after_a_change_takes_the_new_learning_rate(build, begun):
     trainer = build(begun, num_iter=4, confidence=True, resume="latest", learning_rate=2e-3)
-    assert trainer.iteration == 2 and trainer.best_psnr == meta_of(begun / "latest")["best_psnr"] > 0
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * (1 + math.cos(math.pi / 2)) / 2)
+    assert trainer.state.iteration == 2 and trainer.state.best_psnr == meta_of(begun / "latest")["best_psnr"] > 0
+    assert trainer.weights.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * (1 + math.cos(math.pi / 2)) / 2)
 
 
 def test_validation_gives_the_unet_back_in_training_mode(build, monkeypatch):
     """Else gradient checkpointing and dropout would be off from the first validation on."""
     trainer, seen = build(), []
-    monkeypatch.setattr(train, "translate", lambda unet, *rest: seen.append(unet.training) or translate(unet, *rest))
+    monkeypatch.setattr(validation, "translate", lambda unet, *rest: seen.append(unet.training) or translate(unet, *rest))
     trainer.validate()
     assert seen and not any(seen)
-    assert trainer.unet.training
+    assert trainer.weights.network.training
 
 
 def test_resume_from_a_folder(run, begun, tmp_path):
@@ -682,7 +688,7 @@ def test_old_checkpoints_are_pruned(run, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- batch order
 def order(length=12, start=0, rank=0, world_size=1, **changes) -> list:
-    return list(BatchOrder(length, Config(**{"batch_size": 4, "num_iter": 9, **changes}), start, rank, world_size))
+    return list(ResumableBatchSampler(length, Config(**{"batch_size": 4, "num_iter": 9, **changes}), start, rank, world_size))
 
 
 def test_an_epoch_is_a_permutation_without_its_incomplete_batch():
@@ -712,30 +718,30 @@ def test_shares_joined_are_the_batch(world_size, steps):
 
 
 def test_the_share_of_the_noise_matches_the_share_of_the_pairs():
-    sampler = BatchOrder(12, Config(batch_size=8, num_iter=1, gradient_accumulation_steps=2), 0, 1, 2)
-    assert [sampler.share(micro) for micro in range(2)] == [(4, 6), (6, 8)]
+    sampler = ResumableBatchSampler(12, Config(batch_size=8, num_iter=1, gradient_accumulation_steps=2), 0, 1, 2)
+    assert [sampler.part(micro) for micro in range(2)] == [slice(4, 6), slice(6, 8)]
 
 
 @pytest.mark.parametrize("start", [3, 4, 8, 9])
 def test_the_order_continues_where_it_stopped(start):
     config = Config(batch_size=4, num_iter=9, gradient_accumulation_steps=2)
-    assert list(BatchOrder(12, config, start, 0, 1)) == list(BatchOrder(12, config, 0, 0, 1))[start * 2 :]
-    assert len(BatchOrder(12, config, start, 0, 1)) == (9 - start) * 2
+    assert list(ResumableBatchSampler(12, config, start, 0, 1)) == list(ResumableBatchSampler(12, config, 0, 0, 1))[start * 2 :]
+    assert len(ResumableBatchSampler(12, config, start, 0, 1)) == (9 - start) * 2
 
 
 def test_an_uneven_share_is_refused():
-    with pytest.raises(UserError, match="batch_size: 3 pairs cannot be shared evenly by 2 processes x 1 accumulation steps"):
+    with pytest.raises(UserError, match="batch_size: 3 pairs cannot be divided evenly by 2 processes x 1 accumulation steps"):
         order(length=3, world_size=2)
 
 
 def test_noise_and_timesteps_are_a_function_of_seed_and_iteration(build):
     trainer, draws = build(), []
     for iteration in (0, 1, 0):
-        trainer.iteration = iteration
+        trainer.state.iteration = iteration
         torch.rand(3)  # the global generator plays no part
         draws.append(trainer.draw_noise(torch.Size([4, 8, 8])))
     assert same(draws[0], draws[2]) and not same(draws[0], draws[1])
-    trainer.order.batch_size = 4000
+    trainer.sampler.batch_size = 4000
     noise, timesteps = trainer.draw_noise(torch.Size([4, 2, 2]))
     assert noise.mean().abs() < 0.02 and abs(noise.std() - 1) < 0.02
     assert (
@@ -749,8 +755,8 @@ def poison(monkeypatch, iteration: int) -> None:
     step = Trainer.step
 
     def poisoned(self, *args):
-        if self.iteration == iteration:
-            self.parameters[0].data[0, 0, 0, 0] = math.nan
+        if self.state.iteration == iteration:
+            self.weights.parameters[0].data[0, 0, 0, 0] = math.nan
         return step(self, *args)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
@@ -764,7 +770,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(argv, build, tmp_path, monkeypa
     message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(message) == 1 and "Traceback" not in message[0]
     trainer = build(tmp_path / "other")
-    trainer.iteration = 2
+    trainer.state.iteration = 2
     _, timesteps = trainer.draw_noise(torch.Size([4, 8, 8]))
     assert "iteration 3:" in message[0] and str(timesteps.tolist()) in message[0]  # counted as in the log
     kept = sorted((tmp_path / "run").glob("*/checkpoint.json"))
@@ -793,13 +799,13 @@ def test_weights_that_left_the_finite_numbers_do_not_pass_validation(argv, tmp_p
 def test_validation_is_repeatable_and_equals_torchmetrics(build, pair_folders, tmp_path):
     """Every image starts from its own noise whatever its batch: the last batch of 5 by 3 is short."""
     trainer = build(confidence=True)
-    rows = [trainer.evaluate(range(TEST_PAIRS), tmp_path / name) for name in ("a", "b")]
+    rows = [rows_of(trainer, TEST_PAIRS, tmp_path / name) for name in ("a", "b")]
     assert rows[0] == rows[1] and [row["name"] for row in rows[0]] == trainer.test_feeder.names
     for index, row in enumerate(rows[0]):
         pair = trainer.test_feeder[index]
         noise = image_noise(trainer.vae, 2024, [np.rint((pair["sar"].permute(1, 2, 0).numpy() + 1) * 127.5)])
         generated, _ = translate(
-            trainer.unet, trainer.vae, trainer.scheduler, pair["sar"][None], noise, trainer.prompt_embedding, 2
+            trainer.weights.network, trainer.vae, trainer.scheduler, pair["sar"][None], noise, trainer.prompt_embedding, 2
         )
         expected = peak_signal_noise_ratio((generated[0] + 1) / 2, (pair["eo"] + 1) / 2, data_range=1.0)
         assert row["standard/psnr"] == pytest.approx(expected.item(), abs=1e-3)
@@ -808,7 +814,7 @@ def test_validation_is_repeatable_and_equals_torchmetrics(build, pair_folders, t
         assert np.abs(shown - ((generated[0] + 1) * 127.5).permute(1, 2, 0).numpy()).max() < 0.6
     assert len({row["standard/psnr"] for row in rows[0]}) == TEST_PAIRS
     trainer.validate(), trainer.validate()
-    logged = val_lines(trainer.work_dir)
+    logged = val_lines(trainer.folder.path)
     assert logged[0] == logged[1] and logged[0]["standard/psnr"] == pytest.approx(
         np.mean([row["standard/psnr"] for row in rows[0]]), abs=1e-3
     )
@@ -816,7 +822,7 @@ def test_validation_is_repeatable_and_equals_torchmetrics(build, pair_folders, t
 
 def test_validation_starts_from_the_noise_of_a_translation(build, tmp_path, monkeypatch):
     """Bit for bit, also where [-1, 1] does not give the stretched pixels back, and from another feeder's 8-bit images."""
-    noises, original = [], train.translate
+    noises, original = [], validation.translate
     for index in range(2):
         deep = np.random.default_rng(index).gamma(1, 3000, (32, 32)).astype(np.float32)
         for kind in ("deep", "eo"):
@@ -826,35 +832,35 @@ def test_validation_starts_from_the_noise_of_a_translation(build, tmp_path, monk
     folders = {"sar_dir": str(tmp_path / "deep"), "eo_dir": str(tmp_path / "eo"), "split": "test", "crop_size": 32}
     trainer = build(test_feeder_args=folders, seed=5)
     expected = image_noise(trainer.vae, 5, [read_sar(tmp_path / f"deep/{index}.npy") for index in range(2)])
-    monkeypatch.setattr(train, "translate", lambda *args: noises.append(args[4]) or original(*args))
+    monkeypatch.setattr(validation, "translate", lambda *args: noises.append(args[4]) or original(*args))
     trainer.validate()
     assert torch.equal(noises[0], expected) and not torch.equal(*expected)
     plain = {"sar": torch.tensor([3.0, 200.0]).view(2, 1, 1, 1).expand(2, 3, 8, 8) / 127.5 - 1}
     by_hand = image_noise(trainer.vae, 5, [np.full((8, 8, 3), level) for level in (3, 200)])
-    assert torch.equal(trainer.starting_noise(plain), by_hand)
+    assert torch.equal(trainer.validator.starting_noise(plain), by_hand)
 
 
 def test_validation_takes_the_first_pairs_of_the_list(build):
     trainer = build(val_len=2)
     trainer.validate()
-    names = sorted(path.name for path in (trainer.work_dir / "results" / "iteration-000000").iterdir())
-    assert names == ["0.png", "1.png"] and val_lines(trainer.work_dir)[0]["n"] == 2
+    names = sorted(path.name for path in (trainer.folder.path / "results" / "iteration-000000").iterdir())
+    assert names == ["0.png", "1.png"] and val_lines(trainer.folder.path)[0]["n"] == 2
 
 
 def test_the_average_is_what_is_validated(build, tmp_path):
     """With ema_decay the EMA is judged, and the trained weights play no part."""
     trainer = build(ema_decay=0.9)
-    before = trainer.evaluate(range(1), tmp_path / "before")
-    for parameter in trainer.parameters:
+    before = rows_of(trainer, 1, tmp_path / "before")
+    for parameter in trainer.weights.parameters:
         parameter.data.mul_(1.5)
-    assert trainer.evaluate(range(1), tmp_path / "after") == before
-    trainer.ema_unet = None
-    assert trainer.evaluate(range(1), tmp_path / "raw") != before
+    assert rows_of(trainer, 1, tmp_path / "after") == before
+    trainer.weights.average = None
+    assert rows_of(trainer, 1, tmp_path / "raw") != before
 
 
 def test_best_is_the_highest_psnr(run, tmp_path, monkeypatch):
     psnrs = iter([10.0, 30.0, 20.0, 30.0])
-    monkeypatch.setattr(Trainer, "evaluate", lambda *args: [{"name": "0", "standard/psnr": next(psnrs)}])
+    monkeypatch.setattr(validation.Validator, "rows", lambda *args: [{"name": "0", "standard/psnr": next(psnrs)}])
     run(tmp_path, num_iter=12, eval_epoch=1)
     assert meta_of(tmp_path / "best")["iteration"] == 6 and meta_of(tmp_path / "latest")["iteration"] == 12
     assert meta_of(tmp_path / "latest")["best_psnr"] == 30 and next(psnrs, None) is None
@@ -873,7 +879,7 @@ def test_best_is_the_highest_psnr(run, tmp_path, monkeypatch):
 def test_when_validation_is_due(build, changes, due):
     trainer, found = build(**{"num_iter": 15, **changes}), []
     for iteration in range(1, trainer.config.num_iter + 1):
-        trainer.iteration = iteration
+        trainer.state.iteration = iteration
         found += [iteration] if trainer.validation_is_due() else []
     assert found == due
 
@@ -885,8 +891,8 @@ def test_where_the_weights_come_from(stages, build, tiny_base):
 
     def start(**changes):
         trainer = build(confidence=True, **changes)
-        line = (trainer.work_dir / "train_log.txt").read_text().splitlines()[-1]
-        return {name: tensor.detach() for name, tensor in trainer.unet.state_dict().items()}, line
+        line = (trainer.folder.path / "train_log.txt").read_text().splitlines()[-1]
+        return {name: tensor.detach() for name, tensor in trainer.weights.network.state_dict().items()}, line
 
     weights, line = start()
     base = weights_of(Path(tiny_base) / "unet")
@@ -1159,12 +1165,12 @@ step, encode = train.Trainer.step, train.encode
 
 
 def watched(self, batches):
-    spoilt = self.iteration == 1 and self.accelerator.process_index == 1
+    spoilt = self.state.iteration == 1 and self.accelerator.process_index == 1
     train.encode = lambda vae, pixels: encode(vae, pixels) * (math.inf if spoilt else 1)
-    weights = [weight.to_local() for weight in (*self.parameters, *self.ema_unet.parameters())]
+    weights = [weight.to_local() for weight in (*self.weights.parameters, *self.weights.average.parameters())]
     before = [weight.clone() for weight in weights]
     step(self, batches)
-    assert all(map(torch.equal, weights, before)) == (self.iteration == 1), self.iteration
+    assert all(map(torch.equal, weights, before)) == (self.state.iteration == 1), self.state.iteration
 
 
 train.Trainer.step = watched
@@ -1248,7 +1254,7 @@ def test_a_launchers_options_are_those_of_the_run(argv, tmp_path):
 
 def test_a_compiler_that_the_launcher_asks_for_is_torch_compile(build, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    assert type(build().unet) is UNet2DConditionModel  # not compiled once more by Accelerate
+    assert type(build().weights.network) is UNet2DConditionModel  # not compiled once more by Accelerate
 
 
 def test_one_process_has_nobody_to_divide_its_model_with(argv, tmp_path):

@@ -2,12 +2,11 @@
 
     DIR/FINGERPRINT/index.json           what the latents were made from, the settings in words
     DIR/FINGERPRINT/shard-00000.npy      [pairs, views, 2, C, h, w] in the VAE's own precision, SAR before EO
-    DIR/FINGERPRINT/block-00000/*.npy    the same, of random crops
     DIR/hashes-KEY.json                  hashes of the images' content, valid while size and date of the files stay
 
 The fingerprint is over the images' content, the feeder and its settings, the VAE's weights and precision. So whatever differs
-lies in a folder of its own, nothing stale is ever read, and a dataset may be moved. Shards appear whole or not at all: what a
-killed run left is continued. Processes share the work, those of one run as well as runs that know nothing of each other:
+lies in a folder of its own, nothing stale is ever read, and a dataset may be moved. Shards appear whole or not at all: a killed
+run's are continued. Processes divide the work among them, those of one run as well as of runs that know nothing of each other:
 whoever holds the lock of a shard writes it.
 """
 
@@ -41,7 +40,6 @@ FORMAT = 1  # of the folder; another number is another cache
 INDEX, LOCK = "index.json", ".lock"
 STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # NumPy knows no bfloat16
 MAX_SHARD_BYTES, MIN_SHARDS = 2**27, 16  # small enough to share, and to lose little when killed
-IN_USE = 2**30  # the byte of a lock file that stands for the whole folder; shard k's is byte k
 UNCACHED = ("pairs", "seed", "max_pixels", "radiometry")  # attributes of a feeder that no latent depends on
 HASH_THREADS = 8
 POLL_S = 0.5
@@ -50,40 +48,31 @@ POLL_S = 0.5
 class Views:
     """Which views of a pair are stored, and which of them an epoch shows.
 
-    Without augmentation it is the centre crop. `crops` None stands for images of the crop's own size: all orientations that
-    the feeder's flips and rotation can give them are stored. Else the images are larger and their crops random: of every block
-    of `epochs` epochs the views of the first `crops` ones are stored, and repeated in turn until the block ends.
+    Without augmentation it is the centre crop; with it, all orientations that the feeder's flips and rotation can give images
+    of the crop's own size. Larger images have random crops, too many to store.
     """
 
-    def __init__(self, feeder: PairedFeeder, crops: int | None, epochs: int):
-        self.feeder, self.crops = feeder, crops if feeder.augment else None
-        self.epochs = epochs if self.crops else None
+    def __init__(self, feeder: PairedFeeder):
+        self.feeder = feeder
         # An augmentation that is off leaves one choice.
         self.orientations = list(product(*((False, True)[: 1 + on] for on in feeder.augmentations)))
-        self.count = self.crops or len(self.orientations)
-        self.words = "random crops" if self.crops else "orientations" if feeder.augment else "centre crop"
-
-    def block(self, epoch: int) -> int:
-        return epoch // self.epochs if self.epochs else 0
+        self.count = len(self.orientations)
+        self.words = "orientations" if feeder.augment else "centre crop"
 
     def number(self, epoch: int, index: int) -> int:
         """Which of the stored views the item [epoch, index] of the feeder is."""
-        if self.crops:
-            return epoch % self.epochs % self.crops
         view = self.feeder.view(epoch, index, self.feeder.crop_size, self.feeder.crop_size)
         return self.orientations.index((view.flip_horizontally, view.flip_vertically, view.rotate))
 
-    def stored(self, block: int, index: int, height: int, width: int) -> list[View]:
+    def stored(self, index: int, height: int, width: int) -> list[View]:
         """The views that are stored of a pair whose images have that size in px."""
-        if self.crops:
-            return [self.feeder.view(block * self.epochs + n, index, height, width) for n in range(self.crops)]
         if not self.feeder.augment:
             return [self.feeder.view(0, index, height, width)]
         size = self.feeder.crop_size
         if (height, width) != (size, size):
             raise UserError(
-                f"latent_cache: {self.feeder.pairs[index].eo} is {width} x {height} px, larger than crop_size {size}: "
-                f"its crops are random; say by latent_cache_crops how many are kept, or train without the cache"
+                f"latent_cache: {self.feeder.pairs[index].eo} is {width} x {height} px, larger than crop_size {size}: its "
+                f"crops are random and cannot be cached; cut chips of crop_size (data/make_chips.py) or train without it"
             )
         return [View(0, 0, *orientation) for orientation in self.orientations]
 
@@ -91,8 +80,8 @@ class Views:
 class StoredViews(Dataset):
     """Pixels of all stored views of some pairs, in order: item k is view k % count of pair first + k // count."""
 
-    def __init__(self, views: Views, block: int, pairs: range):
-        self.views, self.block, self.pairs = views, block, pairs
+    def __init__(self, views: Views, pairs: range):
+        self.views, self.pairs = views, pairs
         self.latest = (None, None, None)  # index, images and views of the pair that was read last
 
     def __len__(self) -> int:
@@ -103,7 +92,7 @@ class StoredViews(Dataset):
         index = self.pairs[place]
         if self.latest[0] != index:
             images = feeder.read(feeder.pairs[index])
-            self.latest = index, images, self.views.stored(self.block, index, *images[0].shape[:2])
+            self.latest = index, images, self.views.stored(index, *images[0].shape[:2])
         _, images, views = self.latest
         return feeder.item(index, images, views[number])
 
@@ -174,18 +163,18 @@ class Shards:
             flush(temporary)
 
 
-class Work(NamedTuple):
-    """How latents are computed: what the trainer lends to the cache."""
+class Encoder(NamedTuple):
+    """How latents are computed."""
 
     encode: Callable[[torch.Tensor], torch.Tensor]  # pixels [B, 3, H, W] => latents [B, C, h, w]
     load: Callable[[Dataset, int], Iterable[dict]]  # dataset, batch size => its batches in order
     batch_size: int
     stop: Callable[[], bool]  # whether to leave off
-    show: bool  # a progress bar
+    show_bar: bool
 
 
 class LatentCache:
-    """The part of DIR that belongs to a feeder and a VAE; `open` gives the dataset of a block of epochs, written if need be.
+    """The part of DIR that belongs to a feeder and a VAE; `open` gives the dataset, written where it is not there yet.
 
     `report` takes lines for the log. UserError where the feeder's views cannot be cached or DIR cannot be used.
     """
@@ -195,18 +184,13 @@ class LatentCache:
         root: Path,
         feeder: PairedFeeder,
         vae: AutoencoderKL,
-        crops: int | None,
-        epochs: int,
         report: Callable[[str], None],
     ):
         if not isinstance(feeder, PairedFeeder):
             raise UserError(f"latent_cache: {type(feeder).__name__} is no PairedFeeder, whose views alone can be cached")
-        if crops and (not feeder.augment or feeder.load_size == feeder.crop_size):
-            raise UserError("latent_cache_crops: no crop is random here, so the cache is exact without it: leave it null")
-        self.root, self.views, self.report = root, Views(feeder, crops, epochs), report
-        self.held: TextIO | None = None  # the lock file of the folder in use
+        self.root, self.views, self.report = root, Views(feeder), report
         first = feeder.read(feeder.pairs[0])
-        self.views.stored(0, 0, *first[0].shape[:2])  # refuses random crops without a number of them
+        self.views.stored(0, *first[0].shape[:2])  # refuses random crops
         self.settings = {
             "format": FORMAT,
             "feeder": f"{type(feeder).__module__}.{type(feeder).__qualname__}",
@@ -217,39 +201,28 @@ class LatentCache:
             "precision": str(vae.dtype).removeprefix("torch."),
             "views": self.views.words,
         }
-        if crops:
-            self.settings |= {"seed": feeder.seed, "crops": crops, "epochs": epochs}
         self.folder = root / digest(json.dumps(self.settings, sort_keys=True).encode())[:16]
         side = feeder.crop_size // vae_factor(vae)
         self.shape, self.dtype = (self.views.count, 2, vae.config.latent_channels, side, side), vae.dtype
         if not self.folder.is_dir() and (reason := self.stale()):
             report(reason)
 
-    def open(self, block: int, work: Work) -> CachedPairs | None:
-        """The dataset of a block, once all of it is written, by this process or others; None where `work.stop()` came first."""
-        self.close()
-        folder = self.folder / f"block-{block:05d}" if self.views.crops else self.folder
-        shards = Shards(folder, len(self.views.feeder), self.shape, self.dtype)
+    def open(self, encoder: Encoder) -> CachedPairs | None:
+        """The dataset, once all of it is written, by this process or others; None where `encoder.stop()` came first."""
+        shards = Shards(self.folder, len(self.views.feeder), self.shape, self.dtype)
         missing = shards.missing()
+        size = f"{shards.pairs} pairs x {self.views.count} views ({self.views.words}), {gigabytes(shards.needed(len(shards)))}"
+        todo = f", {len(missing)} of {len(shards)} shards to write" if missing else ""
         try:
-            if self.views.crops:
-                self.remove_blocks_before(folder)
             if missing:
                 self.start_writing(shards, missing)
-            self.held = (folder / LOCK).open("a+") if missing else open_lock(folder)
-            if self.held:
-                fcntl.lockf(self.held, fcntl.LOCK_SH, 1, IN_USE)  # whoever removes old blocks leaves this one
-            size = (
-                f"{shards.pairs} pairs x {self.views.count} views ({self.views.words}), {gigabytes(shards.needed(len(shards)))}"
-            )
-            todo = f", {len(missing)} of {len(shards)} shards to write" if missing else ""
-            self.report(f"latent cache: {folder}: {size}{todo}")
-            if missing and not self.fill(shards, block, work):
+            self.report(f"latent cache: {self.folder}: {size}{todo}")
+            if missing and not self.fill(shards, encoder):
                 return None
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(
-                f"latent_cache: {folder} lacks {len(missing)} of {len(shards)} shards and cannot be written into: {reason}"
+                f"latent_cache: {self.folder} lacks {len(missing)} of {len(shards)} shards and cannot be written into: {reason}"
             ) from error
         shards.maps.clear()  # loader processes open their own
         return CachedPairs(self.views, shards)
@@ -269,53 +242,47 @@ class LatentCache:
                 f"views, but {gigabytes(free)} are free"
             )
 
-    def fill(self, shards: Shards, block: int, work: Work) -> bool:
-        """Write whatever is missing and nobody else is at, until nothing is missing => whether it came to that."""
+    def fill(self, shards: Shards, encoder: Encoder) -> bool:
+        """Write whatever is missing and nobody else is writing, until nothing is missing => whether that was reached."""
         images = 2 * self.views.count  # of a pair
-        with tqdm(total=shards.pairs * images, desc="encoding", unit="image", disable=not work.show, leave=False) as bar:
+        bar = tqdm(total=shards.pairs * images, desc="encoding", unit="image", disable=not encoder.show_bar, leave=False)
+        with bar, (self.folder / LOCK).open("a+") as lock:
             while missing := shards.missing():
                 bar.n = (shards.pairs - sum(len(shards.rows(shard)) for shard in missing)) * images
                 bar.refresh()
                 idle = True
                 for shard in missing:
-                    if not self.claim(shard):
+                    if not claim(lock, shard):
                         continue
                     try:
                         if shards.array(shard) is None:  # nobody has finished it since
                             idle = False
-                            if (latents := self.encoded(shards, shard, block, work, bar)) is None:
+                            if (latents := self.encoded(shards, shard, encoder, bar)) is None:
                                 return False
                             shards.write(shard, latents)
                     finally:
-                        fcntl.lockf(self.held, fcntl.LOCK_UN, 1, shard)
-                if work.stop():
+                        fcntl.lockf(lock, fcntl.LOCK_UN, 1, shard)
+                if encoder.stop():
                     return False
                 if idle:
                     time.sleep(POLL_S)
         return True
 
-    def claim(self, shard: int) -> bool:
-        try:
-            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
-        except (BlockingIOError, PermissionError):
-            return False
-        return True
-
-    def encoded(self, shards: Shards, shard: int, block: int, work: Work, bar: tqdm) -> torch.Tensor | None:
-        """The latents of a shard [pairs, views, 2, C, h, w], or None where work.stop() came first.
+    def encoded(self, shards: Shards, shard: int, encoder: Encoder, bar: tqdm) -> torch.Tensor | None:
+        """The latents of a shard [pairs, views, 2, C, h, w], or None where encoder.stop() came first.
 
         They are encoded in batches of the size that training would have used, since results depend on it in the last bits.
         """
         pairs = shards.rows(shard)
         latents = torch.empty(len(pairs) * self.views.count, *self.shape[1:], dtype=self.dtype)
         place = 0
-        for batch in work.load(StoredViews(self.views, block, pairs), work.batch_size):
-            if work.stop():
+        for batch in encoder.load(StoredViews(self.views, pairs), encoder.batch_size):
+            if encoder.stop():
                 return None
             size = len(batch["name"])
             for half, kind in enumerate(("sar", "eo")):
-                filled = batch[kind][torch.arange(work.batch_size) % size]  # the last batch may be short
-                latents[place : place + size, half] = work.encode(filled)[:size].cpu()
+                filled = batch[kind][torch.arange(encoder.batch_size) % size]  # the last batch may be short
+                latents[place : place + size, half] = encoder.encode(filled)[:size].cpu()
             finite = latents[place : place + size].flatten(1).isfinite().all(1)
             if not finite.all():
                 name = batch["name"][int((~finite).nonzero()[0])]
@@ -323,15 +290,6 @@ class LatentCache:
             place += size
             bar.update(2 * size)
         return latents.unflatten(0, (len(pairs), self.views.count))
-
-    def remove_blocks_before(self, folder: Path) -> None:
-        """Blocks of earlier epochs go, unless a run is still at them or they cannot be removed."""
-        for old in sorted(self.folder.glob("block-*")):
-            if old.name >= folder.name or (lock := open_lock(old)) is None:
-                continue
-            with closing(lock), suppress(OSError):
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, IN_USE)
-                shutil.rmtree(old)
 
     def stale(self) -> str | None:
         """One line on what differs from the nearest of the caches in DIR, or None where there is none."""
@@ -353,10 +311,14 @@ class LatentCache:
         ]  # fmt: skip
         return f"latent cache: {folder} does not fit ({', '.join(words)})"
 
-    def close(self) -> None:
-        if self.held:
-            self.held.close()
-            self.held = None
+
+def claim(lock: TextIO, shard: int) -> bool:
+    """Whether this process may write a shard: byte k of the lock file stands for shard k."""
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def open_lock(folder: Path) -> TextIO | None:

@@ -1,18 +1,153 @@
-"""What a step does to the weights: the optimizers, float32 weights behind a bfloat16 network, and the guard against NaN."""
+"""The weights in training: float32 masters, the network that computes, their average, and what a step does to them."""
 
+import copy
 import logging
+import os
+import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 
+from cdiffset.config import Config
 from cdiffset.errors import UserError
-from cdiffset.training.fsdp import divided_as, part
+from cdiffset.training import fsdp
 
-FUSED = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}  # told on the device to leave a step out
+FUSED = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
 FIRST_MOMENT = {"AdamW": "exp_avg", "Adam": "exp_avg", "AdamW8bit": "state1"}
 CHUNK = 32 * 2**20  # weights whose gradients are float32 at a time, behind a bfloat16 network
+
+
+class TrainedWeights:
+    """A U-Net in training.
+
+    `masters` holds the float32 weights, which are trained, averaged and saved. `network` is what computes: the same module or,
+    with bf16_copy, a bfloat16 copy of it; compiled, and wrapped for several processes. `average` is the exponential average, or
+    None without ema_decay.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,  # float32, on the device
+        config: Config,
+        accelerator: Accelerator,
+        state: dict | None = None,  # of `state_dict`, to continue from
+        average: UNet2DConditionModel | None = None,  # of the run to continue, else that of the present weights alone
+    ):
+        self.config, self.accelerator = config, accelerator
+        self.masters = unet.train()
+        self.average = copy.deepcopy(unet).requires_grad_(False).eval() if config.ema_decay else None
+        if self.average and average:
+            self.average.load_state_dict(average.state_dict())
+        if config.fsdp:
+            for module in filter(None, (self.masters, self.average)):
+                fsdp.divide(module, accelerator.device)
+        self.parameters = list(self.masters.parameters())
+        optimizer = make_optimizer(config.optimizer, self.parameters, config.learning_rate, config.weight_decay)
+        # Not prepared by Accelerate, which would step it once per process.
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=config.num_warmup, num_training_steps=config.num_iter
+        )
+        if state:
+            self.restore(state, optimizer)
+        network = bfloat16_copy(self.masters) if config.mixed_precision == "bf16_copy" else self.masters
+        self.copies = None if network is self.masters else list(network.parameters())
+        if config.torch_compile:
+            check_compiler(accelerator.device)
+            network.compile()
+        self.optimizer = accelerator.prepare(optimizer)
+        self.network = network if config.fsdp else accelerator.prepare(network)
+
+    def state_dict(self) -> dict:
+        """Everything but the weights, which `whole_masters` and `whole_average` give. All processes come here together."""
+        scaler = self.accelerator.scaler
+        return {
+            "optimizer": fsdp.whole(self.optimizer.state_dict(), self.accelerator.is_main_process),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+
+    def restore(self, state: dict, optimizer: Optimizer) -> None:
+        """The moments and the place in the schedule are the state's, all settings are this configuration's."""
+        load_moments(self.config.optimizer, optimizer, state["optimizer"])
+        schedule = self.lr_scheduler
+        schedule.load_state_dict({**state["lr_scheduler"], "base_lrs": schedule.base_lrs})
+        optimizer.param_groups[0]["lr"] = schedule.base_lrs[0] * schedule.lr_lambdas[0](schedule.last_epoch)
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def whole(self) -> list[UNet2DConditionModel | None]:
+        """Masters and average, to be saved. All processes come here together."""
+        return [module and fsdp.whole_unet(module, self.accelerator.is_main_process) for module in (self.masters, self.average)]
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """Around a backward pass; before the `last` of a step, gradients are not exchanged among the processes."""
+        return nullcontext() if last else self.accelerator.no_sync(self.network)
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Over all gradients of the step, float32 on the device."""
+        self.accelerator.unscale_gradients()
+        norm = gradient_norm(self.copies or self.parameters)
+        if self.config.fsdp:
+            norm = torch.linalg.vector_norm(self.accelerator.gather(norm))  # each had that of its parts
+        return norm
+
+    def step(self, gradient_norm: torch.Tensor, iteration: int) -> None:
+        """Clip, step the optimizer and update the average."""
+        limit = self.config.max_grad_norm
+        if self.copies:
+            factor = None if limit is None else (limit / (gradient_norm + 1e-6)).clamp(max=1)
+            step_master_weights(self.optimizer, self.parameters, self.copies, factor)
+        else:
+            if limit is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, gradient_norm)
+            self.optimizer.step()
+        if self.average:
+            decay = min(self.config.ema_decay, (1 + iteration) / (10 + iteration))  # a short memory at first
+            for average, parameter in zip(self.average.parameters(), self.parameters, strict=True):
+                average.lerp_(parameter.detach(), 1 - decay)
+
+    def leave_out_step(self) -> None:
+        """In place of `step`: of an overflow under fp16 the scaler has to know, and leaves out the step by itself."""
+        if self.accelerator.scaler is not None:
+            self.optimizer.step()
+
+    def end_step(self) -> None:
+        """Whether the step was taken or left out."""
+        self.lr_scheduler.step()
+        self.network.zero_grad()
+
+    @contextmanager
+    def evaluated(self) -> Iterator[UNet2DConditionModel]:
+        """The U-Net to judge, whole on every process: the average where one is kept, without the distributed wrapper."""
+        unet = (self.average or self.accelerator.unwrap_model(self.network)).eval()
+        with fsdp.gathered(unet):
+            yield unet
+        self.network.train()
+
+
+def bfloat16_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """With channels last, to be trained; never a float32 copy on the way."""
+
+    def copy_of(weight: torch.nn.Parameter) -> torch.nn.Parameter:
+        memory_format = torch.channels_last if weight.dim() == 4 else torch.preserve_format
+        return torch.nn.Parameter(weight.detach().to(torch.bfloat16, memory_format=memory_format))
+
+    return copy.deepcopy(unet, {id(weight): copy_of(weight) for weight in unet.parameters()})
+
+
+def check_compiler(device: torch.device) -> None:
+    """torch.compile writes C++ for CPUs."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise UserError("torch_compile: found no C++ compiler, expected g++ or clang++ on the PATH, or torch_compile: false")
 
 
 def make_optimizer(name: str, parameters: list, learning_rate: float, weight_decay: float) -> Optimizer:
@@ -32,7 +167,7 @@ def make_optimizer(name: str, parameters: list, learning_rate: float, weight_dec
 def load_moments(name: str, optimizer: Optimizer, state: dict) -> None:
     """Take over an optimizer's state, not its settings, laid out as the weights are: fused kernels rely on it.
 
-    ValueError where it is not one of these weights and this optimizer, of which the optimizer would learn in its next step.
+    ValueError where it does not belong to these weights and this optimizer, which would only fail in its next step.
     """
     laid_out = {}
     for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
@@ -43,7 +178,7 @@ def load_moments(name: str, optimizer: Optimizer, state: dict) -> None:
         if moment.shape != parameter.shape:
             raise ValueError("it is of another stage; accelerator_path starts a stage from the weights of another")
         laid_out[index] = {
-            key: divided_as(parameter, value) if type(value) is torch.Tensor and value.shape == parameter.shape else value
+            key: fsdp.divided_as(parameter, value) if type(value) is torch.Tensor and value.shape == parameter.shape else value
             for key, value in entries.items()
         }
     optimizer.load_state_dict({"state": laid_out, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -57,30 +192,30 @@ def flat(entries: dict) -> dict:
 
 def gradient_norm(parameters: list) -> torch.Tensor:
     """Norm over all gradients, float32 on their device; over this process's parts where they are divided."""
-    gradients = [part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [fsdp.part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if gradients[0].device.type != "cpu":
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
-    norms = torch.empty(len(gradients))  # ahead: results between float32 copies of bfloat16 gradients would strew the memory
+    norms = torch.empty(len(gradients))  # first: among the float32 copies of bfloat16 gradients it would fragment the memory
     for norm, gradient in zip(norms.unbind(), gradients, strict=True):
         torch.linalg.vector_norm(gradient, dtype=torch.float32, out=norm)
     return torch.linalg.vector_norm(norms)
 
 
-def step_copies(optimizer: Optimizer, weights: list, copies: list, gradient_factor: torch.Tensor | None) -> None:
+def step_master_weights(optimizer: Optimizer, weights: list, copies: list, gradient_factor: torch.Tensor | None) -> None:
     """Step float32 weights by the gradients of their bfloat16 copies, times a factor, and copy the outcome back.
 
     In chunks, so that float32 gradients of the whole network never exist. An optimizer leaves alone what has no gradient.
     """
     for chunk in chunks(list(zip(weights, copies, strict=True))):
-        for weight, copy in chunk:
-            weight.grad = None if copy.grad is None else copy.grad.float()
-            copy.grad = None
+        for weight, narrow in chunk:
+            weight.grad = None if narrow.grad is None else narrow.grad.float()
+            narrow.grad = None
         if gradient_factor is not None:
             torch._foreach_mul_([weight.grad for weight, _ in chunk if weight.grad is not None], gradient_factor)
         optimizer.step()
         for weight, _ in chunk:
             weight.grad = None
-        torch._foreach_copy_([copy.detach() for _, copy in chunk], [weight.detach() for weight, _ in chunk])
+        torch._foreach_copy_([narrow.detach() for _, narrow in chunk], [weight.detach() for weight, _ in chunk])
 
 
 def chunks(pairs: list) -> Iterator[list]:
@@ -94,40 +229,3 @@ def chunks(pairs: list) -> Iterator[list]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-class Guard:
-    """Lets no step through whose gradient is not finite, and after too many of those no other either.
-
-    The decision is made on the device, which training does not wait for; `read` fetches what was decided since the last time.
-    Under fp16 the gradient overflows now and then: the scaler leaves those steps out, and only the loss counts here.
-    """
-
-    def __init__(self, accelerator: Accelerator, allowed: int):
-        self.accelerator, self.loss_counts = accelerator, accelerator.scaler is not None
-        self.recent: list[tuple] = []
-        self.left = torch.tensor(float(allowed), device=accelerator.device)  # how many steps may still be left out
-
-    def factor(self) -> torch.Tensor:
-        """What the loss is multiplied by: 1, or NaN where the run has ended and is only not told yet."""
-        return torch.where(self.left < 0, torch.nan, 1.0)
-
-    def watch(self, iteration: int, loss: torch.Tensor, grad_norm: torch.Tensor, timesteps: torch.Tensor, names: list[str]):
-        """Note a step; `loss` is this process's mean => whether it is to be left out, a flag on the device."""
-        loss = self.accelerator.reduce(loss, "mean")  # so that all processes decide alike
-        blocked = ~torch.isfinite(loss if self.loss_counts else grad_norm)
-        self.left -= blocked.float()
-        self.recent.append((iteration, blocked, loss, grad_norm, timesteps, names))
-        return blocked
-
-    def read(self) -> list[tuple]:
-        """Steps left out since the last reading: (iteration, loss, gradient norm, timesteps, names). Waits for the device."""
-        recent, self.recent = self.recent, []
-        if not recent:
-            return []
-        values = torch.stack([torch.stack([blocked.float(), loss, norm]) for _, blocked, loss, norm, *_ in recent]).tolist()
-        return [
-            (iteration, loss, norm, timesteps.tolist(), names)
-            for (iteration, *_, timesteps, names), (blocked, loss, norm) in zip(recent, values, strict=True)
-            if blocked
-        ]

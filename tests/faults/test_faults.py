@@ -20,6 +20,8 @@ from cdiffset import checkpoint, errors
 from cdiffset.config import load_config
 from cdiffset.errors import STOPPED, UserError
 from cdiffset.model import load_unet
+from cdiffset.training import validation
+from cdiffset.training.batches import ResumableBatchSampler
 from feeders.feeder import PairedFolderFeeder
 from train import Trainer
 
@@ -75,14 +77,14 @@ def test_a_signal_saves_and_the_same_command_continues(argv, whole, tmp_path, nu
 
 def test_a_signal_during_validation_leaves_it_for_the_resume(argv, run, tmp_path, monkeypatch):
     settings = {**SMALL, "eval_epoch": 1}
-    translate = train.translate
+    translate = validation.translate
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)  # during the first of the validation's two batches
         return translate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "translate", signalled)
+        patch.setattr(validation, "translate", signalled)
         assert errors.run(main.main, argv(tmp_path / "run", **settings)) == STOPPED
     meta = meta_of(tmp_path / "run" / "latest")
     assert meta["iteration"] == 3 and meta["unfinished"] and not val_lines(tmp_path / "run")
@@ -115,7 +117,9 @@ def save_and_prune(work_dir: Path, iteration: int) -> None:
     unet = tiny_unet(block_out_channels=[8, 8])
     with torch.no_grad():
         unet.conv_out.bias.fill_(iteration)
-    checkpoint.write_checkpoint(work_dir, [f"checkpoint-{iteration}", "best", "latest"], unet, None, *states(iteration))
+    checkpoint.write_checkpoint(
+        work_dir, [f"checkpoint-{iteration}", "best", "latest"], unet, None, torch.zeros(1, 3, 64), *states(iteration)
+    )
     checkpoint.prune(work_dir, 1)
 
 
@@ -179,7 +183,7 @@ def begun(argv, tmp_path_factory) -> tuple[Path, Path]:
     forget_accelerator()
     assert main.main(argv(root / "whole", **SMALL)) == 0
     step = Trainer.step
-    Trainer.step = lambda self, *args: stop() if self.iteration == 4 else step(self, *args)
+    Trainer.step = lambda self, *args: stop() if self.state.iteration == 4 else step(self, *args)
 
     def stop():
         raise KeyboardInterrupt
@@ -200,7 +204,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(argv, begun, tmp_path, ha
     for folder in ("checkpoint-4", "latest"):  # they share their files, so they are damaged together
         harm(tmp_path / "run" / folder / name)
     trainer = Trainer(load_config(argv(tmp_path / "run", **SMALL)))
-    assert trainer.iteration == 2
+    assert trainer.state.iteration == 2
     log = (tmp_path / "run" / "train_log.txt").read_text()
     assert log.count("passed over: ") == 2 and f"resumed from {tmp_path / 'run' / 'checkpoint-2'} at iteration 2" in log
     assert f"passed over: {tmp_path / 'run' / 'latest'} is damaged (" in log
@@ -241,7 +245,9 @@ def test_damaged_weights_are_not_trained_from_or_translated_with(argv, begun, ti
 
 def test_pruning_keeps_the_only_whole_checkpoint(tmp_path):
     for iteration in (1, 2, 3):
-        checkpoint.write_checkpoint(tmp_path, [f"checkpoint-{iteration}"], tiny_unet(), None, *states(iteration))
+        checkpoint.write_checkpoint(
+            tmp_path, [f"checkpoint-{iteration}"], tiny_unet(), None, torch.zeros(1, 3, 64), *states(iteration)
+        )
     for iteration in (2, 3):
         truncate(tmp_path / f"checkpoint-{iteration}" / "training_state.pt")
     checkpoint.prune(tmp_path, 2)
@@ -313,7 +319,7 @@ def test_a_file_that_vanishes_ends_the_run_with_everything_saved(
 
     def step_then_vanish(self, *args):
         step(self, *args)
-        if self.iteration == 1 and victim.exists():
+        if self.state.iteration == 1 and victim.exists():
             victim.rename(tmp_path / "2.png")
 
     forget_accelerator()
@@ -333,7 +339,7 @@ def test_a_clock_set_back_changes_nothing(argv, run, tmp_path, monkeypatch):
     now, step = time.time, Trainer.step
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: now() - 3600 * (len(list((tmp_path / "run").glob("checkpoint-4"))) > 0))
-        patch.setattr(Trainer, "step", lambda self, *args: step(self, *args) if self.iteration < 5 else interrupt())
+        patch.setattr(Trainer, "step", lambda self, *args: step(self, *args) if self.state.iteration < 5 else interrupt())
         assert errors.run(main.main, argv(tmp_path / "run", **SMALL)) == 130
     for path in (tmp_path / "run" / "checkpoint-4").rglob("*"):
         os.utime(path, (0, 0))  # the newest by iteration is the oldest by its clock
@@ -361,7 +367,7 @@ def spoil(monkeypatch, *iterations: int) -> None:
     encode, step, now = train.encode, Trainer.step, []
 
     def watched(self, *args):
-        now[:] = [self.iteration]
+        now[:] = [self.state.iteration]
         return step(self, *args)
 
     monkeypatch.setattr(Trainer, "step", watched)
@@ -375,7 +381,7 @@ def test_a_step_that_is_not_finite_names_its_files(argv, tmp_path, monkeypatch, 
     assert errors.run(main.main, argv(tmp_path, num_iter=6, save_iter=1, gradient_accumulation_steps=2)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     trainer = Trainer(load_config(argv(tmp_path / "other", num_iter=6)))
-    batch = next(iter(train.BatchOrder(12, trainer.config, 3, 0, 1)))  # the fourth iteration's
+    batch = next(iter(ResumableBatchSampler(12, trainer.config, 3, 0, 1)))  # the fourth iteration's
     assert line.startswith("error: iteration 4: the gradient norm is nan")
     assert line.partition(", for ")[2].partition(";")[0].split(", ") == [
         trainer.train_feeder.names[index] for _, index in batch
@@ -437,7 +443,7 @@ def test_another_number_of_processes_continues_and_says_that_it_is_not_exact(arg
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / "run" / name)
     assert main.main(argv(tmp_path / "run", **PAIR)) == 0
     log = (tmp_path / "run" / "train_log.txt").read_text()
-    assert "batches are shared as 1 processes x 2 accumulation steps, before as 2 processes x 2 accumulation steps" in log
+    assert "batches are divided as 1 processes x 2 accumulation steps, before as 2 processes x 2 accumulation steps" in log
     mine, theirs = ([row for row in train_lines(folder)][-1] for folder in (tmp_path / "run", whole_pair))
     assert mine["iteration"] == theirs["iteration"] == 8 and mine["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
     assert mine["lr"] == theirs["lr"]

@@ -1,0 +1,92 @@
+"""The networks that a run begins with: the frozen VAE and prompt embedding, and the U-Net, patched for its stage."""
+
+import logging
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+from cdiffset.config import Config
+from cdiffset.device import without_instructions
+from cdiffset.errors import UserError
+from cdiffset.model import (
+    base_prediction_type,
+    check_latent_channels,
+    check_prompt_width,
+    embed_prompt,
+    load_base_unet,
+    load_scheduler,
+    load_unet,
+    load_vae,
+    patch_conv_in,
+    patch_conv_out,
+    vae_factor,
+)
+from cdiffset.training import launch
+from cdiffset.training.weights import FUSED
+
+AUTOCAST_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Networks(NamedTuple):
+    vae: AutoencoderKL
+    scheduler: DDIMScheduler
+    prompt_embedding: torch.Tensor  # [1,L,D]
+    unet: UNet2DConditionModel  # float32
+
+
+def load_networks(
+    config: Config,
+    accelerator: Accelerator,
+    start: str | None,  # a U-Net checkpoint; None: the base's own
+    option: str,  # what errors about it name
+    log: logging.Logger,
+) -> Networks:
+    """Everything on the accelerator's device. A U-Net to be trained gets the channels that its stage lacks."""
+    base, device = config.pretrained_model_name_or_path, accelerator.device
+    vae = load_vae(base, AUTOCAST_DTYPES[accelerator.mixed_precision]).to(device, memory_format=torch.channels_last)
+    scheduler = load_scheduler(base, config.prediction_type)
+    prompt_embedding = embed_prompt(base, config.prompt).to(device)
+    latent_channels = vae.config.latent_channels
+    if start is None:
+        unet, origin = load_base_unet(base), f"the base model {base} (accelerator_path is null)"
+        check_latent_channels(unet, vae, base)
+        unet = patch_conv_in(unet)
+    else:
+        unet, origin = load_unet(start, base, latent_channels, option)
+    has_variance = unet.config.out_channels == latent_channels + 1
+    adds_variance = config.confidence and not has_variance and config.phase == "train"
+    if adds_variance:
+        unet = patch_conv_out(unet)
+    elif has_variance and not config.confidence and config.phase == "train":
+        raise UserError(
+            f"{option}: stage 1 (confidence: false) expects {latent_channels} output channels, {start} has "
+            f"{latent_channels + 1}: it is a stage 2 checkpoint"
+        )
+    check_prompt_width(unet, prompt_embedding, base, option)
+    stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
+    log.info(", ".join(f"{name} {getattr(config, name)}" for name, _ in launch.SETTINGS.values()))
+    added = ", with a variance channel added (stage 1 takes confidence: false)" if adds_variance else ""
+    log.info("%s: %s, U-Net from %s%s", config.phase, stage, origin, added)
+    if config.phase == "train" and (own := base_prediction_type(base)) != config.prediction_type:
+        log.info(
+            "warning: prediction_type is %s, but the scheduler of the base model %s says %s: its U-Net has to learn another "
+            "target; set prediction_type: %s unless you mean that", config.prediction_type, base, own, own,
+        )  # fmt: skip
+    if note := without_instructions(device, accelerator.mixed_precision):
+        log.info(note)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    # fully_shard and bitsandbytes want their weights contiguous.
+    channels_last = config.optimizer in FUSED and not config.fsdp
+    unet = unet.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return Networks(vae, scheduler, prompt_embedding, unet)
+
+
+def check_crops(vae: AutoencoderKL, feeders: dict) -> None:
+    """Read a pair of each feeder {"train": ..., "test": ...}: crops must be multiples of the VAE's factor."""
+    for which, feeder in feeders.items():
+        size, factor = feeder[0]["sar"].shape[-1], vae_factor(vae)
+        if size % factor:
+            raise UserError(f"{which}_feeder_args: crop_size {size}, expected a multiple of {factor}, the VAE's factor")
