@@ -2,12 +2,11 @@
 
     DIR/FINGERPRINT/index.json           what the latents were made from, the settings in words
     DIR/FINGERPRINT/shard-00000.npy      [pairs, views, 2, C, h, w] in the VAE's own precision, SAR before EO
-    DIR/hashes-KEY.json                  hashes of the images' content, valid while size and date of the files stay
 
-The fingerprint is over the images' content, the feeder and its settings, the VAE's weights and precision. So whatever differs
-lies in a folder of its own, nothing stale is ever read, and a dataset may be moved. Shards appear whole or not at all: a killed
-run's are continued. Processes divide the work among them, those of one run as well as of runs that know nothing of each other:
-whoever holds the lock of a shard writes it.
+The fingerprint is over the images' names, sizes and dates, the feeder and its settings, the VAE's weights and precision. So
+whatever differs lies in a folder of its own, and a dataset may be moved with its dates (mv, cp -p, rsync -a). Shards appear
+whole or not at all: a killed run's are continued. Processes divide the work among them, those of one run as well as of runs
+that know nothing of each other: whoever holds the lock of a shard writes it.
 """
 
 import fcntl
@@ -17,8 +16,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext, suppress
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -36,12 +33,11 @@ from cdiffset.model import vae_factor
 from cdiffset.pairing import Pair
 from feeders.feeder import PairedFeeder, View
 
-FORMAT = 1  # of the folder; another number is another cache
+FORMAT = 2  # of the folder; another number is another cache
 INDEX, LOCK = "index.json", ".lock"
 STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # NumPy knows no bfloat16
 MAX_SHARD_BYTES, MIN_SHARDS = 2**27, 16  # small enough to share, and to lose little when killed
 UNCACHED = ("pairs", "seed", "max_pixels", "radiometry")  # attributes of a feeder that no latent depends on
-HASH_THREADS = 8
 POLL_S = 0.5
 
 
@@ -195,7 +191,7 @@ class LatentCache:
             "format": FORMAT,
             "feeder": f"{type(feeder).__module__}.{type(feeder).__qualname__}",
             **{name: str(value) for name, value in vars(feeder).items() if name not in UNCACHED},
-            "images": digest(*(found.encode() for found in hashes_of(root, feeder.pairs))),
+            "images": digest(stamps_of(feeder.pairs).encode()),
             "first pair as read": digest(*(image.tobytes() for image in first)),  # other code may read the same file otherwise
             "vae": hash_encoder(vae),
             "precision": str(vae.dtype).removeprefix("torch."),
@@ -321,64 +317,18 @@ def claim(lock: TextIO, shard: int) -> bool:
     return True
 
 
-def open_lock(folder: Path) -> TextIO | None:
-    """The lock file of a folder, for reading alone in a read-only one; None where there is none. Closing it lets go of all."""
-    for mode in ("a+", "r"):
-        with suppress(OSError):
-            return (folder / LOCK).open(mode)
-    return None
-
-
-def hashes_of(root: Path, pairs: list[Pair]) -> list[str]:
-    """Hashes of the content of all images, the SAR and the EO of one pair after the other.
-
-    A list in `root` spares reading the files whose size and date are as before. One process at a time looks for what is
-    new, and the others find it in the list.
-    """
-    with suppress(OSError):
-        root.mkdir(parents=True, exist_ok=True)
+def stamps_of(pairs: list[Pair]) -> str:
+    """Names, sizes and dates of all images, in the order of the pairs: what stands for their content."""
     try:
-        files = [file for pair in pairs for file in (pair.sar, pair.eo)]
-        stats = [file.stat() for file in files]
-        key = digest(json.dumps([[pair.name for pair in pairs], [stat.st_size for stat in stats]]).encode())
-        return up_to_date(root / f"hashes-{key[:16]}.json", files, [stat.st_mtime_ns for stat in stats])
+        stats = [(pair.name, *stamp(pair.sar), *stamp(pair.eo)) for pair in pairs]
     except OSError as error:
-        raise UserError(f"latent_cache: {error.filename or root}: {error.strerror or error}") from error
+        raise UserError(f"latent_cache: {error.filename}: {error.strerror}") from error
+    return json.dumps(stats)
 
 
-def up_to_date(list_file: Path, files: list[Path], dates: list[int]) -> list[str]:
-    """The hashes of files of these dates, from the list and for it."""
-    lock = open_lock(list_file.parent)
-    with closing(lock) if lock else nullcontext():
-        if writable := lock is not None and lock.writable():
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-        known = read_hashes(list_file, len(files))
-        new = [place for place, date in enumerate(dates) if known[place][0] != date]
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            hashed = pool.map(hash_file, [files[place] for place in new])
-            hashed = list(tqdm(hashed, desc="hashing images", unit="file", total=len(new), disable=not new, leave=False))
-        for place, found in zip(new, hashed, strict=True):
-            known[place] = [dates[place], found]
-        if new and writable:
-            with written_whole(list_file) as temporary:
-                temporary.write_text(json.dumps(known))
-    return [found for _, found in known]
-
-
-def read_hashes(file: Path, count: int) -> list[list]:
-    """[date in ns, hash] of each of `count` files; [None, ""] where nothing is known."""
-    try:
-        known = json.loads(file.read_text())
-        if len(known) == count and all(len(entry) == 2 for entry in known):
-            return known
-    except (OSError, ValueError, TypeError):
-        pass
-    return [[None, ""] for _ in range(count)]
-
-
-def hash_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def stamp(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def hash_encoder(vae: AutoencoderKL) -> str:
