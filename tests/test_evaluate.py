@@ -17,7 +17,7 @@ from cdiffset.errors import UserError
 from cdiffset.evaluation import baselines as judgement
 from cdiffset.evaluation import evaluate as evaluation
 from cdiffset.evaluation import folders as pairs
-from cdiffset.evaluation.report import line_chart, ticks
+from cdiffset.evaluation.charts import line_chart, line_figure
 from cdiffset.evaluation.uncertainty import ence, reliability
 
 # isort: split
@@ -508,9 +508,9 @@ def test_the_html_is_well_formed_and_self_contained(scene):
     text = (scene / "report" / "report.html").read_text()
     checker = Checker()
     checker.feed(text)
-    assert checker.open == [] and checker.count["svg"] == 5 and checker.count["img"] == 9 and "b" not in checker.count
-    legend = re.findall(r'<text x="480.0"[^>]*>([^<]+)<', text)  # 160 px remain of the chart, and a letter takes about 5.8
-    assert "variance (scaled), absolute" in legend and max(map(len, legend)) <= 27
+    assert checker.open == [] and checker.count["img"] == 5 + 9 and "b" not in checker.count  # charts and examples
+    captions = re.findall("<figcaption>(.*?)</figcaption>", text)
+    assert captions[:2] == ["Sparsification, absolute error", "Discard, absolute error"] and captions[4] == "Reliability"
     for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text):
         Image.open(io.BytesIO(base64.b64decode(data))).verify()
     assert sorted(path.name for path in (scene / "report").iterdir()) == [
@@ -521,12 +521,18 @@ def test_the_html_is_well_formed_and_self_contained(scene):
     ]
 
 
-def test_a_chart_places_its_points():
-    svg = line_chart({"a": ([0, 10], [0, 4])}, "x", "y")
-    (points,) = re.findall(r'polyline points="([^"]+)"', svg)
-    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points.split())
-    assert (x0, y0) == (60, 295) and x1 == 450 and y1 == pytest.approx(295 - 285 / 1.05, abs=0.1)
-    assert ticks(99).tolist() == [0, 20, 40, 60, 80] and ticks(1.3).tolist() == pytest.approx([0, 0.5, 1.0])
+def test_a_chart_holds_its_lines_under_their_names():
+    lines = {"variance (scaled), absolute": ([0, 10], [0, 4]), "oracle": ([0, 5], [3, 1])}
+    figure = line_figure(lines, "left out [%]", "error")
+    (axes,), (legend,) = figure.axes, figure.legends
+    drawn = {line.get_label(): tuple(map(list, line.get_data())) for line in axes.lines}
+    assert drawn == lines and [text.get_text() for text in legend.get_texts()] == list(lines)
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xlim()[0], axes.get_ylim()[0]) == ("left out [%]", "error", 0, 0)
+    assert [line.get_color() == "black" for line in axes.lines] == [False, True]
+    picture = line_chart(lines, "x", "y")
+    assert picture.dtype == np.uint8 and picture.shape[2] == 3
+    figure.draw_without_rendering()
+    assert legend.get_window_extent().x1 <= figure.bbox.x1 and legend.get_window_extent().x0 >= axes.bbox.x1
 
 
 def test_reports_merge_into_one_table_that_never_mixes_conventions(scene, capsys):
