@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from scipy.ndimage import gaussian_gradient_magnitude, uniform_filter
 
-from cdiffset.evaluation.uncertainty import auroc, average_precision, ence, judge_ranking, rank_error, reliability
+from cdiffset.evaluation.uncertainty import auroc, average_precision, ence, rank_error, ranking_measures, reliability
 
 ERRORS = ("absolute", "squared")
 WINDOW_PX = 7  # of the local coefficient of variation
@@ -55,7 +55,7 @@ def image_columns(maps: dict[str, np.ndarray], errors: dict[str, np.ndarray]) ->
         return columns
     for name, values in maps.items():
         try:
-            judged = judge_ranking(values, ranked)
+            judged = ranking_measures(values, ranked)
         except ValueError:  # a constant map
             continue
         for error, measures in judged.items():
@@ -107,7 +107,7 @@ def pooled(samples: list[dict[str, np.ndarray]], pixels_per_image: int) -> dict:
 
 
 def _ranking(score: np.ndarray, ranked: dict) -> dict[str, dict]:
-    judged = judge_ranking(score, ranked)
+    judged = ranking_measures(score, ranked)
     return {error: measures | {"discard": measures["discard"].tolist()} for error, measures in judged.items()}
 
 
