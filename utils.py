@@ -276,7 +276,7 @@ def _load_inception_score():
 
 
 class SetMetrics:
-    """FID (pytorch-fid), KID and IS (torchmetrics) of a set of images, which comes batch by batch.
+    """FID, KID and IS (torchmetrics) of a set of images, which comes batch by batch.
 
     All three see the 8-bit pictures, so the conventions do not touch them. FID and KID share pytorch-fid's pool3 features
     (2048-d), IS has torch-fidelity's copy of the same network. Weights are fetched here, once.
@@ -333,15 +333,7 @@ class SetMetrics:
 
     def _fid(self) -> dict[str, float]:
         """Up to 2048 images leave the covariances rank-deficient and the FID biased upwards."""
-        from pytorch_fid.fid_score import calculate_frechet_distance
-
-        moments = []
-        for features in self._stacked():
-            moments += [features.mean(0).numpy(), np.cov(features.numpy(), rowvar=False)]
-        try:
-            return {"value": float(calculate_frechet_distance(*moments))}
-        except ValueError as error:
-            raise MetricUnavailable(f"its matrix root fails ({error})") from error
+        return {"value": frechet_distance(*(features.numpy() for features in self._stacked()))}
 
     def _kid(self) -> dict[str, float]:
         """A set of at most KID_SUBSET_SIZE images is its own and only subset; more are drawn from, KID_SUBSETS times."""
@@ -367,6 +359,18 @@ class SetMetrics:
             torch.manual_seed(0)
             mean, std = self._score.compute()
         return {"value": float(mean), "std": float(std)}
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Squared Fréchet distance of the Gaussians with the moments of two sets of features [n, d], float64.
+
+    Tr √(C₁ C₂) of two covariances Rᵀ R is the sum of the singular values of R₁ R₂ᵀ, which needs no root of a matrix.
+    """
+    centred = [(features - features.mean(0)) / math.sqrt(len(features) - 1) for features in (first, second)]
+    one, other = (np.linalg.qr(each, mode="r") for each in centred)
+    variances = sum(float(np.square(each).sum()) for each in centred)
+    distance = float(np.square(first.mean(0) - second.mean(0)).sum())
+    return distance + variances - 2 * float(np.linalg.svd(one @ other.T, compute_uv=False).sum())
 
 
 def image_rows(names: list[str], values: dict[str, dict[str, list[float]]]) -> list[dict]:
