@@ -123,8 +123,8 @@ def split(count: int, seed: int) -> dict[str, np.ndarray]:
 def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int, Drawn], list]:
     """Translate every pair => (what is drawn from the pixels of each that count, by its index; pairs that cannot be used)."""
     from cdiffset.checkpoint import read_meta
-    from cdiffset.evaluation.folders import read_judged_pair
     from cdiffset.inference.batching import batches_of_one_size, file_threads
+    from cdiffset.pairing import read_judged_pair
 
     trained = read_meta(args.checkpoint)
     options = RadiometryOptions(max_pixels=args.max_pixels).completed(trained.get("radiometry"))

@@ -8,12 +8,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from cdiffset.auditing.residual import scores_of, strongest_boxes
-from cdiffset.images import read_judged_eo, read_sar, read_tiff, to_signed, write_png, written_whole
+from cdiffset.images import read_judged_eo, read_sar, read_tiff, to_tensor, write_png, written_whole
 from cdiffset.pages import render_page
 from cdiffset.pairing import Pair
 from feeders.feeder import ListFeeder, PairedFeeder
@@ -87,7 +86,7 @@ def overlay(sar: np.ndarray, eo: np.ndarray, residual: np.ndarray, boxes: list, 
     for x0, y0, x1, y1 in boxes:
         ImageDraw.Draw(boxed).rectangle([x0 * scale, y0 * scale, x1 * scale - 1, y1 * scale - 1], outline=BOX)
     pictures[2] = np.array(boxed)
-    return panel([to_signed(torch.from_numpy(picture).float()).movedim(-1, 0) for picture in pictures])
+    return panel([to_tensor(picture) for picture in pictures])
 
 
 def choose_kept(findings: list[Finding], drop_share: float, max_score: float | None) -> None:

@@ -26,9 +26,9 @@ from cdiffset.images import (
     read_sar,
     require_declared_range,
     require_size,
-    to_signed,
+    to_tensor,
 )
-from cdiffset.pairing import PAIR_SUFFIXES, Pair, read_list, read_pair_list, size_words
+from cdiffset.pairing import PAIR_SUFFIXES, by_stem, read_list, read_pair_list, size_words
 
 POOLED_PIXELS = 5_000_000  # pooled measures see at most about so many pixels, equally many of each image
 MAPS = {
@@ -126,7 +126,7 @@ class PairFolders(Dataset):
         except UserError as error:
             return {"stem": stem, "faults": [(FAULT_OF.get(type(error), "unreadable"), str(error))]}
         values |= {"share/counted": float(valid.mean()), "8-bit/mae": mean_difference(generated, eo, valid)}
-        item = {"stem": stem, "generated": as_tensor(generated), "eo": as_tensor(eo), "valid": torch.from_numpy(valid)}
+        item = {"stem": stem, "generated": to_tensor(generated), "eo": to_tensor(eo), "valid": torch.from_numpy(valid)}
         item |= {"maps": {}, "values": values, "sample": None, "faults": faults}
         try:
             self._add_what_stands_beside(item, generated, eo, valid)
@@ -154,7 +154,7 @@ class PairFolders(Dataset):
         stem, sar = item["stem"], None
         if "sar" in self.files:
             sar = centre_crop(read_sar(self._path("sar", stem), self.max_pixels), valid.shape, f"{stem}: SAR")
-            item["sar"], item["values"]["8-bit/mae_sar"] = as_tensor(sar), mean_difference(generated, sar, valid)
+            item["sar"], item["values"]["8-bit/mae_sar"] = to_tensor(sar), mean_difference(generated, sar, valid)
         if not self.map_names:
             return
         maps = {
@@ -187,14 +187,10 @@ def images_by_stem(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> 
     """Images of these suffixes under a folder by stem, in counting order; UserError where there is none, or where two differ
     in the suffix alone.
     """
-    stems: dict[str, Path] = {}
     listed = [path for path in list_images(folder) if path.suffix.lower() in suffixes and not path.name.endswith(QUICKLOOK)]
     if not listed:
         raise UserError(f"{folder}: holds no {' or '.join(suffixes)}, expected a map for each image")
-    for path in listed:
-        if (twin := stems.setdefault(stem_of(path.as_posix()), folder / path)) != folder / path:
-            raise UserError(f"{folder}: {twin.relative_to(folder)} and {path} differ in the suffix alone; keep one of them")
-    return stems
+    return by_stem(folder, listed)
 
 
 def stem_of(relative_path: str) -> str:
@@ -232,23 +228,6 @@ def centre_crop(image: np.ndarray, size: tuple[int, int], what: str) -> np.ndarr
     return image[top : top + new_height, left : left + new_width]
 
 
-def read_judged_pair(
-    pair: Pair, sar: tuple[np.ndarray, np.ndarray], eo_range: tuple[float, float] | None, max_pixels: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A pair and its SAR as read (pixels, valid) => SAR and true EO [H, W, 3] in 0-255, and valid [H, W]: data in both.
-
-    UserError where the EO is unreadable, their sizes differ, no pixel counts, or --eo-range does not fit the EO.
-    """
-    pixels, sar_valid = sar
-    eo, valid, _ = read_judged_eo(pair.eo, eo_range, "--eo-range", max_pixels)
-    if pixels.shape != eo.shape:
-        sizes = f"SAR {pair.sar} is {size_words(pixels)}, EO {pair.eo} is {size_words(eo)}"
-        raise SizeFault(f"the images of a pair differ in size: {sizes}")
-    if not (valid & sar_valid).any():
-        raise EmptyFault(f"{pair.sar} and {pair.eo}: no pixel is valid in both")
-    return pixels, eo, valid & sar_valid
-
-
 def read_map(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A float TIFF => float32 [H, W], NaN where it is NaN, nodata or masked; UserError where it is infinite or negative."""
     try:
@@ -267,8 +246,3 @@ def read_map(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def mean_difference(one: np.ndarray, other: np.ndarray, valid: np.ndarray) -> float:
     """Mean absolute difference of two images [H, W, 3] over the valid pixels [H, W]."""
     return float(np.abs(one - other)[valid].mean())
-
-
-def as_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """[H, W, 3] in 0-255 => [3, H, W] in [-1, 1]."""
-    return to_signed(torch.from_numpy(np.moveaxis(pixels, -1, 0).copy()))
