@@ -15,10 +15,11 @@ distance, in px of the first scene).
 
 import csv
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -27,7 +28,7 @@ import numpy as np
 import rasterio
 import rasterio.warp
 from rasterio.enums import Resampling
-from rasterio.errors import CRSError, RasterioError, RasterioIOError
+from rasterio.errors import CRSError, RasterioError
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 from scipy.spatial import cKDTree
@@ -39,20 +40,18 @@ from cdiffset.errors import Parser, UserError, run  # noqa: E402
 from cdiffset.images import (  # noqa: E402
     STRETCH_PERCENTILES,
     alpha_band,
-    complex_message,
     list_images,
-    open_raster,
+    to_255,
     write_png,
     written_whole,
 )
 from cdiffset.pairing import SPLITS  # noqa: E402
 from cdiffset.scenes.geotiff import (  # noqa: E402
-    DRIVERS,
     SUFFIXES,
     Scene,
     crs_of,
     find_sources,
-    has_colours,
+    open_checked,
     open_scene,
     without_polarisation,
 )
@@ -182,23 +181,11 @@ def _kind(path: Path) -> str:
     return "a file" if path.is_file() else "a folder" if path.is_dir() else "does not exist"
 
 
-@contextmanager
-def open_eo(path: Path) -> Iterator[rasterio.DatasetReader]:
+def open_eo(path: Path) -> AbstractContextManager[rasterio.DatasetReader]:
     """Open a raster of EO or clouds, without its overviews, which may have been made of other pixels."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    with ExitStack() as stack:
-        try:
-            source = stack.enter_context(open_raster(path, DRIVERS.get(path.suffix.lower()), OVERVIEW_LEVEL="NONE"))
-        except RasterioIOError as error:
-            raise UserError(f"{path}: unreadable, truncated or no raster ({str(error).splitlines()[0]})") from error
-        if not source.count:
-            raise UserError(f"{path}: {len(source.subdatasets)} rasters in one file; take one out by gdal_translate")
-        if "complex" in source.dtypes[0]:
-            raise UserError(complex_message(path, source.dtypes[0]))
-        if has_colours(source):
-            raise UserError(f"{path}: colours in a palette; expected bands (gdal_translate -expand rgb)")
-        yield source
+    return open_checked(path, math.inf, "rgb", OVERVIEW_LEVEL="NONE")
 
 
 class Layer(NamedTuple):
@@ -262,8 +249,7 @@ def stretched(values: np.ndarray, valid: np.ndarray, limits: list[float] | None)
     """Bands [H, W, C] => 0-255 (float64); pixels without data and constant scenes become 0."""
     values = np.where(valid[..., None], values, 0).astype(np.float64)
     if limits is not None:
-        low, high = limits
-        values = (np.clip(values, low, high) - low) / (high - low) * 255 if high > low else np.zeros_like(values)
+        values = to_255(values, *limits)
     return values * valid[..., None]
 
 

@@ -14,7 +14,7 @@ from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from cdiffset.errors import UserError
-from cdiffset.images import PIXEL_PERCENTILES, STRETCH_PERCENTILES, read_sar_valid
+from cdiffset.images import PIXEL_PERCENTILES, STRETCH_PERCENTILES, read_sar_valid, three_channels, to_255
 from cdiffset.scenes.geotiff import MAX_PIXELS, POLARISATIONS, Scene, is_auxiliary, is_scene, open_scene
 from cdiffset.scenes.resampling import apply_weights, gsd_of, require_gsd, resampled_size, steps_to, weights
 
@@ -113,11 +113,8 @@ class Radiometry:
 
     def stretched(self, bands: list[np.ndarray]) -> np.ndarray:
         """Bands as `scaled` gives them => three channels in 0-255, [3, ...]."""
-        stretched = []
-        for values, (low, high) in zip(bands, self.limits, strict=True):
-            span = high - low
-            stretched.append((np.clip(values, low, high) - low) / span * 255 if span > 0 else np.zeros_like(values))
-        return np.stack(mixed(self.channels, stretched))
+        limits = zip(bands, self.limits, strict=True)
+        return np.stack(three_channels([to_255(values, low, high) for values, (low, high) in limits]))
 
     def scaled(self, scene: Scene, window: Window) -> tuple[list[np.ndarray], np.ndarray]:
         """A window => (bands, float64 [h, w] each, before the stretch, 0 where not valid; valid [h, w])."""
@@ -205,21 +202,6 @@ def despeckled(intensity: np.ndarray, valid: np.ndarray, side: int, looks: float
     return mean + np.clip(weight, 0, 1) * (np.where(valid, intensity, 0) - mean)
 
 
-def mixed(channels: str, bands: list[np.ndarray]) -> list[np.ndarray]:
-    """Bands, stretched => the three channels of a preset."""
-    match channels, bands:
-        case "single", [only]:
-            return [only, only, only]
-        case "pair", [first, second]:
-            return [first, (first + second) / 2, second]
-        case "spacenet6", [hh, hv, vh, vv]:
-            return [hh, (hv + vh) / 2, vv]
-        case "three" | "ratio", [_, _, _]:
-            return bands
-        case _:
-            raise ValueError(f"{channels!r} does not take {len(bands)} bands")
-
-
 def fill(pixels: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Pixels [C, h, w] with what is not valid [h, w] replaced by ever coarser means of what is; 0 where nothing is valid."""
     if valid.all():
@@ -280,7 +262,7 @@ def measure(scene: Scene, options: RadiometryOptions, trained: dict | None = Non
     judged = numbers.ravel() if fill_value is None else numbers[numbers != fill_value]
     scale, reason = tell_scale(scene, indexes, judged) if options.scale == "auto" else (options.scale or "dn", None)
     check_scale(scene, options.scale, scale, numbers, judged, note)
-    if options.scale is None and (proposed := scale_of_numbers(judged, all_float(scene, indexes))):
+    if options.scale is None and (proposed := scale_of_numbers(judged, scene.is_float(indexes))):
         notes.append(f"{proposed[1]}: this looks like {WORDS[proposed[0]]}, which --scale {proposed[0]} stretches as amplitude")
     steps = chosen_steps(scene, options, trained.get("gsd_m"))
     despeckle = parse_despeckle(options.despeckle)
@@ -344,7 +326,7 @@ def likely_fill(numbers: np.ndarray) -> tuple[float | None, str | None]:
 def tell_scale(scene: Scene, indexes: tuple[int, ...], values: np.ndarray) -> tuple[str, str]:
     """--scale auto => (the scale, why): by what units, descriptions and tags say, unless the numbers contradict it, else by the
     numbers [n] alone."""
-    by_numbers = scale_of_numbers(values, all_float(scene, indexes))
+    by_numbers = scale_of_numbers(values, scene.is_float(indexes))
     if (told := scale_of_words(scene, indexes)) is None:
         return by_numbers or ("dn", f"nothing names another; {range_of(values)}")
     scale, words = told
@@ -380,13 +362,12 @@ def scale_of_numbers(values: np.ndarray, is_float: bool) -> tuple[str, str] | No
     Decibels: half or more are negative, and 98 % lie where backscatter does. Power: floats that are not negative, whose tail is
     heavier than that of an amplitude of several looks. Amplitude in float of a single look has the tail of power, too.
     """
-    negative = float(np.mean(values < 0)) if values.size else 0.0
-    if negative >= 0.5 and likely_db_share(values) >= 0.98:
-        return (
-            "db",
-            f"{likely_db_share(values):.0%} of the values from {LIKELY_DB[0]} to {LIKELY_DB[1]}, {negative:.0%} negative",
-        )
-    if is_float and values.size and not negative:
+    if not values.size:
+        return None
+    negative, likely = float(np.mean(values < 0)), likely_db_share(values)
+    if negative >= 0.5 and likely >= 0.98:
+        return "db", f"{likely:.0%} of the values from {LIKELY_DB[0]} to {LIKELY_DB[1]}, {negative:.0%} negative"
+    if is_float and not negative:
         middle, high = np.percentile(values, (50, 99))
         if middle > 0 and high / middle > HEAVY_TAIL:
             return "intensity", f"floats from 0, 99th percentile {high / middle:.2g} times the median (power from {HEAVY_TAIL})"
@@ -429,14 +410,6 @@ def check_scale(
         raise UserError(f"--scale {asked}: {scene.name} does not hold that: {fault} ({range_of(judged)}){hint}")
 
 
-def all_float(scene: Scene, indexes: tuple[int, ...]) -> bool:
-    return all(scene.dtypes[k - 1].startswith("float") or scene.has_scale(k) for k in indexes)
-
-
-def all_8_bit(scene: Scene, indexes: tuple[int, ...]) -> bool:
-    return all(scene.dtypes[k - 1] == "uint8" and not scene.has_scale(k) for k in indexes)
-
-
 def chosen_limits(
     scene: Scene, unstretched: Radiometry, stretch: str | None, values: np.ndarray, statistics: dict | None
 ) -> tuple[tuple[float, float], ...]:
@@ -455,7 +428,7 @@ def chosen_limits(
         raise UserError("--stretch folder: it takes all scenes of a folder, see shared_stretch")
     else:
         limits = [tuple(np.percentile(band, numbers)) for band in values]
-        if stretch is None and unstretched.scale in ("dn", "amplitude") and all_8_bit(scene, unstretched.indexes):
+        if stretch is None and unstretched.scale in ("dn", "amplitude") and scene.is_8_bit(unstretched.indexes):
             limits[: len(unstretched.indexes)] = [(0.0, 255.0)] * len(unstretched.indexes)
     return tuple((float(low), float(high)) for low, high in limits)
 
