@@ -34,7 +34,7 @@ from cdiffset.device import be_deterministic, keep_freed_memory, without_instruc
 from cdiffset.diffusion import image_noise, training_loss, translate
 from cdiffset.errors import Stopped, UserError, message_of
 from cdiffset.evaluation.evaluate import evaluate_folders
-from cdiffset.evaluation.folders import Inputs
+from cdiffset.evaluation.folders import EvaluationFolders
 from cdiffset.images import to_uint8, write_png, write_tiff
 from cdiffset.model import (
     base_prediction_type,
@@ -748,8 +748,8 @@ class Trainer:
         if self.is_main:  # nobody waits for it: judging a large set takes longer than a collective may
             maps = folder / "variance" if (folder / "variance").is_dir() else None
             report = evaluate_folders(
-                Inputs(folder / "generated", folder / "eo", folder / "sar", variance_dir=maps), folder, device=self.device,
-                num_workers=self.config.num_worker, networks=self.config.lpips,
+                EvaluationFolders(folder / "generated", folder / "eo", folder / "sar", variance_dir=maps), folder,
+                device=self.device, num_workers=self.config.num_worker, networks=self.config.lpips,
             )  # fmt: skip
             self.val_log.info("test  n %d  %s", report["images"], json.dumps(report["means"]["standard"]))
             print((folder / "report.md").read_text(encoding="utf-8"))

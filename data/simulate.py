@@ -42,7 +42,7 @@ class Simulation:
     p_sar_only: float = 0.3  # share of the ships and vehicles that only the SAR shows
     p_eo_only: float = 0.3  # share of the ships and vehicles that only the EO shows
     parcel_px: float = 26.0  # mean distance of neighbouring land parcels
-    texture: float = 1.0  # strength of the EO's texture and tint, which no SAR foretells
+    texture: float = 1.0  # strength of the EO's texture and tint, which no SAR predicts
     object_scale: float = 1.0  # size of ships, vehicles, tanks and platforms; vehicles stay on their roads up to 1.4
     contrast: float = 1.0  # EO contrast of ships and vehicles with water and roads; 0 hides them
     movable_db: float = 0.0  # added to the backscatter of ships and vehicles, dB

@@ -63,7 +63,7 @@ def picture_rows(images: dict[str, np.ndarray], mean_train_eo: np.ndarray, base:
 
 
 def confidence_rows(images: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Variance and, as the trivial rival, SAR brightness: do they rank the error and find the planted discrepancies?
+    """Variance and, as the trivial baseline, SAR brightness: do they rank the error and find the planted discrepancies?
 
     Pooled over all pixels of all scenes. Error: absolute, mean over RGB. AUROC: the pixels of one kind of discrepancy against
     all pixels without any.

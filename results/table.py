@@ -67,7 +67,7 @@ def set_table(reports: dict[str, dict]) -> list[list[str]]:
 
 
 def map_table(reports: dict[str, dict]) -> list[list[str]]:
-    """Maps and their rivals, a row each; runs without maps have none."""
+    """Maps and trivial baselines, a row each; runs without maps have none."""
     from cdiffset.evaluation.report import number
 
     rows = [["run", "map", "n", *RANKING.values(), *ENCE.values(), "AUROC SAR-only ↑", "AUROC EO-only"]]
@@ -95,7 +95,7 @@ def render(reports: dict[str, dict]) -> str:
         parts += ["## Whole sets", note, markdown_table(set_table(reports))]
     if len(maps := map_table(reports)) > 1:
         parts += [
-            "## Uncertainty maps and their rivals",
+            "## Uncertainty maps and trivial baselines",
             "Pooled over pixels; Spearman, AUSE and AURG of the absolute error.",
             markdown_table(maps),
         ]

@@ -14,7 +14,7 @@ from rasterio.errors import RasterioError
 from torch.utils.data import Dataset
 
 from cdiffset.errors import UserError
-from cdiffset.evaluation.baselines import image_columns, rivals, sample_pixels
+from cdiffset.evaluation.baselines import draw_pixels, image_columns, trivial_baselines
 from cdiffset.images import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
@@ -35,7 +35,7 @@ MAPS = {
     "variance": "variance_dir",
     "expected error": "error_dir",
     "ensemble spread": "ensemble_dir",
-}  # name: its field in Inputs
+}  # name: its field in EvaluationFolders
 MASKS = ("sar_only", "eo_only")  # objects that only one of the two images shows
 MAP_SUFFIXES = (".tif", ".tiff")  # test.py --error-dir writes a picture for the eye beside each map
 LIST_SUFFIXES = (*PAIR_SUFFIXES, ".pkl")
@@ -53,8 +53,8 @@ FAULTS = {
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The folders to judge, and what their numbers are; None: not given."""
+class EvaluationFolders:
+    """What is evaluated against what, and what their numbers are; None: not given."""
 
     pred_dir: Path  # EO as any method made it
     gt_dir: Path  # true EO
@@ -79,40 +79,40 @@ class EmptyFault(UserError):
 FAULT_OF = {SizeFault: "size", EmptyFault: "empty", UndeclaredRange: "range"}  # others: unreadable
 
 
-class PairFolders(Dataset):
-    """The pairs of `inputs` in counting order of their stems, each as a dict:
+class EvaluationPairs(Dataset):
+    """The pairs of `folders` in counting order of their stems, each as a dict:
 
     {"stem"; "sar" (where given), "eo", "generated": float32 [3, H, W] in [-1, 1]; "valid": bool [H, W], the pixels that count,
     which both EO images hold; the others are black in both; "maps": {name: float32 [H, W], NaN where not valid};
-    "values": {column: number} of this image; "sample": {name: [n]} of its pixels, or None; "faults": [(kind, text)]}.
+    "values": {column: number} of this image; "pixels": {name: [n]} of its pixels, or None; "faults": [(kind, text)]}.
 
     A pair that cannot be used has "stem" and "faults" alone. What the folders' lists tell already is in `faults`:
     {kind of FAULTS: [names]}. UserError where no pair is left, and where a range does not fit the first pair's files.
     """
 
-    def __init__(self, inputs: Inputs, max_pixels: int = MAX_PIXELS):
-        self.inputs, self.max_pixels = inputs, max_pixels
-        self.files = {"generated": images_by_stem(inputs.pred_dir), "eo": images_by_stem(inputs.gt_dir)}
+    def __init__(self, folders: EvaluationFolders, max_pixels: int = MAX_PIXELS):
+        self.folders, self.max_pixels = folders, max_pixels
+        self.files = {"generated": images_by_stem(folders.pred_dir), "eo": images_by_stem(folders.gt_dir)}
         generated, eo = set(self.files["generated"]), set(self.files["eo"])
         self.faults: dict[str, list[str]] = {}
-        if inputs.split_list is not None:
-            listed, unlisted = read_split(inputs.split_list, generated | eo)
+        if folders.split_list is not None:
+            listed, unlisted = read_split(folders.split_list, generated | eo)
             if not listed:
-                raise UserError(f"{inputs.split_list}: no entry is an image of {inputs.pred_dir} or {inputs.gt_dir}")
+                raise UserError(f"{folders.split_list}: no entry is an image of {folders.pred_dir} or {folders.gt_dir}")
             generated, eo, self.faults["unlisted"] = generated & listed, eo & listed, unlisted
         self.faults["missing"] = [stem for stem in self.files["eo"] if stem in eo - generated]
         self.faults["extra"] = [stem for stem in self.files["generated"] if stem in generated - eo]
         self.stems = [stem for stem in self.files["eo"] if stem in eo & generated]
         if not self.stems:
-            raise UserError(f"no image of {inputs.pred_dir} has a twin of the same relative path in {inputs.gt_dir}")
-        self.map_names = [name for name, field in MAPS.items() if getattr(inputs, field) is not None]
-        self.files |= {name: images_by_stem(getattr(inputs, MAPS[name]), MAP_SUFFIXES) for name in self.map_names}
-        beside = {} if inputs.sar_dir is None else {"sar": inputs.sar_dir}
-        if inputs.mask_dir is not None:
-            beside |= {mask: inputs.mask_dir / f"mask_{mask}" for mask in MASKS}
+            raise UserError(f"no image of {folders.pred_dir} has a twin of the same relative path in {folders.gt_dir}")
+        self.map_names = [name for name, field in MAPS.items() if getattr(folders, field) is not None]
+        self.files |= {name: images_by_stem(getattr(folders, MAPS[name]), MAP_SUFFIXES) for name in self.map_names}
+        beside = {} if folders.sar_dir is None else {"sar": folders.sar_dir}
+        if folders.mask_dir is not None:
+            beside |= {mask: folders.mask_dir / f"mask_{mask}" for mask in MASKS}
         self.files |= {kind: images_by_stem(folder) for kind, folder in beside.items()}
         self.pixels_per_image = max(1, POOLED_PIXELS // len(self.stems))
-        self.ranges = {"generated": (inputs.pred_range, "--pred-range"), "eo": (inputs.gt_range, "--gt-range")}
+        self.ranges = {"generated": (folders.pred_range, "--pred-range"), "eo": (folders.gt_range, "--gt-range")}
         for kind, (limits, option) in self.ranges.items():
             require_declared_range(self._path(kind, self.stems[0]), limits, option, max_pixels)
 
@@ -127,7 +127,7 @@ class PairFolders(Dataset):
             return {"stem": stem, "faults": [(FAULT_OF.get(type(error), "unreadable"), str(error))]}
         values |= {"share/counted": float(valid.mean()), "8-bit/mae": mean_difference(generated, eo, valid)}
         item = {"stem": stem, "generated": to_tensor(generated), "eo": to_tensor(eo), "valid": torch.from_numpy(valid)}
-        item |= {"maps": {}, "values": values, "sample": None, "faults": faults}
+        item |= {"maps": {}, "values": values, "pixels": None, "faults": faults}
         try:
             self._add_what_stands_beside(item, generated, eo, valid)
         except UserError as error:
@@ -146,7 +146,7 @@ class PairFolders(Dataset):
         if not valid.any():
             raise EmptyFault(f"{stem}: no pixel is valid in both images")
         generated, eo = (np.where(valid[..., None], image, np.float32(0)) for image in (generated, eo))
-        declared = {"pred": (self.inputs.pred_range, clipped), "gt": (self.inputs.gt_range, eo_clipped)}
+        declared = {"pred": (self.folders.pred_range, clipped), "gt": (self.folders.gt_range, eo_clipped)}
         shares = {f"share/clipped_{kind}": share for kind, (limits, share) in declared.items() if limits is not None}
         return generated, eo, valid, shares, faults
 
@@ -167,11 +167,11 @@ class PairFolders(Dataset):
             raise UserError(f"{stem}: no pixel that counts is valid in every map")
         difference = generated - eo
         errors = {"absolute": np.abs(difference).mean(-1), "squared": np.square(difference).mean(-1)}  # [H, W]
-        candidates = {name: values[valid] for name, values in (maps | rivals(sar, valid.shape, stem)).items()}  # [n]
+        candidates = {name: values[valid] for name, values in (maps | trivial_baselines(sar, valid.shape, stem)).items()}  # [n]
         errors, masks = ({name: values[valid] for name, values in each.items()} for each in (errors, masks))
         item["maps"] = {name: np.where(valid, values, np.float32(np.nan)) for name, values in maps.items()}
         item["values"] |= {"share/counted_in_maps": float(valid.mean()), **image_columns(candidates, errors)}
-        item["sample"] = sample_pixels({**errors, **candidates, **masks}, self.pixels_per_image, stem)
+        item["pixels"] = draw_pixels({**errors, **candidates, **masks}, self.pixels_per_image, stem)
 
     def _read_mask(self, name: str, stem: str, size: tuple[int, int]) -> np.ndarray:
         mask = read_judged_eo(self._path(name, stem), None, None, self.max_pixels).pixels[..., 0] > 127

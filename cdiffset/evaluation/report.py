@@ -223,9 +223,9 @@ def uncertainty_blocks(part: dict, means: dict, images: int) -> Iterator[Block]:
         "text",
         f"Pooled over {part['pixels']} pixels of {part['images']} images, at most {part['pixels_per_image']} of each, drawn at "
         f"random with a fixed seed from those that count and are valid in every map (mean over images: {100 * share:.4g} %). "
-        f"Error: absolute or squared, mean over RGB, in 8-bit units; its mean is "
-        f"{mean_error['absolute']:.3f} and {mean_error['squared']:.1f}. Rivals: a random map, and the SAR's brightness, "
-        f"coefficient of variation in {WINDOW_PX} x {WINDOW_PX} px and gradient (Gaussian, σ = {GRADIENT_SIGMA_PX:g} px).",
+        f"Error: absolute or squared, mean over RGB, in 8-bit units; its mean is {mean_error['absolute']:.3f} and "
+        f"{mean_error['squared']:.1f}. Trivial baselines: a random map, and the SAR's brightness, coefficient of variation in "
+        f"{WINDOW_PX} x {WINDOW_PX} px and gradient (Gaussian, σ = {GRADIENT_SIGMA_PX:g} px).",
     )
     measures = [f"{measure}_{error}" for error in ERRORS for measure in RANKING]
     labels = [LABELS[measure] for measure in measures]
