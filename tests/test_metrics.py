@@ -57,6 +57,18 @@ def random_dists():
 
 
 @pytest.fixture
+def pair_metrics(monkeypatch):
+    """PairMetrics with the given networks in place of those that are downloaded."""
+
+    def make(lpips: torch.nn.Module | None = None, dists: torch.nn.Module | None = None) -> PairMetrics:
+        monkeypatch.setattr(utils, "_load_lpips", lambda: lpips)
+        monkeypatch.setattr(utils, "_load_dists", lambda: dists)
+        return PairMetrics(with_lpips=lpips is not None, with_dists=None if dists is None else True)
+
+    return make
+
+
+@pytest.fixture
 def offline(monkeypatch, tmp_path):
     """Every download fails, nothing is cached; gives the list of attempts."""
     attempts = []
@@ -127,9 +139,9 @@ def test_values_are_per_image_and_equal_to_direct_library_calls_at_batch_1():
     assert values["paper"]["ssim"] != pytest.approx(values["standard"]["ssim"], abs=1e-3)
 
 
-def test_batch_4_equals_four_batches_of_1(random_lpips):
+def test_batch_4_equals_four_batches_of_1(pair_metrics, random_lpips):
     generated, eo = pair()
-    metrics = PairMetrics(lpips_model=random_lpips)
+    metrics = pair_metrics(random_lpips)
     together = metrics(generated, eo)
     alone = [metrics(generated[i : i + 1], eo[i : i + 1]) for i in range(4)]
     for convention in CONVENTIONS:
@@ -139,9 +151,9 @@ def test_batch_4_equals_four_batches_of_1(random_lpips):
     assert metrics.absent == {}
 
 
-def test_symmetry_and_identity(random_lpips):
+def test_symmetry_and_identity(pair_metrics, random_lpips):
     generated, eo = pair(batch=2)
-    metrics = PairMetrics(lpips_model=random_lpips)
+    metrics = pair_metrics(random_lpips)
     forwards, backwards, same = metrics(generated, eo), metrics(eo, generated), metrics(eo, eo.clone())
     for convention in CONVENTIONS:
         for metric, values in forwards[convention].items():
@@ -151,9 +163,9 @@ def test_symmetry_and_identity(random_lpips):
         assert same[convention]["lpips"] == [0, 0]
 
 
-def test_lpips_is_fed_with_each_conventions_own_range(random_lpips):
+def test_lpips_is_fed_with_each_conventions_own_range(pair_metrics, random_lpips):
     generated, eo = pair(batch=2)
-    values = PairMetrics(lpips_model=random_lpips)(generated, eo)
+    values = pair_metrics(random_lpips)(generated, eo)
     with torch.no_grad():
         standard = random_lpips(generated, eo).flatten().tolist()
         paper = random_lpips((generated + 0.5).clamp(0, 1), (eo + 0.5).clamp(0, 1), normalize=False).flatten().tolist()
@@ -162,9 +174,9 @@ def test_lpips_is_fed_with_each_conventions_own_range(random_lpips):
     assert standard != pytest.approx(paper, abs=1e-4)
 
 
-def test_dists_is_torchmetrics_own_in_each_conventions_range(random_dists, monkeypatch):
+def test_dists_is_torchmetrics_own_in_each_conventions_range(pair_metrics, random_dists, monkeypatch):
     generated, eo = pair(batch=3)
-    values = PairMetrics(with_lpips=False, dists_model=random_dists)(generated, eo)
+    values = pair_metrics(dists=random_dists)(generated, eo)
     monkeypatch.setattr("torchmetrics.functional.image.dists.DISTSNetwork", lambda: random_dists)
     direct = deep_image_structure_and_texture_similarity
     assert values["standard"]["dists"] == pytest.approx(direct(generated * 0.5 + 0.5, eo * 0.5 + 0.5).tolist(), abs=1e-5)
@@ -173,9 +185,9 @@ def test_dists_is_torchmetrics_own_in_each_conventions_range(random_dists, monke
     assert paper != pytest.approx(values["standard"]["dists"], abs=1e-4)
 
 
-def test_dists_is_symmetric_0_for_equal_images_and_the_same_at_batch_1(random_dists):
+def test_dists_is_symmetric_0_for_equal_images_and_the_same_at_batch_1(pair_metrics, random_dists):
     generated, eo = pair(batch=2)
-    metrics = PairMetrics(with_lpips=False, dists_model=random_dists)
+    metrics = pair_metrics(dists=random_dists)
     forwards = metrics(generated, eo)["standard"]["dists"]
     assert metrics(eo, generated)["standard"]["dists"] == pytest.approx(forwards, abs=1e-5)
     assert metrics(eo, eo.clone())["standard"]["dists"] == pytest.approx([0, 0], abs=1e-4)
@@ -197,8 +209,8 @@ def test_images_too_small_for_a_metric_leave_it_absent_with_the_reason():
     assert metrics.absent["lpips"] == "switched off"
 
 
-def test_minimal_sizes_are_enough_for_the_libraries(random_lpips, random_dists):
-    metrics = PairMetrics(lpips_model=random_lpips, dists_model=random_dists)
+def test_minimal_sizes_are_enough_for_the_libraries(pair_metrics, random_lpips, random_dists):
+    metrics = pair_metrics(random_lpips, random_dists)
     for metric, side in utils.MIN_SIDE_PX.items():
         assert math.isfinite(metrics(*pair(batch=1, size=side))["standard"][metric][0])
     assert math.isfinite(metrics(*pair(batch=1, size=16))["paper"]["lpips"][0])
