@@ -124,13 +124,13 @@ def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int
     """Translate every pair => (what is drawn from the pixels of each that count, by its index; pairs that cannot be used)."""
     from cdiffset.checkpoint import read_meta
     from cdiffset.inference.batching import batches_of_one_size, file_threads
-    from cdiffset.pairing import read_judged_pair
+    from cdiffset.pairing import read_unstretched_pair
 
     trained = read_meta(args.checkpoint)
     options = RadiometryOptions(max_pixels=args.max_pixels).completed(trained.get("radiometry"))
 
     def read(pair) -> tuple[np.ndarray, ...]:
-        return read_judged_pair(pair, read_whole(pair.sar, options, trained), args.eo_range, args.max_pixels)
+        return read_unstretched_pair(pair, read_whole(pair.sar, options, trained), args.eo_range, args.max_pixels)
 
     pixels, skipped = {}, []
     batches = batches_of_one_size(

@@ -1,4 +1,4 @@
-"""Metrics of image pairs, in both conventions of the field, metrics of image sets, and the pictures people look at.
+"""Metrics of image pairs, in both conventions of the field, metrics of image sets, and panels of pictures.
 
 B, H, W: batch, height, width of images. Images are float tensors [B, 3, H, W] in [-1, 1] unless a name says otherwise.
 """

@@ -45,8 +45,8 @@ def read_sar(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     8-bit data is taken as is; each deeper band is stretched from its 1st-99th percentile. One band is repeated, two become
     (b1, mean, b2), four (HH, HV, VH, VV) become (HH, (HV + VH) / 2, VV). A band declared as alpha is dropped; note that GDAL
-    declares the fourth band of an 8-bit TIFF to be alpha unless told otherwise. UserError names the file if it is unreadable
-    or claims more than max_pixels.
+    takes the fourth band of an 8-bit TIFF for alpha unless the file says otherwise. UserError names the file if it is
+    unreadable or claims more than max_pixels.
     """
     return read_sar_valid(path, max_pixels)[0]
 
@@ -117,21 +117,21 @@ def read_eo(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 class UndeclaredRange(UserError):
-    """EO to be judged that is deeper than 8 bits without a declared range, or 8-bit with one."""
+    """EO to be compared that is deeper than 8 bits without a declared range, or 8-bit with one."""
 
 
-class JudgedEO(NamedTuple):
-    """EO for judging, on the scale of its numbers: nothing is stretched by its percentiles."""
+class UnstretchedEO(NamedTuple):
+    """EO to be compared, on the scale of its numbers: nothing is stretched by percentiles."""
 
     pixels: np.ndarray  # float32 [H, W, 3] in 0-255, 0 where not valid
     valid: np.ndarray  # bool [H, W]: finite in every band, and excluded neither by alpha 0, nor by nodata, nor by a mask
     clipped: float  # share of the valid pixels with a value beyond the declared range
 
 
-def read_judged_eo(
+def read_unstretched_eo(
     path: str | Path, limits: tuple[float, float] | None, option: str | None, max_pixels: int = MAX_PIXELS
-) -> JudgedEO:
-    """EO file to judge or to judge by. 8-bit data is taken as is; of deeper data, the declared `limits` become 0 and 255.
+) -> UnstretchedEO:
+    """EO file to compare with another. 8-bit data is taken as is; of deeper data, the declared `limits` become 0 and 255.
 
     UndeclaredRange where deeper data comes without limits, or 8-bit data with limits other than 0 and 255; its message says
     what was found and names `option`, which declares them (None: there is no such option). Other UserErrors as in read_eo. A
@@ -158,17 +158,17 @@ def read_judged_eo(
         values = to_255(values, low, high)
     pixels = np.zeros((*valid.shape, 3), np.float32)
     pixels[valid] = values
-    return JudgedEO(pixels, valid, clipped)
+    return UnstretchedEO(pixels, valid, clipped)
 
 
 def require_declared_range(path: Path, limits: tuple[float, float] | None, option: str, max_pixels: int = MAX_PIXELS) -> None:
     """Raise UndeclaredRange if it is that for this file, one for all of its folder, before hours of work."""
     try:
-        read_judged_eo(path, limits, option, max_pixels)
+        read_unstretched_eo(path, limits, option, max_pixels)
     except UndeclaredRange:
         raise
     except UserError:
-        pass  # told when its turn comes
+        pass  # reported when its turn comes
 
 
 def _require_rgb(path: str | Path, bands: np.ndarray) -> None:
@@ -417,7 +417,7 @@ def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np
 
 @cache
 def _note_alpha() -> None:
-    """Said once, since it is of all files alike: GDAL takes the fourth band of an 8-bit TIFF for alpha, unless it is told."""
+    """Printed once, since it holds for all files alike."""
     print("note: a band that a TIFF declares as alpha is no part of the picture: it says where there is data", file=sys.stderr)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cdiffset.errors import UserError
-from cdiffset.images import IMAGE_SUFFIXES, list_images, read_judged_eo
+from cdiffset.images import IMAGE_SUFFIXES, list_images, read_unstretched_eo
 
 SPLITS = ("train", "test")
 PAIR_SUFFIXES = (".csv", ".tsv", ".txt")
@@ -28,11 +28,11 @@ class Pair(NamedTuple):
 
 
 def split_of(listroot: str | Path) -> str:
-    """The split that a list file's own name tells, whatever folders it lies in."""
-    told = [split for split in SPLITS if split in Path(listroot).stem.lower()]
-    if len(told) != 1:
-        raise UserError(f"{listroot}: its name does not tell train from test; give split, train or test")
-    return told[0]
+    """The split that a list's own file name contains, whatever folder it lies in."""
+    found = [split for split in SPLITS if split in Path(listroot).stem.lower()]
+    if len(found) != 1:
+        raise UserError(f"{listroot}: expected either train or test in its name; give split, train or test")
+    return found[0]
 
 
 def read_list(listroot: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -128,9 +128,9 @@ def _pair_columns(names: list[str], where: str) -> tuple[int, int] | None:
 def match_folders(sar_dir: Path, eo_dir: Path) -> list[Pair]:
     """Pairs of the images in two folders that share a relative path but for the suffix; every image needs its twin."""
     sar, eo = by_stem(sar_dir, list_images(sar_dir)), by_stem(eo_dir, list_images(eo_dir))
-    lonely = [eo[stem] for stem in eo if stem not in sar] + [sar[stem] for stem in sar if stem not in eo]
-    if lonely:
-        raise UserError(f"{len(lonely)} images of {sar_dir} and {eo_dir} have no twin of the same name: {_first(lonely)}")
+    unpaired = [eo[stem] for stem in eo if stem not in sar] + [sar[stem] for stem in sar if stem not in eo]
+    if unpaired:
+        raise UserError(f"{len(unpaired)} images of {sar_dir} and {eo_dir} have no twin of the same name: {_first(unpaired)}")
     return [Pair(stem, sar[stem], eo[stem]) for stem in eo]
 
 
@@ -193,7 +193,7 @@ def real_path(option: str, path: str | Path) -> Path:
     return Path(path)
 
 
-def read_judged_pair(
+def read_unstretched_pair(
     pair: Pair, sar: tuple[np.ndarray, np.ndarray], eo_range: tuple[float, float] | None, max_pixels: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A pair and its SAR as read (pixels, valid) => SAR and true EO [H, W, 3] in 0-255, and valid [H, W]: data in both.
@@ -201,7 +201,7 @@ def read_judged_pair(
     UserError where the EO is unreadable, their sizes differ, no pixel counts, or --eo-range does not fit the EO.
     """
     pixels, sar_valid = sar
-    eo, valid, _ = read_judged_eo(pair.eo, eo_range, "--eo-range", max_pixels)
+    eo, valid, _ = read_unstretched_eo(pair.eo, eo_range, "--eo-range", max_pixels)
     require_same_size(pair, pixels, eo)
     if not (valid & sar_valid).any():
         raise UserError(f"{pair.sar} and {pair.eo}: no pixel is valid in both")

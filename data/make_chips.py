@@ -144,7 +144,7 @@ def find_pairs(sar: Path, eo: Path, bands: str | None) -> list[Pair]:
         found = ", ".join(f"{path} ({_kind(path)})" for path in (sar, eo))
         raise UserError(f"--sar and --eo must be two files or two folders; found {found}")
     scenes = {names_of(name, files): files for name, files in find_sources(sar, wanted).items()}
-    pairs, lonely = [], []
+    pairs, unpaired = [], []
     for image in list_images(eo, SUFFIXES):
         name = image.with_suffix("").as_posix()
         twin = name
@@ -152,12 +152,12 @@ def find_pairs(sar: Path, eo: Path, bands: str | None) -> list[Pair]:
             twin = PurePosixPath(*SpaceNetFeeder.eo_to_sar(PurePosixPath("PS-RGB", image)).parts[1:]).with_suffix("").as_posix()
         key = next((key for key in scenes if twin in key), None)
         if key is None:
-            lonely.append(str(image))
+            unpaired.append(str(image))
         else:
             pairs.append(Pair(name, tuple(sar / file for file in scenes.pop(key)), eo / image))
-    lonely += [str(files[0]) for files in scenes.values()]
-    if lonely:
-        raise UserError(f"{len(lonely)} scenes of {sar} and {eo} have no twin of the same name: {', '.join(lonely[:3])}")
+    unpaired += [str(files[0]) for files in scenes.values()]
+    if unpaired:
+        raise UserError(f"{len(unpaired)} scenes of {sar} and {eo} have no twin of the same name: {', '.join(unpaired[:3])}")
     return pairs
 
 
@@ -172,8 +172,8 @@ def find_masks(cloud_mask: Path | None, pairs: list[Pair]) -> list[Path | None]:
     if cloud_mask is None or cloud_mask.is_file():
         return [cloud_mask] * len(pairs)
     masks = {path.with_suffix("").as_posix(): cloud_mask / path for path in list_images(cloud_mask, SUFFIXES)}
-    if lonely := [pair.name for pair in pairs if pair.name not in masks]:
-        raise UserError(f"--cloud-mask: {cloud_mask} has no mask for {len(lonely)} EO scenes: {', '.join(lonely[:3])}")
+    if unpaired := [pair.name for pair in pairs if pair.name not in masks]:
+        raise UserError(f"--cloud-mask: {cloud_mask} has no mask for {len(unpaired)} EO scenes: {', '.join(unpaired[:3])}")
     return [masks[pair.name] for pair in pairs]
 
 
@@ -372,7 +372,7 @@ def positions_of(scene: Surveyed, options: Options) -> np.ndarray:
 def footprints(scene: Surveyed, place: int, reference: Surveyed, positions: np.ndarray, size: int) -> tuple[np.ndarray, float]:
     """Centres [N, 3] of chips as (x, y in px of the reference scene's grid, place) and the longest side of any of them, px.
 
-    Scenes without a CRS lie nobody knows where: `place` keeps each apart from all others.
+    The places of scenes without a CRS are unknown: `place` keeps each apart from all others.
     """
     rows, cols = (positions[:, k, None] + size * np.array(corner) for k, corner in ((0, (0, 0, 1, 1)), (1, (0, 1, 0, 1))))
     if scene.crs is None:

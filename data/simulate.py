@@ -4,7 +4,7 @@ A scene is one piece of ground at 1.5 m GSD: water, forest, crops, bare soil, ur
 which both sensors see, and ships and vehicles, which may have moved between the two acquisitions. EO is a sunlit colour
 picture. SAR is the same ground by backscatter class in dB, with double bounce on the side that faces the sensor (left),
 radar shadow behind, and multiplicative gamma speckle. Tanks, piers and buildings are as bright in the SAR as ships and
-vehicles, so that brightness alone does not tell which objects are doubtful.
+vehicles, so that brightness alone does not show which objects are doubtful.
 
     python data/simulate.py --output data/demo --train 2048 --test 160 --size 64 --seed 0
 

@@ -262,8 +262,8 @@ class PairedFolderFeeder(PairedFeeder):
 
     Give `sar_dir` and `eo_dir`, or `dataroot` and `listroot`: a .csv, .tsv or .txt file of pairs relative to `dataroot`, see
     `read_pair_list`. `split` may be left to the list's own name. `gsd_m` is the ground sampling distance in metres, for the
-    checkpoint's record. Beside chips of data/make_chips.py, chips.json tells it, and how their scenes were read. Other options
-    are those of PairedFeeder.
+    checkpoint's record; chips.json, which data/make_chips.py writes, records it for its chips, and how their scenes were read.
+    Other options are those of PairedFeeder.
     """
 
     def __init__(
@@ -287,7 +287,7 @@ class PairedFolderFeeder(PairedFeeder):
         else:
             raise UserError(f"expected sar_dir and eo_dir, or dataroot and listroot; found {', '.join(given) or 'none'}")
         if split is None and listroot is None:
-            raise UserError("two folders do not tell their split: give split, train or test")
+            raise UserError("the names of two folders do not set the split: give split, train or test")
         super().__init__(pairs, crop_size, split or split_of(listroot), **options)
         if gsd_m is not None and (isinstance(gsd_m, bool) or not isinstance(gsd_m, int | float) or not 0 < gsd_m < 1e5):
             raise UserError(f"gsd_m is {gsd_m!r}; expected metres per pixel")
@@ -322,7 +322,7 @@ def _chips_record(folder: Path) -> dict:
 
 
 def _chips_gsd(chips: dict) -> float | None:
-    """The mean pixel size of the scenes that chips were cut from, in metres; None where they do not tell."""
+    """The mean pixel size of the scenes that chips were cut from, in metres; None where none records it."""
     sizes = [math.sqrt(math.prod(scene["gsd_m"])) for scene in chips.get("scenes", []) if scene.get("gsd_m")]
     return sum(sizes) / len(sizes) if sizes else None
 

@@ -73,11 +73,11 @@ def map_table(reports: dict[str, dict]) -> list[list[str]]:
     rows = [["run", "map", "n", *RANKING.values(), *ENCE.values(), "AUROC SAR-only ↑", "AUROC EO-only"]]
     for name, report in reports.items():
         part = report["uncertainty"] or {"maps": {}}
-        for map_name, judged in part["maps"].items():
-            ranking = judged.get("ranking", {}).get("absolute", {})
-            values = [ranking.get(measure) for measure in RANKING]
-            values += [judged.get("calibration", {}).get(error, {}).get("ence") for error in ENCE]
-            values += [judged.get(mask, {}).get("auroc") for mask in ("sar_only", "eo_only")]
+        for map_name, measures in part["maps"].items():
+            ranking = measures.get("ranking", {}).get("absolute", {})
+            values = [ranking.get(name) for name in RANKING]
+            values += [measures.get("calibration", {}).get(error, {}).get("ence") for error in ENCE]
+            values += [measures.get(mask, {}).get("auroc") for mask in ("sar_only", "eo_only")]
             scaled = " (ENCEs after one global scale)" if map_name == "variance" else ""
             rows.append([name, map_name + scaled, str(part["images"]), *(number(value, 3) for value in values)])
     return rows

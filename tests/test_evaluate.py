@@ -280,7 +280,7 @@ def test_a_baseline_of_other_images_is_refused_before_the_work(scene, capsys):
     argv = ["--pred-dir", str(scene / "pred"), "--gt-dir", str(scene / "gt"), "--output", str(scene / "report")]
     assert errors.run(evaluate.main, [*argv, "--baseline", str(scene / "other" / "report.json")]) == 2
     (line,) = capsys.readouterr().err.splitlines()  # no progress bar
-    assert line.startswith("error: --baseline: ") and line.endswith("judged none of these images")
+    assert line.startswith("error: --baseline: ") and line.endswith("has none of these images")
 
 
 @pytest.mark.parametrize(

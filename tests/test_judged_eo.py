@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 import calibrate
 from cdiffset.auditing.auditor import continued, write_maps
 from cdiffset.auditing.report import EXCLUDED, write_findings
-from cdiffset.images import read_judged_eo, read_tiff, without_georeference, write_tiff
+from cdiffset.images import read_tiff, read_unstretched_eo, without_georeference, write_tiff
 from cdiffset.pairing import Pair
 
 REPO = Path(__file__).parents[1]
@@ -149,7 +149,7 @@ def test_a_single_file_of_another_kind_is_a_fault_of_its_own(tmp_path, capsys):
 def test_values_beyond_the_range_are_clipped_and_noted(tmp_path):
     pixels = np.linspace(-0.05, 1, HEIGHT * WIDTH * 3).reshape(HEIGHT, WIDTH, 3)
     np.save(tmp_path / "a.npy", pixels)
-    read = read_judged_eo(tmp_path / "a.npy", (0, 1), "--pred-range")
+    read = read_unstretched_eo(tmp_path / "a.npy", (0, 1), "--pred-range")
     assert np.abs(read.pixels - np.clip(pixels, 0, 1) * 255).max() < 1e-4 and read.valid.all()
     assert read.clipped == pytest.approx(np.mean((pixels < 0).any(-1)))
     write_8_bit(tmp_path / "gt", range(1))
@@ -166,7 +166,7 @@ def test_values_beyond_the_range_are_clipped_and_noted(tmp_path):
 def test_a_range_that_the_numbers_contradict_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.linspace(-1, 1, 8 * 9 * 3, dtype=np.float32).reshape(8, 9, 3))
     with pytest.raises(errors.UserError, match="a.npy: values from -1 to 1, of which 50% are beyond --pred-range 0,1"):
-        read_judged_eo(tmp_path / "a.npy", (0, 1), "--pred-range")
+        read_unstretched_eo(tmp_path / "a.npy", (0, 1), "--pred-range")
 
 
 def with_alpha(path: Path, pixels: np.ndarray, out: np.ndarray, mode: str = "RGBA", **options) -> None:
@@ -225,7 +225,7 @@ def test_what_an_image_excludes_does_not_count(kind, side, tmp_path):
     write(tmp_path / side / name, picture(1), out)
     Image.fromarray(picture(2)).save(tmp_path / other / "a.png")
     Image.fromarray(picture(3)).save(tmp_path / "sar" / "a.png")
-    read = read_judged_eo(tmp_path / side / name, limits, "--range")
+    read = read_unstretched_eo(tmp_path / side / name, limits, "--range")
     assert np.array_equal(read.valid, ~out)
     report = run(tmp_path, "--sar-dir", tmp_path / "sar", *((f"--{side}-range", "0,255") if takes_range else ()))
     values = {side: read.pixels[~out].astype(float), other: picture(2)[~out].astype(float)}  # [n, 3]

@@ -14,7 +14,7 @@ from cdiffset.inference.batching import batches_of_one_size, skip_too_long
 from cdiffset.inference.options import recorded_settings
 from cdiffset.inference.record import Record
 from cdiffset.inference.translator import Model
-from cdiffset.pairing import Pair, read_judged_pair
+from cdiffset.pairing import Pair, read_unstretched_pair
 
 
 class Auditor(Model):
@@ -43,7 +43,7 @@ def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, skip_existing:
 
     def read(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         most = auditor.args.max_pixels
-        sar, eo, valid = read_judged_pair(pair, read_sar_valid(pair.sar, most), auditor.args.eo_range, most)
+        sar, eo, valid = read_unstretched_pair(pair, read_sar_valid(pair.sar, most), auditor.args.eo_range, most)
         return sar, continued(eo, valid), valid
 
     skipped: list[Pair] = []

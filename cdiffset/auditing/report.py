@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from cdiffset.auditing.residual import scores_of, strongest_boxes
-from cdiffset.images import read_judged_eo, read_sar, read_tiff, to_tensor, write_png, written_whole
+from cdiffset.images import read_sar, read_tiff, read_unstretched_eo, to_tensor, write_png, written_whole
 from cdiffset.pages import render_page
 from cdiffset.pairing import Pair
 from feeders.feeder import ListFeeder, PairedFeeder
@@ -67,7 +67,7 @@ def write_findings(
         residual = read_tiff(map_path(output, finding.pair))
         finding.boxes = strongest_boxes(residual, threshold, most_boxes)
         sar = read_sar(finding.pair.sar, max_pixels)
-        eo, valid, _ = read_judged_eo(finding.pair.eo, eo_range, "--eo-range", max_pixels)
+        eo, valid, _ = read_unstretched_eo(finding.pair.eo, eo_range, "--eo-range", max_pixels)
         eo[~valid] = EXCLUDED
         write_png(output / overlay_path(finding.pair), overlay(sar, eo, residual, finding.boxes, threshold))
     return sorted(findings, key=lambda finding: (-finding.score, finding.pair.name))

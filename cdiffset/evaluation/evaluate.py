@@ -58,7 +58,7 @@ def evaluate_folders(
     measured = measure_pairs(pairs, metrics, set_metrics, batch_size, num_workers)
     refuse_faults(pairs.faults, strict)
     if not measured.rows:
-        raise UserError(f"none of {len(pairs)} pairs can be judged: {fault_summary(pairs.faults, 1)}")
+        raise UserError(f"none of {len(pairs)} pairs can be evaluated: {fault_summary(pairs.faults, 1)}")
     set_values = {name: entry | {"n": set_metrics.images} for name, entry in set_metrics.compute().items()}
     not_whole = dict.fromkeys(set_values, utils.NEEDS_WHOLE) if measured.with_excluded else {}
     report = {
@@ -252,11 +252,11 @@ def read_report(path: Path) -> tuple[dict, list[dict], Path]:
 def require_common_images(names: list[str], baseline: tuple[dict, list[dict], Path]) -> None:
     _, rows, path = baseline
     if not {row["name"] for row in rows}.intersection(names):
-        raise UserError(f"--baseline: {path} judged none of these images")
+        raise UserError(f"--baseline: {path} has none of these images")
 
 
 def compare(rows: list[dict], set_values: dict, report: dict, other_rows: list[dict], path: Path) -> dict:
-    """This method minus the baseline on the images that both judged, with 95 % intervals of a paired bootstrap."""
+    """This method minus the baseline on the images that both evaluated, with 95 % intervals of a paired bootstrap."""
     require_common_images([row["name"] for row in rows], (report, other_rows, path))
     theirs = {row["name"]: row for row in other_rows}
     mine = [row for row in rows if row["name"] in theirs]

@@ -22,8 +22,8 @@ from cdiffset.images import (
     UndeclaredRange,
     list_images,
     open_raster,
-    read_judged_eo,
     read_sar,
+    read_unstretched_eo,
     require_declared_range,
     require_size,
     to_tensor,
@@ -37,7 +37,7 @@ MAPS = {
     "ensemble spread": "ensemble_dir",
 }  # name: its field in EvaluationFolders
 MASKS = ("sar_only", "eo_only")  # objects that only one of the two images shows
-MAP_SUFFIXES = (".tif", ".tiff")  # test.py --error-dir writes a picture for the eye beside each map
+MAP_SUFFIXES = (".tif", ".tiff")  # test.py --error-dir writes a picture to look at beside each map
 LIST_SUFFIXES = (*PAIR_SUFFIXES, ".pkl")
 FAULTS = {
     "missing": "ground truth without a prediction",
@@ -86,7 +86,7 @@ class EvaluationPairs(Dataset):
     which both EO images hold; the others are black in both; "maps": {name: float32 [H, W], NaN where not valid};
     "values": {column: number} of this image; "pixels": {name: [n]} of its pixels, or None; "faults": [(kind, text)]}.
 
-    A pair that cannot be used has "stem" and "faults" alone. What the folders' lists tell already is in `faults`:
+    A pair that cannot be used has "stem" and "faults" alone. What the lists of files show already is in `faults`:
     {kind of FAULTS: [names]}. UserError where no pair is left, and where a range does not fit the first pair's files.
     """
 
@@ -137,7 +137,7 @@ class EvaluationPairs(Dataset):
     def _read_pair(self, stem: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, float], list[tuple[str, str]]]:
         """=> (generated and EO [H, W, 3] in 0-255; valid [H, W]; columns of the ranges; faults)."""
         (generated, valid, clipped), (eo, eo_valid, eo_clipped) = (
-            read_judged_eo(self._path(kind, stem), limits, option, self.max_pixels)
+            read_unstretched_eo(self._path(kind, stem), limits, option, self.max_pixels)
             for kind, (limits, option) in self.ranges.items()
         )
         faults = [] if eo.shape == generated.shape else [("cropped", f"{stem} ({size_words(eo)} to {size_words(generated)})")]
@@ -174,7 +174,7 @@ class EvaluationPairs(Dataset):
         item["pixels"] = draw_pixels({**errors, **candidates, **masks}, self.pixels_per_image, stem)
 
     def _read_mask(self, name: str, stem: str, size: tuple[int, int]) -> np.ndarray:
-        mask = read_judged_eo(self._path(name, stem), None, None, self.max_pixels).pixels[..., 0] > 127
+        mask = read_unstretched_eo(self._path(name, stem), None, None, self.max_pixels).pixels[..., 0] > 127
         return centre_crop(mask, size, f"{stem}: mask {name}")
 
     def _path(self, kind: str, stem: str) -> Path:

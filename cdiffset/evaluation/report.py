@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cdiffset.evaluation.baselines import ERRORS, GRADIENT_SIGMA_PX, WINDOW_PX
+from cdiffset.evaluation.baselines import BINS, ERRORS, GRADIENT_SIGMA_PX, WINDOW_PX
 from cdiffset.evaluation.charts import line_chart
 from cdiffset.evaluation.folders import FAULTS, MASKS
 from cdiffset.pages import image_url, render_page
@@ -200,11 +200,11 @@ def bracket(entry: dict) -> str:
 def comparison_blocks(comparison: dict) -> Iterator[Block]:
     yield (
         "text",
-        f"This minus {comparison['baseline']}, on the {comparison['images']} images that both judged (the baseline has "
+        f"This minus {comparison['baseline']}, on the {comparison['images']} images that both evaluated (the baseline has "
         f"{comparison['images_of_baseline']}). In brackets: 95 % interval, paired bootstrap over images.",
     )
     if comparison["images_of_other_pixels"]:
-        yield "text", f"Warning: {comparison['images_of_other_pixels']} of these images were judged by other pixels there."
+        yield "text", f"Warning: {comparison['images_of_other_pixels']} of these images were evaluated on other pixels there."
     rows = [
         [group, LABELS.get(metric, metric), number(entry["difference"]) + bracket(entry), str(entry["n"])]
         for group, metrics in comparison["means"].items()
@@ -227,18 +227,18 @@ def uncertainty_blocks(part: dict, means: dict, images: int) -> Iterator[Block]:
         f"{mean_error['squared']:.1f}. Trivial baselines: a random map, and the SAR's brightness, coefficient of variation in "
         f"{WINDOW_PX} x {WINDOW_PX} px and gradient (Gaussian, σ = {GRADIENT_SIGMA_PX:g} px).",
     )
-    measures = [f"{measure}_{error}" for error in ERRORS for measure in RANKING]
-    labels = [LABELS[measure] for measure in measures]
-    yield "table", [["all pixels, ranked by", *labels], *([name, *ranking_cells(judged)] for name, judged in maps.items())]
-    rows = [[name, *(cell(means.get(name, {}).get(measure), images) for measure in measures)] for name in maps]
+    columns = [f"{measure}_{error}" for error in ERRORS for measure in RANKING]
+    labels = [LABELS[column] for column in columns]
+    yield "table", [["all pixels, ranked by", *labels], *([name, *ranking_cells(measures)] for name, measures in maps.items())]
+    rows = [[name, *(cell(means.get(name, {}).get(column), images) for column in columns)] for name in maps]
     yield "table", [["pixels of an image, mean over images", *labels], *rows]
     yield "text", "AUSE: 0 for a perfect ranking. AURG: 0 for a random one. Both are relative to the mean error."
     yield from detection_blocks(part)
     yield "text", "Mean absolute error of what remains when the least certain share is left out:"
     rows = [
-        [name, *(number(judged["ranking"]["absolute"]["discard"][percent], 3) for percent in DISCARDED)]
-        for name, judged in maps.items()
-        if "ranking" in judged
+        [name, *(number(measures["ranking"]["absolute"]["discard"][percent], 3) for percent in DISCARDED)]
+        for name, measures in maps.items()
+        if "ranking" in measures
     ]
     yield "table", [["left out", *(f"{percent} %" for percent in DISCARDED)], *rows]
     for error in ERRORS:
@@ -248,8 +248,8 @@ def uncertainty_blocks(part: dict, means: dict, images: int) -> Iterator[Block]:
         yield "items", [f"{name}: {reason}" for name, reason in part["absent"].items()]
 
 
-def ranking_cells(judged: dict) -> list[str]:
-    ranking = judged.get("ranking")
+def ranking_cells(measures: dict) -> list[str]:
+    ranking = measures.get("ranking")
     return [number(ranking and ranking[error][name], 3) for error in ERRORS for name in RANKING]
 
 
@@ -266,14 +266,14 @@ def detection_blocks(part: dict) -> Iterator[Block]:
     kinds = [(mask, measure) for mask in MASKS for measure in DETECTION]
     header = ["detection by", *(f"{DETECTION[measure]} {MASK_LABELS[mask]}" for mask, measure in kinds)]
     rows = [
-        [name, *(number(judged.get(mask, {}).get(measure), 3) for mask, measure in kinds)]
-        for name, judged in part["maps"].items()
+        [name, *(number(measures.get(mask, {}).get(measure), 3) for mask, measure in kinds)]
+        for name, measures in part["maps"].items()
     ]
     yield "table", [header, *rows]
 
 
 def curve_charts(part: dict, error: str) -> Iterator[Block]:
-    curves = {name: judged["ranking"][error]["discard"] for name, judged in part["maps"].items() if "ranking" in judged}
+    curves = {name: measures["ranking"][error]["discard"] for name, measures in part["maps"].items() if "ranking" in measures}
     if not curves:
         return
     oracle, unit = part["oracle"][error], {"absolute": "8-bit units", "squared": "8-bit units squared"}[error]
@@ -285,24 +285,23 @@ def curve_charts(part: dict, error: str) -> Iterator[Block]:
 
 
 def calibration_blocks(maps: dict, means: dict, images: int) -> Iterator[Block]:
-    judged = {(name, error): found for name, entry in maps.items() for error, found in entry.get("calibration", {}).items()}
-    if not judged:
+    calibrations = {(name, error): bins for name, entry in maps.items() for error, bins in entry.get("calibration", {}).items()}
+    if not calibrations:
         return
-    bins = next(iter(judged.values()))["bins"]
     yield (
         "text",
-        f"Calibration, in {bins} bins of equally many pixels by prediction: expected against mean absolute error, root mean "
+        f"Calibration, in {BINS} bins of equally many pixels by prediction: expected against mean absolute error, root mean "
         "variance against root mean square error. ENCE: mean over bins of |observed - predicted| / predicted. The variance is "
-        "in units of the latent, so its σ is judged by its shape alone, after one global scale to the mean (square) of the "
+        "in units of the latent, so its σ is evaluated by its shape alone, after one global scale to the mean (square) of the "
         "error; in single images, after a scale for each.",
     )
-    label = {key: f"{key[0]}{' (scaled)' if key[0] == 'variance' else ''}, {key[1]}" for key in judged}
+    label = {key: f"{key[0]}{' (scaled)' if key[0] == 'variance' else ''}, {key[1]}" for key in calibrations}
     rows = [
-        [label[name, error], number(found["ence"]), cell(means.get(name, {}).get(f"ence_{error}"), images)]
-        for (name, error), found in judged.items()
+        [label[name, error], number(bins["ence"]), cell(means.get(name, {}).get(f"ence_{error}"), images)]
+        for (name, error), bins in calibrations.items()
     ]
     yield "table", [["map, error", "ENCE of all pixels ↓", "ENCE of an image, mean over images ↓"], *rows]
-    lines = {label[key]: (found["predicted"], found["observed"]) for key, found in judged.items()}
+    lines = {label[key]: (bins["predicted"], bins["observed"]) for key, bins in calibrations.items()}
     highest = max(max(x + y) for x, y in lines.values())
     lines["calibrated"] = ([0, highest], [0, highest])
     yield "chart", Chart("Reliability", "predicted error [8-bit units]", "observed error [8-bit units]", lines)

@@ -1,7 +1,7 @@
 """Measures of whether an uncertainty deserves trust.
 
 They take arrays of any one shape, are computed in float64 over all their values together, and raise ValueError for what leaves
-them undefined instead of returning NaN. To judge a whole test set, pass the stacked maps of all its images.
+them undefined instead of returning NaN. For a whole test set, pass the stacked maps of all its images.
 """
 
 from typing import NamedTuple

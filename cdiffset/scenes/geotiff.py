@@ -36,7 +36,7 @@ CACHE_BYTES = 2**26  # GDAL would take 5 % of the machine's memory
 QUICKLOOK_PX = 1024
 RASTER_SUFFIXES = (".bil", ".img", ".j2k", ".jp2", ".nc", ".nitf", ".ntf", ".vrt")  # read as scenes alone, by GDAL
 SUFFIXES = (*IMAGE_SUFFIXES, *RASTER_SUFFIXES)
-# A suffix that names a format is taken at its word; GDAL tells what the others are.
+# Suffixes that stand for one format; GDAL finds out the others.
 DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".vrt": "VRT", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 POLARISATIONS = ("HH", "HV", "VH", "VV")
 POLARISATION = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(POLARISATIONS)})(?![A-Za-z0-9])", re.IGNORECASE)

@@ -255,20 +255,20 @@ def measure(scene: Scene, options: RadiometryOptions, trained: dict | None = Non
             f"--channels {channels}: it takes {CHANNELS[channels][0]} bands, {scene.name} gives {len(indexes)}: "
             f"choose them by --bands"
         )
-    numbers = sample(scene, Radiometry(indexes, "", "dn", (), nodata=options.nodata))
+    numbers = sampled_values(scene, Radiometry(indexes, "", "dn", (), nodata=options.nodata))
     fill_value, note = likely_fill(numbers)
     notes += [note] if note else []
     # A border of one value does not speak for the scene.
-    judged = numbers.ravel() if fill_value is None else numbers[numbers != fill_value]
-    scale, reason = tell_scale(scene, indexes, judged) if options.scale == "auto" else (options.scale or "dn", None)
-    check_scale(scene, options.scale, scale, numbers, judged, note)
-    if options.scale is None and (proposed := scale_of_numbers(judged, scene.is_float(indexes))):
+    backscatter = numbers.ravel() if fill_value is None else numbers[numbers != fill_value]
+    scale, reason = detect_scale(scene, indexes, backscatter) if options.scale == "auto" else (options.scale or "dn", None)
+    check_scale(scene, options.scale, scale, numbers, backscatter, note)
+    if options.scale is None and (proposed := scale_of_numbers(backscatter, scene.is_float(indexes))):
         notes.append(f"{proposed[1]}: this looks like {WORDS[proposed[0]]}, which --scale {proposed[0]} stretches as amplitude")
     steps = chosen_steps(scene, options, trained.get("gsd_m"))
     despeckle = parse_despeckle(options.despeckle)
     unstretched = Radiometry(indexes, channels, scale, (), steps, despeckle, options.nodata, reason)
     is_read_so = unstretched.steps == (1, 1) and not despeckle and channels != "ratio"
-    values = SCALES[scale](numbers.astype(np.float64)) if is_read_so else sample(scene, unstretched)
+    values = SCALES[scale](numbers.astype(np.float64)) if is_read_so else sampled_values(scene, unstretched)
     limits = chosen_limits(scene, unstretched, options.stretch, values, trained.get("sar_statistics"))
     if not all(math.isfinite(high - low) for low, high in limits):
         raise UserError(f"{scene.name}: its values overflow as --scale {scale}; give the scale that they have, or rescale them")
@@ -323,13 +323,13 @@ def likely_fill(numbers: np.ndarray) -> tuple[float | None, str | None]:
     return None, None
 
 
-def tell_scale(scene: Scene, indexes: tuple[int, ...], values: np.ndarray) -> tuple[str, str]:
+def detect_scale(scene: Scene, indexes: tuple[int, ...], values: np.ndarray) -> tuple[str, str]:
     """--scale auto => (the scale, why): by what units, descriptions and tags say, unless the numbers contradict it, else by the
     numbers [n] alone."""
     by_numbers = scale_of_numbers(values, scene.is_float(indexes))
-    if (told := scale_of_words(scene, indexes)) is None:
+    if (named := scale_of_words(scene, indexes)) is None:
         return by_numbers or ("dn", f"nothing names another; {range_of(values)}")
-    scale, words = told
+    scale, words = named
     if scale == "db":
         fault = why_no_db(values)
     else:
@@ -357,7 +357,7 @@ def scale_of_words(scene: Scene, indexes: tuple[int, ...]) -> tuple[str, str] | 
 
 
 def scale_of_numbers(values: np.ndarray, is_float: bool) -> tuple[str, str] | None:
-    """The scale that values [n] have by themselves, and why; None where they do not tell.
+    """The scale that values [n] have by themselves, and why; None where that is open.
 
     Decibels: half or more are negative, and 98 % lie where backscatter does. Power: floats that are not negative, whose tail is
     heavier than that of an amplitude of several looks. Amplitude in float of a single look has the tail of power, too.
@@ -395,10 +395,10 @@ def why_no_db(values: np.ndarray) -> str | None:
 
 
 def check_scale(
-    scene: Scene, option: str | None, scale: str, numbers: np.ndarray, judged: np.ndarray, note: str | None
+    scene: Scene, option: str | None, scale: str, numbers: np.ndarray, backscatter: np.ndarray, note: str | None
 ) -> None:
-    """Refuse a scale that the numbers contradict; `judged` are those that can mean backscatter, `option` is --scale."""
-    negative = float(np.mean(judged < 0)) if judged.size else 0.0
+    """Refuse a scale that the numbers contradict; `backscatter` are those that can mean it, `option` is --scale."""
+    negative = float(np.mean(backscatter < 0)) if backscatter.size else 0.0
     fault = None
     if scale == "db":
         fault = why_no_db(numbers)
@@ -407,13 +407,13 @@ def check_scale(
     if fault:
         asked = scale if option == scale else f"{option}, which takes them as {scale}"
         hint = f"; {note}" if note else "; give the scale that they have, or --scale auto"
-        raise UserError(f"--scale {asked}: {scene.name} does not hold that: {fault} ({range_of(judged)}){hint}")
+        raise UserError(f"--scale {asked}: {scene.name} does not hold that: {fault} ({range_of(backscatter)}){hint}")
 
 
 def chosen_limits(
     scene: Scene, unstretched: Radiometry, stretch: str | None, values: np.ndarray, statistics: dict | None
 ) -> tuple[tuple[float, float], ...]:
-    """What becomes 0 and 255 by --stretch, for each band and the ratio; values: `sample`."""
+    """What becomes 0 and 255 by --stretch, for each band and the ratio; values: `sampled_values`."""
     kind, numbers = parse_stretch(stretch)
     if kind == "fixed":
         if len(numbers) not in (2, 2 * len(values)):
@@ -445,7 +445,7 @@ def shared_stretch(files: Sequence[Sequence[Path]], options: RadiometryOptions, 
                 radiometry, _ = measure(scene, replace(options, stretch=None), trained)
             except UserError:
                 continue
-            values = sample(scene, radiometry)
+            values = sampled_values(scene, radiometry)
         samples.append(values[:, :: -(-values.shape[1] // FOLDER_SAMPLE_PX)])
     if not samples:
         raise UserError("--stretch folder: no scene of it can be measured")
@@ -499,7 +499,7 @@ def chosen_steps(scene: Scene, options: RadiometryOptions, trained_gsd: float | 
         return 1.0, 1.0
     wanted = trained_gsd if options.resample_gsd is True else options.resample_gsd
     if not wanted:
-        raise UserError("--resample-gsd: the checkpoint does not tell its training GSD; give it: --resample-gsd METRES")
+        raise UserError("--resample-gsd: the checkpoint does not record its training GSD; give it: --resample-gsd METRES")
     steps = steps_to(require_gsd(scene, options.gsd, "--resample-gsd"), wanted)
     height, width = resampled_size(scene.shape, steps)
     if height * width > max(options.max_pixels, MAX_PIXELS):
@@ -551,7 +551,7 @@ def out_of_domain(scene: Scene, radiometry: Radiometry, stated_gsd: float | None
             found.append(f"pixels of {dtype}, the training images had {trained_dtype}")
         if len(radiometry.indexes) != len(statistics["limits"]):
             found.append(f"{len(radiometry.indexes)} bands, the training images had {len(statistics['limits'])}")
-    low, middle, high = np.percentile(radiometry.stretched(list(sample(scene, radiometry))), PIXEL_PERCENTILES)
+    low, middle, high = np.percentile(radiometry.stretched(list(sampled_values(scene, radiometry))), PIXEL_PERCENTILES)
     least, usual, greatest = statistics["pixels"]
     if not least <= middle <= greatest:
         found.append(
@@ -566,7 +566,7 @@ def out_of_domain(scene: Scene, radiometry: Radiometry, stated_gsd: float | None
     return found
 
 
-def sample(scene: Scene, radiometry: Radiometry) -> np.ndarray:
+def sampled_values(scene: Scene, radiometry: Radiometry) -> np.ndarray:
     """Valid values [bands, n], not yet stretched, of blocks spread evenly over the scene, the same ones every time.
 
     Where they hold nothing valid or one value alone, as in a scene that is nearly all border, ever denser blocks are read.

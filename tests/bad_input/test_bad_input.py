@@ -202,7 +202,7 @@ LISTS = [
     ("not UTF-8", "test.txt", b"\xff\xfeo\0p\0", ("test.txt: the list is not UTF-8",)),
     ("zero byte", "test.txt", "opt_256_oc_0.2/1\0.png\n", ("test.txt, line 1", "control characters")),
     ("another suffix", "test.json", "[]", ("test.json: expected a list that ends in .txt or .pkl",)),
-    ("name without a split", "eo.txt", GOOD_LIST, ("eo.txt: its name does not tell train from test; give split",)),
+    ("name without a split", "eo.txt", GOOD_LIST, ("eo.txt: expected either train or test in its name; give split",)),
     ("pickle of a mapping", "test.pkl", pickle.dumps({"a": "b"}), ("test.pkl: refused", "strings and nothing else")),
     ("pickle of numbers", "test.pkl", pickle.dumps([1, 2]), ("test.pkl: refused", "strings and nothing else")),
     ("pickle of lists", "test.pkl", pickle.dumps([["a"]]), ("test.pkl: refused", "strings and nothing else")),
