@@ -17,6 +17,7 @@ from cdiffset.errors import UserError
 from cdiffset.images import PIXEL_PERCENTILES, STRETCH_PERCENTILES, read_sar_valid, three_channels, to_255
 from cdiffset.scenes.geotiff import MAX_PIXELS, POLARISATIONS, Scene, is_auxiliary, is_scene, open_scene
 from cdiffset.scenes.resampling import apply_weights, gsd_of, require_gsd, resampled_size, steps_to, weights
+from cdiffset.scenes.scale import SCALE_NAMES, check_scale, detect_scale, likely_fill, scale_of_numbers
 
 SAMPLE_PX = 2**22  # what percentiles are taken of; a scene of at most so many pixels is read whole
 SAMPLE_SIDE = 256  # px of a sampled block
@@ -34,16 +35,6 @@ SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "intensity": lambda values: np.sqrt(np.maximum(values, 0)),
     "db": lambda values: 10 ** (values / 20),
 }
-SCALE_WORDS = {  # how products name their numbers, in units, descriptions and tags
-    "db": {"db", "decibel", "decibels"},
-    "amplitude": {"amplitude", "magnitude"},
-    "intensity": {"intensity", "power", "linear", "sigma0", "beta0", "gamma0"},
-}
-LIKELY_DB = (-60, 20)  # backscatter
-POSSIBLE_DB = (-100, 100)  # of numbers that were never calibrated, too
-MIN_DB_SPREAD = 1.0  # dB between the 1st and the 99th percentile of anything that was taken by radar
-HEAVY_TAIL = 2.4  # 99th percentile / median: power of several looks is above, amplitude of several looks below
-FILL_SHARE = 0.05  # of the pixels that have one extreme value, from which on they may mean that there is no data
 CHANNELS = {  # preset => how many bands it takes
     "single": (1, "the band, repeated"),
     "pair": (2, "b1, (b1 + b2) / 2, b2"),
@@ -263,7 +254,9 @@ def measure(scene: Scene, options: RadiometryOptions, trained: dict | None = Non
     scale, reason = detect_scale(scene, indexes, backscatter) if options.scale == "auto" else (options.scale or "dn", None)
     check_scale(scene, options.scale, scale, numbers, backscatter, note)
     if options.scale is None and (proposed := scale_of_numbers(backscatter, scene.is_float(indexes))):
-        notes.append(f"{proposed[1]}: this looks like {WORDS[proposed[0]]}, which --scale {proposed[0]} stretches as amplitude")
+        notes.append(
+            f"{proposed[1]}: this looks like {SCALE_NAMES[proposed[0]]}, which --scale {proposed[0]} stretches as amplitude"
+        )
     steps = chosen_steps(scene, options, trained.get("gsd_m"))
     despeckle = parse_despeckle(options.despeckle)
     unstretched = Radiometry(indexes, channels, scale, (), steps, despeckle, options.nodata, reason)
@@ -275,9 +268,6 @@ def measure(scene: Scene, options: RadiometryOptions, trained: dict | None = Non
     radiometry = replace(unstretched, limits=limits)
     require_contrast(scene, radiometry, numbers, values)
     return radiometry, notes
-
-
-WORDS = {"intensity": "power", "db": "decibels"}
 
 
 def chosen_bands(scene: Scene, wanted: str | None) -> tuple[tuple[int, ...], list[str]]:
@@ -311,103 +301,6 @@ def index_of(scene: Scene, word: str) -> int:
         return names.index(word.upper()) + 1
     known = ", ".join(f"{k} ({name})" if name else str(k) for k, name in zip(scene.indexes, names, strict=True))
     raise UserError(f"--bands: {scene.name} has no single band {word!r}, its bands are {known}")
-
-
-def likely_fill(numbers: np.ndarray) -> tuple[float | None, str | None]:
-    """Values [bands, n] as in the file => (an extreme value of more than FILL_SHARE of them, a note), or (None, None)."""
-    for extreme, word in ((float(numbers.min()), "smallest"), (float(numbers.max()), "largest")):
-        share = float(np.mean(numbers == extreme))
-        if FILL_SHARE < share < 1:
-            found = f"{share:.0%} of the values are exactly {extreme:g}, the {word}"
-            return extreme, f"{found}: if that means no data, give --nodata {extreme:g}"
-    return None, None
-
-
-def detect_scale(scene: Scene, indexes: tuple[int, ...], values: np.ndarray) -> tuple[str, str]:
-    """--scale auto => (the scale, why): by what units, descriptions and tags say, unless the numbers contradict it, else by the
-    numbers [n] alone."""
-    by_numbers = scale_of_numbers(values, scene.is_float(indexes))
-    if (named := scale_of_words(scene, indexes)) is None:
-        return by_numbers or ("dn", f"nothing names another; {range_of(values)}")
-    scale, words = named
-    if scale == "db":
-        fault = why_no_db(values)
-    else:
-        negative = float(np.mean(values < 0))
-        fault = f"{negative:.0%} of the values are negative" if negative > 0.01 else None
-    if fault is None:
-        return scale, words
-    if scale != "db" and why_no_db(values) is None and likely_db_share(values) >= 0.98:
-        return "db", f"{words}, but {fault}, as decibels are; {range_of(values)}"
-    return "dn", f"{words}, but {fault}"
-
-
-def scale_of_words(scene: Scene, indexes: tuple[int, ...]) -> tuple[str, str] | None:
-    """The scale that units, descriptions and tags name, and where."""
-    places = {
-        "unit": [scene.units[k - 1] for k in indexes],
-        "description": [scene.descriptions[k - 1] for k in indexes],
-        "tags": [text for k in indexes for text in scene.tags(k).values()] + list(scene.tags().values()),
-    }
-    for place, texts in places.items():
-        for scale, words in SCALE_WORDS.items():
-            if named := [text for text in texts if text and words & set(re.split(r"[^a-z0-9]+", text.lower()))]:
-                return scale, f"{place} {named[0][:60]!r}"
-    return None
-
-
-def scale_of_numbers(values: np.ndarray, is_float: bool) -> tuple[str, str] | None:
-    """The scale that values [n] have by themselves, and why; None where that is open.
-
-    Decibels: half or more are negative, and 98 % lie where backscatter does. Power: floats that are not negative, whose tail is
-    heavier than that of an amplitude of several looks. Amplitude in float of a single look has the tail of power, too.
-    """
-    if not values.size:
-        return None
-    negative, likely = float(np.mean(values < 0)), likely_db_share(values)
-    if negative >= 0.5 and likely >= 0.98:
-        return "db", f"{likely:.0%} of the values from {LIKELY_DB[0]} to {LIKELY_DB[1]}, {negative:.0%} negative"
-    if is_float and not negative:
-        middle, high = np.percentile(values, (50, 99))
-        if middle > 0 and high / middle > HEAVY_TAIL:
-            return "intensity", f"floats from 0, 99th percentile {high / middle:.2g} times the median (power from {HEAVY_TAIL})"
-    return None
-
-
-def likely_db_share(values: np.ndarray) -> float:
-    return float(np.mean((values >= LIKELY_DB[0]) & (values <= LIKELY_DB[1])))
-
-
-def range_of(values: np.ndarray) -> str:
-    low, middle, high = np.percentile(values, (1, 50, 99)) if values.size else (math.nan,) * 3
-    return f"percentiles 1, 50, 99: {low:.3g}, {middle:.3g}, {high:.3g}"
-
-
-def why_no_db(values: np.ndarray) -> str | None:
-    """Why values [n] cannot be decibels; None where they can."""
-    low, high = POSSIBLE_DB
-    if (beyond := float(np.mean((values < low) | (values > high)))) > 0.01:
-        return f"{beyond:.0%} of the values are beyond {low} to {high} dB"
-    spread = float(np.subtract(*np.percentile(values, (99, 1)))) if values.size else 0.0
-    if not (values < 0).any() and spread < MIN_DB_SPREAD:
-        return f"no value is negative, and 98 % of them lie within {spread:.3g} dB"
-    return None
-
-
-def check_scale(
-    scene: Scene, option: str | None, scale: str, numbers: np.ndarray, backscatter: np.ndarray, note: str | None
-) -> None:
-    """Refuse a scale that the numbers contradict; `backscatter` are those that can mean it, `option` is --scale."""
-    negative = float(np.mean(backscatter < 0)) if backscatter.size else 0.0
-    fault = None
-    if scale == "db":
-        fault = why_no_db(numbers)
-    elif scale in ("intensity", "amplitude") and negative > 0.5:
-        fault = f"{negative:.0%} of the values are negative, as decibels are"
-    if fault:
-        asked = scale if option == scale else f"{option}, which takes them as {scale}"
-        hint = f"; {note}" if note else "; give the scale that they have, or --scale auto"
-        raise UserError(f"--scale {asked}: {scene.name} does not hold that: {fault} ({range_of(backscatter)}){hint}")
 
 
 def chosen_limits(
