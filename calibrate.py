@@ -162,7 +162,7 @@ def fit(drawn: dict[str, Pixels], settings: dict, model: str) -> Calibration:
     expected = bare.expected_error(held_out)
     quantiles = {f"{level:g}": calibration.conformal_quantile(expected, held_out_error, level) for level in LEVELS}
     calibrated = Calibration(settings, model, curves, share, joint, quantiles)
-    calibrated.report.update(calibration.judge(calibrated, scales, *drawn["judge"]))
+    calibrated.report.update(calibration.evaluate(calibrated, scales, *drawn["judge"]))
     calibrated.report["pixels"] = {part: len(errors) for part, (_, errors) in drawn.items()}
     return calibrated
 
