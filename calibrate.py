@@ -123,14 +123,14 @@ def split(count: int, seed: int) -> dict[str, np.ndarray]:
 def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int, Drawn], list]:
     """Translate every pair => (what is drawn from the pixels of each that count, by its index; pairs that cannot be used)."""
     from cdiffset.checkpoint import read_meta
-    from cdiffset.evaluation.folders import read_judged_pair
     from cdiffset.inference.batching import batches_of_one_size, file_threads
+    from cdiffset.pairing import read_unstretched_pair
 
     trained = read_meta(args.checkpoint)
     options = RadiometryOptions(max_pixels=args.max_pixels).completed(trained.get("radiometry"))
 
     def read(pair) -> tuple[np.ndarray, ...]:
-        return read_judged_pair(pair, read_whole(pair.sar, options, trained), args.eo_range, args.max_pixels)
+        return read_unstretched_pair(pair, read_whole(pair.sar, options, trained), args.eo_range, args.max_pixels)
 
     pixels, skipped = {}, []
     batches = batches_of_one_size(
@@ -162,7 +162,7 @@ def fit(drawn: dict[str, Pixels], settings: dict, model: str) -> Calibration:
     expected = bare.expected_error(held_out)
     quantiles = {f"{level:g}": calibration.conformal_quantile(expected, held_out_error, level) for level in LEVELS}
     calibrated = Calibration(settings, model, curves, share, joint, quantiles)
-    calibrated.report.update(calibration.judge(calibrated, scales, *drawn["judge"]))
+    calibrated.report.update(calibration.evaluate(calibrated, scales, *drawn["judge"]))
     calibrated.report["pixels"] = {part: len(errors) for part, (_, errors) in drawn.items()}
     return calibrated
 

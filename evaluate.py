@@ -1,7 +1,7 @@
-"""Judge a folder of EO images, of any method: python evaluate.py --pred-dir EO --gt-dir EO_TRUE --output report
+"""Evaluate a folder of EO images, of any method: python evaluate.py --pred-dir EO --gt-dir EO_TRUE --output report
 
-Writes report.html (to look at), report.md, report.json and metrics.csv (a line per image). With uncertainty maps it also judges
-whether they foretell the error.
+Writes report.html (to look at), report.md, report.json and metrics.csv (a line per image). With uncertainty maps it also
+evaluates whether they predict the error.
 """
 
 import argparse
@@ -17,11 +17,11 @@ WORKERS = min(8, (os.cpu_count() or 1) // 2)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(description="Judge EO images and their uncertainty maps.", allow_abbrev=False)
+    parser = Parser(description="Evaluate EO images and their uncertainty maps.", allow_abbrev=False)
     group = parser.add_argument_group("folders, matched by relative path without suffix")
-    group.add_argument("--pred-dir", type=Path, required=True, help="EO images to judge")
+    group.add_argument("--pred-dir", type=Path, required=True, help="EO images to evaluate")
     group.add_argument("--gt-dir", type=Path, required=True, help="true EO, centre-cropped where it is larger")
-    group.add_argument("--sar-dir", type=Path, help="SAR, for the identity-collapse ratio and the maps' rivals")
+    group.add_argument("--sar-dir", type=Path, help="SAR, for the identity-collapse ratio and trivial baselines of the maps")
     group.add_argument("--variance-dir", type=Path, help="σ² in units of the latent, float32 TIFF, of test.py")
     group.add_argument("--error-dir", type=Path, help="expected absolute error in 8-bit units, float32 TIFF")
     group.add_argument("--ensemble-dir", type=Path, help="standard deviation over samples in 8-bit units, float32 TIFF")
@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--output", type=Path, required=True, help="folder of the report")
     group.add_argument("--baseline", type=Path, help="report.json of another method, to compare with image by image")
     group.add_argument("--strict", action="store_true", help="missing, extra, cropped or unreadable files are errors")
-    group.add_argument("--no-networks", action="store_true", help="spare LPIPS, DISTS, FID, KID and IS")
+    group.add_argument("--no-networks", action="store_true", help="leave out LPIPS, DISTS, FID, KID and IS")
     group = parser.add_argument_group("machine")
     group.add_argument("--batch-size", type=int, default=16, help="images of one size measured together [16]")
     group.add_argument("--num-workers", type=int, default=WORKERS, help=f"processes that read and rank [{WORKERS}]")
@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 1 where single pairs could not be judged."""
+    """Returns 0, or 1 where single pairs could not be evaluated."""
     args = make_parser().parse_args(argv)
     check_limits(args, {"batch_size": (1, None), "num_workers": (0, None), "max_pixels": (1, None)})
     for name in ("pred_dir", "gt_dir", "sar_dir", "variance_dir", "error_dir", "ensemble_dir", "mask_dir"):
@@ -57,27 +57,24 @@ def main(argv: list[str] | None = None) -> int:
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output: {args.output} is a file, expected a folder")
     if args.mask_dir and not (args.variance_dir or args.error_dir or args.ensemble_dir):
-        raise UserError("--mask-dir: it judges maps, expected --variance-dir, --error-dir or --ensemble-dir with it")
+        raise UserError("--mask-dir: it is for maps, expected --variance-dir, --error-dir or --ensemble-dir with it")
     require_writable("--output", args.output)
     import torch  # heavy imports, only once the arguments hold
 
-    from cdiffset.evaluation.evaluate import evaluate_folders, named
-    from cdiffset.evaluation.folders import Inputs
+    from cdiffset.device import pick_device
+    from cdiffset.evaluation.evaluate import evaluate_folders, fault_summary
+    from cdiffset.evaluation.folders import EvaluationFolders
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: {device!r} is not to be had here ({str(error).splitlines()[0]})") from error
-    inputs = Inputs(**{name: getattr(args, name) for name in Inputs.__dataclass_fields__})
+    device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folders = EvaluationFolders(**{name: getattr(args, name) for name in EvaluationFolders.__dataclass_fields__})
     report = evaluate_folders(
-        inputs, args.output, device=device, batch_size=args.batch_size, num_workers=args.num_workers,
+        folders, args.output, device=device, batch_size=args.batch_size, num_workers=args.num_workers,
         networks=not args.no_networks, strict=args.strict, baseline=args.baseline, max_pixels=args.max_pixels,
     )  # fmt: skip
     print((args.output / "report.md").read_text(encoding="utf-8"))
     print(f"To look at: {args.output / 'report.html'}")
     if report["faults"]:
-        print(named(report["faults"]), file=sys.stderr)
+        print(fault_summary(report["faults"]), file=sys.stderr)
     return 1 if report["faults"].keys() & {"size", "range", "empty", "unreadable"} else 0
 
 

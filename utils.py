@@ -1,4 +1,4 @@
-"""Metrics of image pairs, in both conventions of the field, metrics of image sets, and the pictures people look at.
+"""Metrics of image pairs, in both conventions of the field, metrics of image sets, and panels of pictures.
 
 B, H, W: batch, height, width of images. Images are float tensors [B, 3, H, W] in [-1, 1] unless a name says otherwise.
 """
@@ -9,6 +9,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPException
 from typing import NamedTuple
 
@@ -74,19 +75,11 @@ CONVENTIONS = {
 }
 
 
-def _psnr(generated: torch.Tensor, eo: torch.Tensor) -> torch.Tensor:
-    return peak_signal_noise_ratio(generated, eo, data_range=1.0, reduction="none", dim=(1, 2, 3))
-
-
-def _ssim(generated: torch.Tensor, eo: torch.Tensor) -> torch.Tensor:
-    return structural_similarity_index_measure(generated, eo, data_range=1.0, reduction="none")
-
-
-def _scc(generated: torch.Tensor, eo: torch.Tensor) -> torch.Tensor:
-    return spatial_correlation_coefficient(generated, eo, reduction="none")
-
-
-PIXEL_METRICS = {"psnr": _psnr, "ssim": _ssim, "scc": _scc}  # two images [B, 3, H, W] in [0, 1] => [B]
+PIXEL_METRICS = {  # two images [B, 3, H, W] in [0, 1] => [B]
+    "psnr": partial(peak_signal_noise_ratio, data_range=1.0, reduction="none", dim=(1, 2, 3)),
+    "ssim": partial(structural_similarity_index_measure, data_range=1.0, reduction="none"),
+    "scc": partial(spatial_correlation_coefficient, reduction="none"),
+}
 
 
 def _masked_psnr(generated: torch.Tensor, eo: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -99,8 +92,7 @@ def _masked_ssim(generated: torch.Tensor, eo: torch.Tensor, valid: torch.Tensor)
     """The mean of the local SSIM over the windows, reflected at the border as they are, that hold valid pixels only."""
 
     def local(generated: torch.Tensor, eo: torch.Tensor) -> torch.Tensor:
-        options = {"data_range": 1.0, "reduction": "none", "return_full_image": True}
-        return structural_similarity_index_measure(generated, eo, **options)[1]
+        return PIXEL_METRICS["ssim"](generated, eo, return_full_image=True)[1]
 
     reach = SSIM_WINDOW_PX // 2
     invalid = F.pad((~valid).float()[:, None], (reach, reach, reach, reach), mode="reflect")
@@ -146,25 +138,13 @@ class PairMetrics:
     def __init__(
         self,
         device: torch.device | str = "cpu",
-        with_lpips: bool = True,  # False: spare the VGG network
+        with_lpips: bool = True,  # False: leave out the VGG network
         with_dists: bool | None = None,  # None: do not even list it as absent
-        lpips_model: torch.nn.Module | None = None,  # None: lpips.LPIPS(net="vgg")
-        dists_model: torch.nn.Module | None = None,  # None: torchmetrics' DISTSNetwork()
     ):
         self.device = torch.device(device)
         self.absent: dict[str, str] = {}
-        self._lpips = self._network("lpips", with_lpips, lpips_model, _load_lpips)
-        self._dists = self._network("dists", with_dists, dists_model, _load_dists)
-
-    def _network(self, metric: str, wanted: bool | None, given: torch.nn.Module | None, load: Callable):
-        if wanted or given is not None:
-            try:
-                return (given or load()).to(self.device).eval()
-            except MetricUnavailable as error:
-                self.absent[metric] = str(error)
-        elif wanted is not None:
-            self.absent[metric] = "switched off"
-        return None
+        self._lpips = _loaded(_load_lpips, with_lpips, self.device, self.absent, "lpips")
+        self._dists = _loaded(_load_dists, with_dists, self.device, self.absent, "dists")
 
     @torch.inference_mode()
     def __call__(
@@ -230,9 +210,22 @@ class PairMetrics:
         return False
 
 
+def _loaded(load: Callable, wanted: bool | None, device: torch.device, absent: dict[str, str], *metrics: str):
+    """The network of some metrics, or None with the reason in `absent`, where `wanted` is not None."""
+    reason = "switched off"
+    if wanted:
+        try:
+            return load().to(device)
+        except MetricUnavailable as error:
+            reason = str(error)
+    if wanted is not None:
+        absent |= dict.fromkeys(metrics, reason)
+    return None
+
+
 @contextmanager
-def _weights_within_reach() -> Iterator[None]:
-    """Around a library's own loading of weights: whatever keeps them out of reach becomes a one-line MetricUnavailable."""
+def _reachable_weights() -> Iterator[None]:
+    """Around a library's own loading of weights: whatever makes that fail becomes a one-line MetricUnavailable."""
     timeout_before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(CONNECT_TIMEOUT_S)
     try:
@@ -245,7 +238,7 @@ def _weights_within_reach() -> Iterator[None]:
 
 
 def _load_lpips() -> torch.nn.Module:
-    with _weights_within_reach(), warnings.catch_warnings():
+    with _reachable_weights(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The parameter 'pretrained'|Arguments other than a weight enum")  # lpips's own call
         import lpips
 
@@ -253,22 +246,22 @@ def _load_lpips() -> torch.nn.Module:
 
 
 def _load_dists() -> torch.nn.Module:
-    with _weights_within_reach():
+    with _reachable_weights():
         from torchmetrics.functional.image.dists import DISTSNetwork  # the metric's own class loads it anew with every call
 
-        return DISTSNetwork()
+        return DISTSNetwork().eval()
 
 
 def _load_inception() -> torch.nn.Module:
     """pytorch-fid's Inception, [B, 3, H, W] in [0, 1] => [pool3 features]."""
-    with _weights_within_reach():
+    with _reachable_weights():
         from pytorch_fid.inception import InceptionV3
 
         return InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[FID_DIMS]]).eval()
 
 
 def _load_inception_score():
-    with _weights_within_reach(), warnings.catch_warnings():
+    with _reachable_weights(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric `InceptionScore` will save all extracted features")
         from torchmetrics.image.inception import InceptionScore
 
@@ -276,7 +269,7 @@ def _load_inception_score():
 
 
 class SetMetrics:
-    """FID (pytorch-fid), KID and IS (torchmetrics) of a set of images, which comes batch by batch.
+    """FID, KID and IS (torchmetrics) of a set of images, which comes batch by batch.
 
     All three see the 8-bit pictures, so the conventions do not touch them. FID and KID share pytorch-fid's pool3 features
     (2048-d), IS has torch-fidelity's copy of the same network. Weights are fetched here, once.
@@ -286,19 +279,9 @@ class SetMetrics:
         self.device = torch.device(device)
         self.absent: dict[str, str] = {}
         self._features: dict[str, list[torch.Tensor]] = {"generated": [], "eo": []}
-        self._inception = self._load(("fid", "kid"), wanted, _load_inception)
-        self._score = self._load(("inception_score",), wanted, _load_inception_score)
+        self._inception = _loaded(_load_inception, wanted, self.device, self.absent, "fid", "kid")
+        self._score = _loaded(_load_inception_score, wanted, self.device, self.absent, "inception_score")
         self.images = 0
-
-    def _load(self, metrics: tuple[str, ...], wanted: bool, load: Callable):
-        reason = "switched off"
-        if wanted:
-            try:
-                return load().to(self.device)
-            except MetricUnavailable as error:
-                reason = str(error)
-        self.absent |= dict.fromkeys(metrics, reason)
-        return None
 
     @torch.inference_mode()
     def update(self, generated: torch.Tensor, eo: torch.Tensor) -> None:
@@ -333,15 +316,7 @@ class SetMetrics:
 
     def _fid(self) -> dict[str, float]:
         """Up to 2048 images leave the covariances rank-deficient and the FID biased upwards."""
-        from pytorch_fid.fid_score import calculate_frechet_distance
-
-        moments = []
-        for features in self._stacked():
-            moments += [features.mean(0).numpy(), np.cov(features.numpy(), rowvar=False)]
-        try:
-            return {"value": float(calculate_frechet_distance(*moments))}
-        except ValueError as error:
-            raise MetricUnavailable(f"its matrix root fails ({error})") from error
+        return {"value": frechet_distance(*(features.numpy() for features in self._stacked()))}
 
     def _kid(self) -> dict[str, float]:
         """A set of at most KID_SUBSET_SIZE images is its own and only subset; more are drawn from, KID_SUBSETS times."""
@@ -367,6 +342,18 @@ class SetMetrics:
             torch.manual_seed(0)
             mean, std = self._score.compute()
         return {"value": float(mean), "std": float(std)}
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Squared Fréchet distance of the Gaussians with the moments of two sets of features [n, d], float64.
+
+    Tr √(C₁ C₂) of two covariances Rᵀ R is the sum of the singular values of R₁ R₂ᵀ, which needs no root of a matrix.
+    """
+    centred = [(features - features.mean(0)) / math.sqrt(len(features) - 1) for features in (first, second)]
+    one, other = (np.linalg.qr(each, mode="r") for each in centred)
+    variances = sum(float(np.square(each).sum()) for each in centred)
+    distance = float(np.square(first.mean(0) - second.mean(0)).sum())
+    return distance + variances - 2 * float(np.linalg.svd(one @ other.T, compute_uv=False).sum())
 
 
 def image_rows(names: list[str], values: dict[str, dict[str, list[float]]]) -> list[dict]:
@@ -398,10 +385,9 @@ def summarise(rows: list[dict]) -> dict[str, dict[str, dict]]:
 
 def flat_means(rows: list[dict]) -> dict[str, float]:
     """Rows of image_rows => {"standard/psnr": mean, ...} for logs, as in `summarise`, but inf where every image's value is."""
-    summary = summarise(rows)
     return {
         f"{convention}/{metric}": math.inf if entry["mean"] is None else entry["mean"]
-        for convention, metrics in summary.items()
+        for convention, metrics in summarise(rows).items()
         for metric, entry in metrics.items()
     }
 

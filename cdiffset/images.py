@@ -45,8 +45,8 @@ def read_sar(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     8-bit data is taken as is; each deeper band is stretched from its 1st-99th percentile. One band is repeated, two become
     (b1, mean, b2), four (HH, HV, VH, VV) become (HH, (HV + VH) / 2, VV). A band declared as alpha is dropped; note that GDAL
-    declares the fourth band of an 8-bit TIFF to be alpha unless told otherwise. UserError names the file if it is unreadable
-    or claims more than max_pixels.
+    takes the fourth band of an 8-bit TIFF for alpha unless the file says otherwise. UserError names the file if it is
+    unreadable or claims more than max_pixels.
     """
     return read_sar_valid(path, max_pixels)[0]
 
@@ -58,21 +58,26 @@ def read_sar_valid(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[np.n
 
 
 def _to_channels(path: str | Path, bands: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    if bands.dtype != np.uint8:
-        bands = np.stack([stretch(bands[..., k], valid[..., k]) for k in range(bands.shape[-1])], axis=-1)
-    channels = [bands[..., k].astype(np.float32) for k in range(bands.shape[-1])]
-    match channels:
+    """Bands as they are in the file [H, W, C] => float32 [H, W, 3] in 0-255."""
+    count = bands.shape[-1]
+    if count > 4:
+        raise UserError(f"{path}: {count} bands; a SAR image has 1 to 4")
+    is_deep = bands.dtype != np.uint8
+    channels = [stretch(bands[..., k], valid[..., k]) if is_deep else bands[..., k].astype(np.float32) for k in range(count)]
+    return np.stack(three_channels(channels), axis=-1)
+
+
+def three_channels(bands: list[np.ndarray]) -> list[np.ndarray]:
+    """What the network sees of a SAR image of 1 to 4 bands, the four being HH, HV, VH, VV."""
+    match bands:
         case [only]:
-            channels = [only, only, only]
+            return [only, only, only]
         case [first, second]:
-            channels = [first, (first + second) / 2, second]
+            return [first, (first + second) / 2, second]
         case [hh, hv, vh, vv]:
-            channels = [hh, (hv + vh) / 2, vv]
-        case [_, _, _]:
-            pass
+            return [hh, (hv + vh) / 2, vv]
         case _:
-            raise UserError(f"{path}: {len(channels)} bands; a SAR image has 1 to 4")
-    return np.stack(channels, axis=-1)
+            return bands
 
 
 def sar_statistics(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> dict | None:
@@ -112,21 +117,21 @@ def read_eo(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 class UndeclaredRange(UserError):
-    """EO to be judged that is deeper than 8 bits without a declared range, or 8-bit with one."""
+    """EO to be compared that is deeper than 8 bits without a declared range, or 8-bit with one."""
 
 
-class JudgedEO(NamedTuple):
-    """EO for judging, on the scale of its numbers: nothing is stretched by its percentiles."""
+class UnstretchedEO(NamedTuple):
+    """EO to be compared, on the scale of its numbers: nothing is stretched by percentiles."""
 
     pixels: np.ndarray  # float32 [H, W, 3] in 0-255, 0 where not valid
     valid: np.ndarray  # bool [H, W]: finite in every band, and excluded neither by alpha 0, nor by nodata, nor by a mask
     clipped: float  # share of the valid pixels with a value beyond the declared range
 
 
-def read_judged_eo(
+def read_unstretched_eo(
     path: str | Path, limits: tuple[float, float] | None, option: str | None, max_pixels: int = MAX_PIXELS
-) -> JudgedEO:
-    """EO file to judge or to judge by. 8-bit data is taken as is; of deeper data, the declared `limits` become 0 and 255.
+) -> UnstretchedEO:
+    """EO file to compare with another. 8-bit data is taken as is; of deeper data, the declared `limits` become 0 and 255.
 
     UndeclaredRange where deeper data comes without limits, or 8-bit data with limits other than 0 and 255; its message says
     what was found and names `option`, which declares them (None: there is no such option). Other UserErrors as in read_eo. A
@@ -150,20 +155,20 @@ def read_judged_eo(
                 f"{path}: values from {values.min():g} to {values.max():g}, of which {clipped:.0%} are beyond "
                 f"{option} {low:g},{high:g}: give the range that they have"
             )
-        values = (np.clip(values.astype(np.float64), low, high) - low) / (high - low) * 255
+        values = to_255(values, low, high)
     pixels = np.zeros((*valid.shape, 3), np.float32)
     pixels[valid] = values
-    return JudgedEO(pixels, valid, clipped)
+    return UnstretchedEO(pixels, valid, clipped)
 
 
 def require_declared_range(path: Path, limits: tuple[float, float] | None, option: str, max_pixels: int = MAX_PIXELS) -> None:
     """Raise UndeclaredRange if it is that for this file, one for all of its folder, before hours of work."""
     try:
-        read_judged_eo(path, limits, option, max_pixels)
+        read_unstretched_eo(path, limits, option, max_pixels)
     except UndeclaredRange:
         raise
     except UserError:
-        pass  # told when its turn comes
+        pass  # reported when its turn comes
 
 
 def _require_rgb(path: str | Path, bands: np.ndarray) -> None:
@@ -172,18 +177,30 @@ def _require_rgb(path: str | Path, bands: np.ndarray) -> None:
 
 
 def stretch(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Clip to the 1st-99th percentile of the valid values, scale to 0-255 (float32); invalid pixels and constants become 0."""
+    """`to_255` of the 1st-99th percentile of the valid values, float32; invalid pixels become 0."""
     values = values.astype(np.float64)
-    low, high = np.percentile(values[valid], STRETCH_PERCENTILES)
     scaled = np.zeros(values.shape, np.float32)
-    if high > low:
-        scaled[valid] = (np.clip(values[valid], low, high) - low) / (high - low) * 255
+    scaled[valid] = to_255(values[valid], *np.percentile(values[valid], STRETCH_PERCENTILES))
     return scaled
+
+
+def to_255(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Clip to `low` ... `high` and scale that to 0-255, float64; 0 everywhere where the two are equal."""
+    if not high > low:
+        return np.zeros(values.shape)
+    return (np.clip(values.astype(np.float64, copy=False), low, high) - low) / (high - low) * 255
 
 
 def to_signed(pixels):
     """0-255 => [-1, 1], for arrays and tensors."""
     return pixels / 127.5 - 1
+
+
+def to_tensor(pixels: np.ndarray) -> "torch.Tensor":
+    """[..., H, W, 3] in 0-255 => float32 [..., 3, H, W] in [-1, 1]."""
+    import torch
+
+    return to_signed(torch.from_numpy(np.moveaxis(pixels, -1, -3).astype(np.float32, order="C")))
 
 
 def to_uint8(signed: "torch.Tensor") -> np.ndarray:
@@ -282,19 +299,16 @@ def list_images(folder: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """Every folder under root with the names of its files, links followed but for those back into a folder above."""
-    pending: list[tuple[Path, tuple[str, ...]]] = [(root, ())]  # with the real paths of the folders above it
     links = 0
-    while pending:
-        folder, above = pending.pop()
-        real = os.path.realpath(folder)
-        if real in above:
-            continue
-        links += os.path.islink(folder)
+    real: dict[str, tuple[str, ...]] = {os.fspath(root): (os.path.realpath(root),)}  # of each folder and those above it
+    for folder, folders, files in os.walk(root, followlinks=True):
+        above, inner = real.pop(folder), {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
+        folders[:] = [name for name in folders if not name.startswith(".") and inner[name] not in above]
+        real |= {os.path.join(folder, name): (*above, inner[name]) for name in folders}
+        links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
         if links > MAX_LINKS:  # a few folders full of links to each other have endless paths
             raise UserError(f"{root}: over {MAX_LINKS} links to folders, expected fewer: do they lead to each other?")
-        _, folders, files = next(os.walk(folder), (folder, [], []))
-        pending += [(folder / name, (*above, real)) for name in folders if not name.startswith(".")]
-        yield folder, files
+        yield Path(folder), files
 
 
 def require_utf8(paths: Sequence[Path]) -> None:
@@ -403,7 +417,7 @@ def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np
 
 @cache
 def _note_alpha() -> None:
-    """Said once, since it is of all files alike: GDAL takes the fourth band of an 8-bit TIFF for alpha, unless it is told."""
+    """Printed once, since it holds for all files alike."""
     print("note: a band that a TIFF declares as alpha is no part of the picture: it says where there is data", file=sys.stderr)
 
 
@@ -456,8 +470,7 @@ def complex_message(path: Path, dtype: str) -> str:
 def _expand_palette(indices: np.ndarray, colormap: dict[int, tuple]) -> np.ndarray:
     """Palette indices [H, W] => uint8 [3, H, W]."""
     colours = np.zeros((max(colormap) + 1, 3), np.uint8)
-    for index, colour in colormap.items():
-        colours[index] = colour[:3]
+    colours[list(colormap)] = [colour[:3] for colour in colormap.values()]
     return np.moveaxis(colours[indices], -1, 0)
 
 

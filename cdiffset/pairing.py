@@ -1,21 +1,23 @@
 """Which SAR file belongs to which EO file: lists, folders matched by stem, and what every pair has to be."""
 
 import csv
-import io
 import os
-import pickle
 import pickletools
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
 from cdiffset.errors import UserError
-from cdiffset.images import IMAGE_SUFFIXES, list_images
+from cdiffset.images import IMAGE_SUFFIXES, list_images, read_unstretched_eo
 
 SPLITS = ("train", "test")
 PAIR_SUFFIXES = (".csv", ".tsv", ".txt")
+PICKLED_STRINGS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+PICKLED_LIST = PICKLED_STRINGS | {"PROTO", "FRAME", "LIST", "EMPTY_LIST", "MARK", "APPEND", "APPENDS", "STOP"}
+PICKLED_LIST |= {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}  # of what is never asked for again
 SHOWN = 3  # how many of many faulty pairs a message names
 
 
@@ -26,11 +28,11 @@ class Pair(NamedTuple):
 
 
 def split_of(listroot: str | Path) -> str:
-    """The split that a list file's own name tells, whatever folders it lies in."""
-    told = [split for split in SPLITS if split in Path(listroot).stem.lower()]
-    if len(told) != 1:
-        raise UserError(f"{listroot}: its name does not tell train from test; give split, train or test")
-    return told[0]
+    """The split that a list's own file name contains, whatever folder it lies in."""
+    found = [split for split in SPLITS if split in Path(listroot).stem.lower()]
+    if len(found) != 1:
+        raise UserError(f"{listroot}: expected either train or test in its name; give split, train or test")
+    return found[0]
 
 
 def read_list(listroot: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -54,25 +56,17 @@ def read_list(listroot: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str
     return entries
 
 
-class _StringsOnly(pickle.Unpickler):
-    """A pickle can run any code through the classes it names, and a list of strings needs none."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
 def _unpickle_strings(path: Path) -> list[str]:
-    content = path.read_bytes()
+    """A pickled list of strings, read off its operations: unpickling could run any code, and take any memory."""
+    refusal = f"{path}: refused; a pickled list may hold strings and nothing else"
     try:
-        for opcode, argument, _ in pickletools.genops(content):  # the unpickler takes memory up to the index it is told
-            if opcode.name.endswith("PUT") and argument > len(content):
-                raise pickle.UnpicklingError(f"it has an index of {argument} in {len(content)} bytes")
-        entries = _StringsOnly(io.BytesIO(content)).load()
-    except Exception as error:  # malformed pickles raise almost anything
-        raise UserError(f"{path}: refused; a pickled list may hold strings and nothing else ({error})") from error
-    if type(entries) is not list or not all(type(entry) is str for entry in entries):
-        raise UserError(f"{path}: refused; a pickled list may hold strings and nothing else")
-    return entries
+        operations = [(operation.name, argument) for operation, argument, _ in pickletools.genops(path.read_bytes())]
+    except ValueError as error:
+        raise UserError(f"{refusal} ({error})") from error
+    names = [name for name, _ in operations]
+    if not PICKLED_LIST.issuperset(names) or sum(name in ("LIST", "EMPTY_LIST") for name in names) != 1:
+        raise UserError(refusal)
+    return [argument for name, argument in operations if name in PICKLED_STRINGS]
 
 
 def relative_path(text: str, where: str) -> PurePosixPath:
@@ -119,12 +113,9 @@ def _pair_columns(names: list[str], where: str) -> tuple[int, int] | None:
     """The columns of SAR and EO by the words of their names; None for a line of paths, which is no header."""
     if any("/" in name or PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
         return None
+    words = [re.findall("[a-z]+", name.lower()) for name in names]
     found = [
-        [
-            column
-            for column, name in enumerate(names)
-            if any(word.startswith(kind) for word in re.findall("[a-z]+", name.lower()))
-        ]
+        [column for column, named in enumerate(words) if any(word.startswith(kind) for word in named)]
         for kind in ("sar", ("eo", "opt"))
     ]
     if not any(found):
@@ -136,19 +127,20 @@ def _pair_columns(names: list[str], where: str) -> tuple[int, int] | None:
 
 def match_folders(sar_dir: Path, eo_dir: Path) -> list[Pair]:
     """Pairs of the images in two folders that share a relative path but for the suffix; every image needs its twin."""
-    sar, eo = _by_stem(sar_dir), _by_stem(eo_dir)
-    lonely = [eo_dir / eo[stem] for stem in eo if stem not in sar] + [sar_dir / sar[stem] for stem in sar if stem not in eo]
-    if lonely:
-        raise UserError(f"{len(lonely)} images of {sar_dir} and {eo_dir} have no twin of the same name: {_first(lonely)}")
-    return [Pair(stem, sar_dir / sar[stem], eo_dir / eo[stem]) for stem in eo]
+    sar, eo = by_stem(sar_dir, list_images(sar_dir)), by_stem(eo_dir, list_images(eo_dir))
+    unpaired = [eo[stem] for stem in eo if stem not in sar] + [sar[stem] for stem in sar if stem not in eo]
+    if unpaired:
+        raise UserError(f"{len(unpaired)} images of {sar_dir} and {eo_dir} have no twin of the same name: {_first(unpaired)}")
+    return [Pair(stem, sar[stem], eo[stem]) for stem in eo]
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    stems = {}
-    for path in list_images(folder):
-        twin = stems.setdefault(path.with_suffix("").as_posix(), path)
-        if twin != path:
-            raise UserError(f"{folder}: {twin} and {path} differ in the suffix alone; keep one of them")
+def by_stem(folder: Path, files: Sequence[Path]) -> dict[str, Path]:
+    """Files, relative to a folder => {path without suffix: file}; UserError where two differ in the suffix alone."""
+    stems: dict[str, Path] = {}
+    for file in files:
+        twin = stems.setdefault(file.with_suffix("").as_posix(), folder / file)
+        if twin != folder / file:
+            raise UserError(f"{folder}: {twin.relative_to(folder)} and {file} differ in the suffix alone; keep one of them")
     return stems
 
 
@@ -199,6 +191,30 @@ def real_path(option: str, path: str | Path) -> Path:
     if "/path/to/" in f"/{path}/":
         raise UserError(f"{option}: {path} is a placeholder; put the real path there")
     return Path(path)
+
+
+def read_unstretched_pair(
+    pair: Pair, sar: tuple[np.ndarray, np.ndarray], eo_range: tuple[float, float] | None, max_pixels: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A pair and its SAR as read (pixels, valid) => SAR and true EO [H, W, 3] in 0-255, and valid [H, W]: data in both.
+
+    UserError where the EO is unreadable, their sizes differ, no pixel counts, or --eo-range does not fit the EO.
+    """
+    pixels, sar_valid = sar
+    eo, valid, _ = read_unstretched_eo(pair.eo, eo_range, "--eo-range", max_pixels)
+    require_same_size(pair, pixels, eo)
+    if not (valid & sar_valid).any():
+        raise UserError(f"{pair.sar} and {pair.eo}: no pixel is valid in both")
+    return pixels, eo, valid & sar_valid
+
+
+def require_same_size(pair: Pair, sar: np.ndarray, eo: np.ndarray) -> None:
+    if sar.shape != eo.shape:
+        raise UserError(f"the images of a pair differ in size: {sizes_of(pair, sar, eo)}")
+
+
+def sizes_of(pair: Pair, sar: np.ndarray, eo: np.ndarray) -> str:
+    return f"SAR {pair.sar} is {size_words(sar)}, EO {pair.eo} is {size_words(eo)}"
 
 
 def size_words(image: np.ndarray) -> str:

@@ -115,10 +115,10 @@ def split_dataset(source: Source, root: Path, ratio: int, seed: int) -> Split:
 def require_twins(feeder: type[ListFeeder], root: Path, paths: list[str]) -> None:
     """Every path can stand in a list, and its SAR image is there."""
     sar = {path: root / feeder.eo_to_sar(relative_path(path, f"--dataroot {root}")) for path in paths}
-    lonely = [path for path in paths if not sar[path].is_file()]
-    if lonely:
-        named = ", ".join(lonely[:3]) + (", ..." if len(lonely) > 3 else "")
-        raise UserError(f"{len(lonely)} of {len(paths)} EO images under {root} have no SAR image: {named}")
+    unpaired = [path for path in paths if not sar[path].is_file()]
+    if unpaired:
+        named = ", ".join(unpaired[:3]) + (", ..." if len(unpaired) > 3 else "")
+        raise UserError(f"{len(unpaired)} of {len(paths)} EO images under {root} have no SAR image: {named}")
 
 
 def write_list(path: Path, paths: list[str]) -> None:

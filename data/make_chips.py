@@ -15,10 +15,11 @@ distance, in px of the first scene).
 
 import csv
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -27,7 +28,7 @@ import numpy as np
 import rasterio
 import rasterio.warp
 from rasterio.enums import Resampling
-from rasterio.errors import CRSError, RasterioError, RasterioIOError
+from rasterio.errors import CRSError, RasterioError
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 from scipy.spatial import cKDTree
@@ -39,20 +40,18 @@ from cdiffset.errors import Parser, UserError, run  # noqa: E402
 from cdiffset.images import (  # noqa: E402
     STRETCH_PERCENTILES,
     alpha_band,
-    complex_message,
     list_images,
-    open_raster,
+    to_255,
     write_png,
     written_whole,
 )
 from cdiffset.pairing import SPLITS  # noqa: E402
 from cdiffset.scenes.geotiff import (  # noqa: E402
-    DRIVERS,
     SUFFIXES,
     Scene,
     crs_of,
     find_sources,
-    has_colours,
+    open_checked,
     open_scene,
     without_polarisation,
 )
@@ -145,7 +144,7 @@ def find_pairs(sar: Path, eo: Path, bands: str | None) -> list[Pair]:
         found = ", ".join(f"{path} ({_kind(path)})" for path in (sar, eo))
         raise UserError(f"--sar and --eo must be two files or two folders; found {found}")
     scenes = {names_of(name, files): files for name, files in find_sources(sar, wanted).items()}
-    pairs, lonely = [], []
+    pairs, unpaired = [], []
     for image in list_images(eo, SUFFIXES):
         name = image.with_suffix("").as_posix()
         twin = name
@@ -153,12 +152,12 @@ def find_pairs(sar: Path, eo: Path, bands: str | None) -> list[Pair]:
             twin = PurePosixPath(*SpaceNetFeeder.eo_to_sar(PurePosixPath("PS-RGB", image)).parts[1:]).with_suffix("").as_posix()
         key = next((key for key in scenes if twin in key), None)
         if key is None:
-            lonely.append(str(image))
+            unpaired.append(str(image))
         else:
             pairs.append(Pair(name, tuple(sar / file for file in scenes.pop(key)), eo / image))
-    lonely += [str(files[0]) for files in scenes.values()]
-    if lonely:
-        raise UserError(f"{len(lonely)} scenes of {sar} and {eo} have no twin of the same name: {', '.join(lonely[:3])}")
+    unpaired += [str(files[0]) for files in scenes.values()]
+    if unpaired:
+        raise UserError(f"{len(unpaired)} scenes of {sar} and {eo} have no twin of the same name: {', '.join(unpaired[:3])}")
     return pairs
 
 
@@ -173,8 +172,8 @@ def find_masks(cloud_mask: Path | None, pairs: list[Pair]) -> list[Path | None]:
     if cloud_mask is None or cloud_mask.is_file():
         return [cloud_mask] * len(pairs)
     masks = {path.with_suffix("").as_posix(): cloud_mask / path for path in list_images(cloud_mask, SUFFIXES)}
-    if lonely := [pair.name for pair in pairs if pair.name not in masks]:
-        raise UserError(f"--cloud-mask: {cloud_mask} has no mask for {len(lonely)} EO scenes: {', '.join(lonely[:3])}")
+    if unpaired := [pair.name for pair in pairs if pair.name not in masks]:
+        raise UserError(f"--cloud-mask: {cloud_mask} has no mask for {len(unpaired)} EO scenes: {', '.join(unpaired[:3])}")
     return [masks[pair.name] for pair in pairs]
 
 
@@ -182,23 +181,11 @@ def _kind(path: Path) -> str:
     return "a file" if path.is_file() else "a folder" if path.is_dir() else "does not exist"
 
 
-@contextmanager
-def open_eo(path: Path) -> Iterator[rasterio.DatasetReader]:
+def open_eo(path: Path) -> AbstractContextManager[rasterio.DatasetReader]:
     """Open a raster of EO or clouds, without its overviews, which may have been made of other pixels."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    with ExitStack() as stack:
-        try:
-            source = stack.enter_context(open_raster(path, DRIVERS.get(path.suffix.lower()), OVERVIEW_LEVEL="NONE"))
-        except RasterioIOError as error:
-            raise UserError(f"{path}: unreadable, truncated or no raster ({str(error).splitlines()[0]})") from error
-        if not source.count:
-            raise UserError(f"{path}: {len(source.subdatasets)} rasters in one file; take one out by gdal_translate")
-        if "complex" in source.dtypes[0]:
-            raise UserError(complex_message(path, source.dtypes[0]))
-        if has_colours(source):
-            raise UserError(f"{path}: colours in a palette; expected bands (gdal_translate -expand rgb)")
-        yield source
+    return open_checked(path, math.inf, "rgb", OVERVIEW_LEVEL="NONE")
 
 
 class Layer(NamedTuple):
@@ -262,8 +249,7 @@ def stretched(values: np.ndarray, valid: np.ndarray, limits: list[float] | None)
     """Bands [H, W, C] => 0-255 (float64); pixels without data and constant scenes become 0."""
     values = np.where(valid[..., None], values, 0).astype(np.float64)
     if limits is not None:
-        low, high = limits
-        values = (np.clip(values, low, high) - low) / (high - low) * 255 if high > low else np.zeros_like(values)
+        values = to_255(values, *limits)
     return values * valid[..., None]
 
 
@@ -386,7 +372,7 @@ def positions_of(scene: Surveyed, options: Options) -> np.ndarray:
 def footprints(scene: Surveyed, place: int, reference: Surveyed, positions: np.ndarray, size: int) -> tuple[np.ndarray, float]:
     """Centres [N, 3] of chips as (x, y in px of the reference scene's grid, place) and the longest side of any of them, px.
 
-    Scenes without a CRS lie nobody knows where: `place` keeps each apart from all others.
+    The places of scenes without a CRS are unknown: `place` keeps each apart from all others.
     """
     rows, cols = (positions[:, k, None] + size * np.array(corner) for k, corner in ((0, (0, 0, 1, 1)), (1, (0, 1, 0, 1))))
     if scene.crs is None:

@@ -4,7 +4,7 @@ A scene is one piece of ground at 1.5 m GSD: water, forest, crops, bare soil, ur
 which both sensors see, and ships and vehicles, which may have moved between the two acquisitions. EO is a sunlit colour
 picture. SAR is the same ground by backscatter class in dB, with double bounce on the side that faces the sensor (left),
 radar shadow behind, and multiplicative gamma speckle. Tanks, piers and buildings are as bright in the SAR as ships and
-vehicles, so that brightness alone does not tell which objects are doubtful.
+vehicles, so that brightness alone does not show which objects are doubtful.
 
     python data/simulate.py --output data/demo --train 2048 --test 160 --size 64 --seed 0
 
@@ -42,7 +42,7 @@ class Simulation:
     p_sar_only: float = 0.3  # share of the ships and vehicles that only the SAR shows
     p_eo_only: float = 0.3  # share of the ships and vehicles that only the EO shows
     parcel_px: float = 26.0  # mean distance of neighbouring land parcels
-    texture: float = 1.0  # strength of the EO's texture and tint, which no SAR foretells
+    texture: float = 1.0  # strength of the EO's texture and tint, which no SAR predicts
     object_scale: float = 1.0  # size of ships, vehicles, tanks and platforms; vehicles stay on their roads up to 1.4
     contrast: float = 1.0  # EO contrast of ships and vehicles with water and roads; 0 hides them
     movable_db: float = 0.0  # added to the backscatter of ships and vehicles, dB

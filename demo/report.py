@@ -22,7 +22,7 @@ from PIL import Image
 import utils
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.evaluation.uncertainty import auroc, ause, spearman
-from cdiffset.images import list_images, read_eo, read_sar, read_tiff, to_signed, write_png, written_whole
+from cdiffset.images import list_images, read_eo, read_sar, read_tiff, to_tensor, write_png, written_whole
 from cdiffset.model import decode, encode, load_vae
 
 FIGURE_SCENES = 6
@@ -42,21 +42,16 @@ def read_variance(path: Path) -> np.ndarray:
     return read_tiff(path.with_suffix(".tif"))
 
 
-def as_batch(pixels: np.ndarray) -> torch.Tensor:
-    """[N, H, W, 3] in 0-255 => [N, 3, H, W] in [-1, 1]."""
-    return to_signed(torch.from_numpy(pixels).float().permute(0, 3, 1, 2))
-
-
 def picture_rows(images: dict[str, np.ndarray], mean_train_eo: np.ndarray, base: str) -> dict[str, dict[str, float]]:
     """PSNR and SSIM (standard convention) of the translation and of what it must beat or cannot beat."""
-    eo = as_batch(images["eo"])
+    eo = to_tensor(images["eo"])
     vae = load_vae(base)
     with torch.no_grad():
         ceiling = torch.cat([decode(vae, encode(vae, chunk)) for chunk in eo.split(32)])
     candidates = {
-        "translation": as_batch(images["translated"]),
-        "the SAR, copied": as_batch(images["sar"]),
-        "the mean training image": as_batch(np.broadcast_to(mean_train_eo, images["eo"].shape).copy()),
+        "translation": to_tensor(images["translated"]),
+        "the SAR, copied": to_tensor(images["sar"]),
+        "the mean training image": to_tensor(np.broadcast_to(mean_train_eo, images["eo"].shape)),
         "the VAE's reconstruction of the true EO (ceiling)": ceiling,
     }
     metrics = utils.PairMetrics(with_lpips=False)
@@ -68,7 +63,7 @@ def picture_rows(images: dict[str, np.ndarray], mean_train_eo: np.ndarray, base:
 
 
 def confidence_rows(images: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Variance and, as the trivial rival, SAR brightness: do they rank the error and find the planted discrepancies?
+    """Variance and, as the trivial baseline, SAR brightness: do they rank the error and find the planted discrepancies?
 
     Pooled over all pixels of all scenes. Error: absolute, mean over RGB. AUROC: the pixels of one kind of discrepancy against
     all pixels without any.
@@ -112,7 +107,7 @@ def figure(images: dict[str, np.ndarray], confidence_maps: np.ndarray) -> np.nda
     rows = []
     for place, scene in enumerate(chosen):
         enlarged = [pixels[scene].repeat(SCALE, 0).repeat(SCALE, 1) for pixels in columns.values()]
-        tensors = [as_batch(pixels[None])[0] for pixels in enlarged]
+        tensors = [to_tensor(pixels) for pixels in enlarged]
         rows.append(utils.panel(tensors, list(columns) if place == 0 else None))
     spacer = np.full((4, rows[0].shape[1], 3), 255, np.uint8)
     return np.concatenate([piece for row in rows for piece in (row, spacer)][:-1])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cdiffset.errors import UserError
-from cdiffset.images import MAX_PIXELS, read_eo, read_sar, sar_statistics, to_signed
+from cdiffset.images import MAX_PIXELS, read_eo, read_sar, sar_statistics, to_tensor
 from cdiffset.pairing import (
     SPLITS,
     Pair,
@@ -27,13 +27,12 @@ from cdiffset.pairing import (
     require_distinct_names,
     require_files,
     require_formats,
-    size_words,
+    require_same_size,
+    sizes_of,
     split_of,
 )
 
 if TYPE_CHECKING:
-    import torch  # slow to import, and lists can be made without it
-
     from cdiffset.config import Config
 
 CHIPS = "chips.json"
@@ -70,31 +69,32 @@ class PairedFeeder:
         self,
         pairs: list[Pair],
         crop_size: int,
-        load_size: int | None,
         split: str,
-        seed: int,
+        load_size: int | None = None,
+        seed: int = 2024,
         max_pixels: int = MAX_PIXELS,
         hflip: bool = False,
         vflip: bool = False,
         rot: bool = False,
     ):
         self.pairs = pairs
-        self.crop_size = _positive("crop_size", crop_size)
-        self.load_size = None if load_size is None else _positive("load_size", load_size)
+        self.crop_size = _whole("crop_size", crop_size)
+        self.load_size = None if load_size is None else _whole("load_size", load_size)
         if load_size is not None and crop_size > load_size:
             raise UserError(f"crop_size {crop_size} is larger than load_size {load_size}")
         if split not in SPLITS:
             raise UserError(f"split is {split!r}; expected train or test")
         self.split, self.augment = split, split == "train"
         augmentations = {"hflip": hflip, "vflip": vflip, "rot": rot}
-        self.augmentations = tuple(_yes_or_no(*option) for option in augmentations.items())
+        for option, value in augmentations.items():
+            if not isinstance(value, bool):
+                raise UserError(f"{option} is {value!r}; expected true or false")
+        self.augmentations = tuple(augmentations.values())
         if split == "test" and any(self.augmentations):
             on = ", ".join(name for name, value in augmentations.items() if value)
             raise UserError(f"{on}: split test shows images as they are, expected false; leave it to the training feeder")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise UserError(f"seed is {seed!r}; expected a whole number from 0")
-        self.seed = seed
-        self.max_pixels = _positive("max_pixels", max_pixels)
+        self.seed = _whole("seed", seed, 0)
+        self.max_pixels = _whole("max_pixels", max_pixels)
         require_files(pairs)
         if type(self).read is PairedFeeder.read:
             require_formats(pairs)
@@ -132,19 +132,17 @@ class PairedFeeder:
     def item(self, index: int, images: tuple[np.ndarray, np.ndarray], view: View) -> dict:
         """A view of the images [H, W, 3] that `read` gave for a pair."""
         sar, eo = (_seen(image, view, self.crop_size) for image in images)
-        item = {"sar": _to_tensor(sar), "eo": _to_tensor(eo), "name": self.pairs[index].name}
+        item = {"sar": to_tensor(sar), "eo": to_tensor(eo), "name": self.pairs[index].name}
         return item | {"sar_pixels": sar} if self.split == "test" else item
 
     def read(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         """SAR and EO of a pair, whole: float32 [H, W, 3] in 0-255 each, of one size."""
         sar, eo = read_sar(pair.sar, self.max_pixels), read_eo(pair.eo, self.max_pixels)
-        found = f"SAR {pair.sar} is {size_words(sar)}, EO {pair.eo} is {size_words(eo)}"
-        if sar.shape != eo.shape:
-            raise UserError(f"the images of a pair differ in size: {found}")
+        require_same_size(pair, sar, eo)
         if self.load_size is not None and sar.shape[:2] != (self.load_size, self.load_size):
-            raise UserError(f"load_size is {self.load_size} px, but {found}")
+            raise UserError(f"load_size is {self.load_size} px, but {sizes_of(pair, sar, eo)}")
         if min(sar.shape[:2]) < self.crop_size:
-            raise UserError(f"images are smaller than crop_size {self.crop_size}: {found}")
+            raise UserError(f"images are smaller than crop_size {self.crop_size}: {sizes_of(pair, sar, eo)}")
         return sar, eo
 
 
@@ -152,7 +150,7 @@ class ListFeeder(PairedFeeder):
     """Pairs from a list of EO paths relative to `dataroot`; the dataset's rule gives each SAR path.
 
     The list is a .txt file, one path a line, or a .pkl file of a list of strings. `split` defaults to what the list's own
-    name says. `crop_size` None is the dataset's own. `hflip`, `vflip` and `rot` switch the augmentations on.
+    name says. `crop_size` None is the dataset's own. Other options are those of PairedFeeder.
     """
 
     layout: str  # EO -> SAR, in words
@@ -164,13 +162,8 @@ class ListFeeder(PairedFeeder):
         dataroot: str | Path,
         listroot: str | Path,
         crop_size: int | None = None,
-        load_size: int | None = None,
         split: str | None = None,
-        seed: int = 2024,
-        max_pixels: int = MAX_PIXELS,
-        hflip: bool = False,
-        vflip: bool = False,
-        rot: bool = False,
+        **options,
     ):
         root = existing_folder("dataroot", dataroot)
         pairs = [
@@ -178,7 +171,7 @@ class ListFeeder(PairedFeeder):
             for eo in (relative_path(text, where) for where, text in read_list(listroot, (".txt", ".pkl")))
         ]
         crop_size = self.default_crop_size if crop_size is None else crop_size
-        super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed, max_pixels, hflip, vflip, rot)
+        super().__init__(pairs, crop_size, split or split_of(listroot), **options)
 
     @classmethod
     def eo_to_sar(cls, eo: PurePosixPath) -> PurePosixPath:
@@ -260,7 +253,7 @@ class StellarFeeder(PairedFeeder):
         max_pixels: int = MAX_PIXELS,
     ):
         root = existing_folder("dataroot", dataroot)
-        super().__init__(match_folders(root / "SAR/image", root / "EO/image"), crop_size, load_size, split, seed, max_pixels)
+        super().__init__(match_folders(root / "SAR/image", root / "EO/image"), crop_size, split, load_size, seed, max_pixels)
         self.augment = False
 
 
@@ -268,9 +261,9 @@ class PairedFolderFeeder(PairedFeeder):
     """Your own pairs: two folders matched by relative path without suffix, or a list of pairs.
 
     Give `sar_dir` and `eo_dir`, or `dataroot` and `listroot`: a .csv, .tsv or .txt file of pairs relative to `dataroot`, see
-    `read_pair_list`. `split` may be left to the list's own name. `hflip`, `vflip`, `rot` switch the augmentations on. `gsd_m`
-    is the ground sampling distance in metres, for the checkpoint's record. Beside chips of data/make_chips.py, chips.json tells
-    it, and how their scenes were read.
+    `read_pair_list`. `split` may be left to the list's own name. `gsd_m` is the ground sampling distance in metres, for the
+    checkpoint's record; chips.json, which data/make_chips.py writes, records it for its chips, and how their scenes were read.
+    Other options are those of PairedFeeder.
     """
 
     def __init__(
@@ -281,16 +274,11 @@ class PairedFolderFeeder(PairedFeeder):
         eo_dir: str | Path | None = None,
         dataroot: str | Path | None = None,
         listroot: str | Path | None = None,
-        load_size: int | None = None,
-        seed: int = 2024,
-        max_pixels: int = MAX_PIXELS,
         gsd_m: float | None = None,
-        hflip: bool = False,
-        vflip: bool = False,
-        rot: bool = False,
+        **options,
     ):
-        options = {"sar_dir": sar_dir, "eo_dir": eo_dir, "dataroot": dataroot, "listroot": listroot}
-        given = [name for name, value in options.items() if value is not None]
+        sources = {"sar_dir": sar_dir, "eo_dir": eo_dir, "dataroot": dataroot, "listroot": listroot}
+        given = [name for name, value in sources.items() if value is not None]
         if given == ["sar_dir", "eo_dir"]:
             pairs = match_folders(existing_folder("sar_dir", sar_dir), existing_folder("eo_dir", eo_dir))
         elif given == ["dataroot", "listroot"]:
@@ -299,8 +287,8 @@ class PairedFolderFeeder(PairedFeeder):
         else:
             raise UserError(f"expected sar_dir and eo_dir, or dataroot and listroot; found {', '.join(given) or 'none'}")
         if split is None and listroot is None:
-            raise UserError("two folders do not tell their split: give split, train or test")
-        super().__init__(pairs, crop_size, load_size, split or split_of(listroot), seed, max_pixels, hflip, vflip, rot)
+            raise UserError("the names of two folders do not set the split: give split, train or test")
+        super().__init__(pairs, crop_size, split or split_of(listroot), **options)
         if gsd_m is not None and (isinstance(gsd_m, bool) or not isinstance(gsd_m, int | float) or not 0 < gsd_m < 1e5):
             raise UserError(f"gsd_m is {gsd_m!r}; expected metres per pixel")
         chips = _chips_record(Path(dataroot or sar_dir))
@@ -319,7 +307,7 @@ def build_feeder(config: "Config", which: str):
     try:
         return feeder_class(**{"seed": config.seed, **arguments})
     except TypeError as error:
-        raise UserError(f"{which}_feeder_args: {str(error).replace('__init__() ', '')}") from error
+        raise UserError(f"{which}_feeder_args: {str(error).replace('.__init__()', '')}") from error
 
 
 def _chips_record(folder: Path) -> dict:
@@ -334,20 +322,14 @@ def _chips_record(folder: Path) -> dict:
 
 
 def _chips_gsd(chips: dict) -> float | None:
-    """The mean pixel size of the scenes that chips were cut from, in metres; None where they do not tell."""
+    """The mean pixel size of the scenes that chips were cut from, in metres; None where none records it."""
     sizes = [math.sqrt(math.prod(scene["gsd_m"])) for scene in chips.get("scenes", []) if scene.get("gsd_m")]
     return sum(sizes) / len(sizes) if sizes else None
 
 
-def _positive(option: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{option} is {value!r}; expected a whole number of px from 1")
-    return value
-
-
-def _yes_or_no(option: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise UserError(f"{option} is {value!r}; expected true or false")
+def _whole(option: str, value: int, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{option} is {value!r}; expected a whole number from {least}")
     return value
 
 
@@ -358,10 +340,3 @@ def _seen(image: np.ndarray, view: View, size: int) -> np.ndarray:
     if view.flip_vertically:
         image = image[::-1]
     return np.rot90(image) if view.rotate else image
-
-
-def _to_tensor(pixels: np.ndarray) -> "torch.Tensor":
-    """[H, W, 3] in 0-255 => [3, H, W] in [-1, 1]."""
-    import torch
-
-    return to_signed(torch.from_numpy(np.moveaxis(pixels, -1, 0).copy()))

@@ -67,17 +67,17 @@ def set_table(reports: dict[str, dict]) -> list[list[str]]:
 
 
 def map_table(reports: dict[str, dict]) -> list[list[str]]:
-    """Maps and their rivals, a row each; runs without maps have none."""
+    """Maps and trivial baselines, a row each; runs without maps have none."""
     from cdiffset.evaluation.report import number
 
     rows = [["run", "map", "n", *RANKING.values(), *ENCE.values(), "AUROC SAR-only ↑", "AUROC EO-only"]]
     for name, report in reports.items():
         part = report["uncertainty"] or {"maps": {}}
-        for map_name, judged in part["maps"].items():
-            ranking = judged.get("ranking", {}).get("absolute", {})
-            values = [ranking.get(measure) for measure in RANKING]
-            values += [judged.get("calibration", {}).get(error, {}).get("ence") for error in ENCE]
-            values += [judged.get(mask, {}).get("auroc") for mask in ("sar_only", "eo_only")]
+        for map_name, measures in part["maps"].items():
+            ranking = measures.get("ranking", {}).get("absolute", {})
+            values = [ranking.get(name) for name in RANKING]
+            values += [measures.get("calibration", {}).get(error, {}).get("ence") for error in ENCE]
+            values += [measures.get(mask, {}).get("auroc") for mask in ("sar_only", "eo_only")]
             scaled = " (ENCEs after one global scale)" if map_name == "variance" else ""
             rows.append([name, map_name + scaled, str(part["images"]), *(number(value, 3) for value in values)])
     return rows
@@ -95,7 +95,7 @@ def render(reports: dict[str, dict]) -> str:
         parts += ["## Whole sets", note, markdown_table(set_table(reports))]
     if len(maps := map_table(reports)) > 1:
         parts += [
-            "## Uncertainty maps and their rivals",
+            "## Uncertainty maps and trivial baselines",
             "Pooled over pixels; Spearman, AUSE and AURG of the absolute error.",
             markdown_table(maps),
         ]

@@ -119,7 +119,7 @@ def test_intervals_cover_new_pixels_of_the_same_kind():
 def test_the_judgement_by_hand():
     """Two pixels, hence two bins: 1 expected and 2 found, 4 expected and 3 found => ENCE (1 + 1/4) / 2."""
     identity = Calibration(SETTINGS, "", {"variance": Curve([1.0, 4.0], [1.0, 4.0])}, quantiles={"0.5": 1.0, "0.9": 2.0})
-    report = calibration.judge(identity, {"variance": 2.0}, {"variance": np.array([4.0, 1.0])}, np.array([3.0, 2.0]))
+    report = calibration.evaluate(identity, {"variance": 2.0}, {"variance": np.array([4.0, 1.0])}, np.array([3.0, 2.0]))
     assert report["mean_error"] == 2.5 and report["ence_after"] == 0.625
     assert report["ence_before"] == {"variance": 0.125}  # 2 σ is 4 and 2
     assert report["coverage"] == {"0.5": 0.5, "0.9": 1.0}

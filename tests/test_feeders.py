@@ -302,7 +302,7 @@ class Evil:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_malicious_pickle_is_refused_without_effect(root, protocol):
     (root / "train.pkl").write_bytes(pickle.dumps([*ENTRIES, Evil(root / "evil")], protocol))
-    with pytest.raises(UserError, match="train.pkl: refused.*mkdir"):
+    with pytest.raises(UserError, match="train.pkl: refused; a pickled list may hold strings and nothing else"):
         QXSFeeder(root, root / "train.pkl")
     assert not (root / "evil").exists()
 

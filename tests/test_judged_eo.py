@@ -10,7 +10,8 @@ import evaluate
 import utils
 from cdiffset import errors
 from cdiffset.evaluation import evaluate as evaluation
-from cdiffset.evaluation import folders as pairs
+from cdiffset.evaluation import folders
+from cdiffset.evaluation.folders import EvaluationFolders, EvaluationPairs
 
 # isort: split
 import numpy as np
@@ -25,7 +26,7 @@ from scipy.stats import spearmanr
 import calibrate
 from cdiffset.auditing.auditor import continued, write_maps
 from cdiffset.auditing.report import EXCLUDED, write_findings
-from cdiffset.images import read_judged_eo, read_tiff, without_georeference, write_tiff
+from cdiffset.images import read_tiff, read_unstretched_eo, without_georeference, write_tiff
 from cdiffset.pairing import Pair
 
 REPO = Path(__file__).parents[1]
@@ -148,7 +149,7 @@ def test_a_single_file_of_another_kind_is_a_fault_of_its_own(tmp_path, capsys):
 def test_values_beyond_the_range_are_clipped_and_noted(tmp_path):
     pixels = np.linspace(-0.05, 1, HEIGHT * WIDTH * 3).reshape(HEIGHT, WIDTH, 3)
     np.save(tmp_path / "a.npy", pixels)
-    read = read_judged_eo(tmp_path / "a.npy", (0, 1), "--pred-range")
+    read = read_unstretched_eo(tmp_path / "a.npy", (0, 1), "--pred-range")
     assert np.abs(read.pixels - np.clip(pixels, 0, 1) * 255).max() < 1e-4 and read.valid.all()
     assert read.clipped == pytest.approx(np.mean((pixels < 0).any(-1)))
     write_8_bit(tmp_path / "gt", range(1))
@@ -165,7 +166,7 @@ def test_values_beyond_the_range_are_clipped_and_noted(tmp_path):
 def test_a_range_that_the_numbers_contradict_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.linspace(-1, 1, 8 * 9 * 3, dtype=np.float32).reshape(8, 9, 3))
     with pytest.raises(errors.UserError, match="a.npy: values from -1 to 1, of which 50% are beyond --pred-range 0,1"):
-        read_judged_eo(tmp_path / "a.npy", (0, 1), "--pred-range")
+        read_unstretched_eo(tmp_path / "a.npy", (0, 1), "--pred-range")
 
 
 def with_alpha(path: Path, pixels: np.ndarray, out: np.ndarray, mode: str = "RGBA", **options) -> None:
@@ -224,7 +225,7 @@ def test_what_an_image_excludes_does_not_count(kind, side, tmp_path):
     write(tmp_path / side / name, picture(1), out)
     Image.fromarray(picture(2)).save(tmp_path / other / "a.png")
     Image.fromarray(picture(3)).save(tmp_path / "sar" / "a.png")
-    read = read_judged_eo(tmp_path / side / name, limits, "--range")
+    read = read_unstretched_eo(tmp_path / side / name, limits, "--range")
     assert np.array_equal(read.valid, ~out)
     report = run(tmp_path, "--sar-dir", tmp_path / "sar", *((f"--{side}-range", "0,255") if takes_range else ()))
     values = {side: read.pixels[~out].astype(float), other: picture(2)[~out].astype(float)}  # [n, 3]
@@ -366,7 +367,7 @@ def test_networks_see_the_images_without_excluded_pixels(tmp_path, monkeypatch):
     write_8_bit(tmp_path / "pred", range(COUNT))
     write_8_bit(tmp_path / "gt", range(10, 10 + COUNT))
     with_alpha(tmp_path / "gt" / "1.png", picture(11), excluded())
-    report = evaluation.evaluate_folders(pairs.Inputs(tmp_path / "pred", tmp_path / "gt"), tmp_path / "report")
+    report = evaluation.evaluate_folders(EvaluationFolders(tmp_path / "pred", tmp_path / "gt"), tmp_path / "report")
     mae = np.mean([np.abs(picture(k).astype(float) - picture(10 + k)).mean() for k in (0, 2)])
     assert report["means"]["standard"]["lpips"]["n"] == 2
     assert report["means"]["standard"]["lpips"]["mean"] == pytest.approx(mae / 127.5, rel=1e-5)
@@ -415,7 +416,7 @@ def test_a_scene_as_test_py_writes_it_is_judged_by_its_valid_pixels(tmp_path):
 def test_quicklooks_beside_scenes_are_no_predictions(tmp_path):
     for name in ("a.tif", "a.quicklook.png", "b.png"):
         (tmp_path / name).touch()
-    assert set(pairs.images_by_stem(tmp_path)) == {"a", "b"}
+    assert set(folders.images_by_stem(tmp_path)) == {"a", "b"}
 
 
 def test_masks_are_8_bit(tmp_path):
@@ -423,7 +424,7 @@ def test_masks_are_8_bit(tmp_path):
         write_8_bit(tmp_path / folder, range(1))
     (tmp_path / "variance").mkdir()
     write_tiff(tmp_path / "variance" / "0.tif", np.ones((HEIGHT, WIDTH)))
-    for name in pairs.MASKS:
+    for name in folders.MASKS:
         write_deep(tmp_path / "masks" / f"mask_{name}", "0", "16-bit PNG", picture(0))
     report = run(tmp_path, "--variance-dir", tmp_path / "variance", "--mask-dir", tmp_path / "masks")
     assert "uint16 pixels" in report["faults"]["beside"][0] and "LOW,HIGH" not in report["faults"]["beside"][0]
@@ -436,14 +437,14 @@ def test_example_pictures_show_excluded_pixels_grey_and_large_images_reduced(tmp
     with_alpha(tmp_path / "pred" / "a.png", picture(0), out)
     Image.fromarray(picture(1)).save(tmp_path / "gt" / "a.png")
     write_tiff(tmp_path / "variance" / "a.tif", np.where(out, np.nan, picture(2)[..., 0]))
-    folders = pairs.PairFolders(pairs.Inputs(tmp_path / "pred", tmp_path / "gt", variance_dir=tmp_path / "variance"))
+    pairs = EvaluationPairs(EvaluationFolders(tmp_path / "pred", tmp_path / "gt", variance_dir=tmp_path / "variance"))
     scale, step = 128 // WIDTH, 128 + utils.GAP_PX
-    shown = evaluation.picture(folders[0])[utils.TITLE_PX :: scale]
+    shown = evaluation.picture(pairs[0])[utils.TITLE_PX :: scale]
     for column in range(4):  # EO, generated EO, error, variance
         panel = shown[:, column * step : column * step + 128 : scale]
         assert (panel[out] == 128).all() and (panel[~out] != 128).any(-1).mean() > 0.9
     assert np.array_equal(shown[:, :128:scale][~out], picture(1)[~out])
-    item = folders[0] | {"maps": {}}
+    item = pairs[0] | {"maps": {}}
     for kind in ("eo", "generated"):
         item[kind] = item[kind].repeat(1, 50, 1)
     item["valid"] = item["valid"].repeat(50, 1)

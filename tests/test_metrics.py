@@ -18,7 +18,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from pytorch_fid.fid_score import get_activations
+from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
 from pytorch_fid.inception import InceptionV3
 from torchmetrics.functional.image import (
     deep_image_structure_and_texture_similarity,
@@ -54,6 +54,18 @@ def random_dists():
         torch.manual_seed(0)
         patch.setattr("torchmetrics.functional.image.dists.vgg16", lambda weights: torchvision.models.vgg16(weights=None))
         return utils._load_dists()
+
+
+@pytest.fixture
+def pair_metrics(monkeypatch):
+    """PairMetrics with the given networks in place of those that are downloaded."""
+
+    def make(lpips: torch.nn.Module | None = None, dists: torch.nn.Module | None = None) -> PairMetrics:
+        monkeypatch.setattr(utils, "_load_lpips", lambda: lpips)
+        monkeypatch.setattr(utils, "_load_dists", lambda: dists)
+        return PairMetrics(with_lpips=lpips is not None, with_dists=None if dists is None else True)
+
+    return make
 
 
 @pytest.fixture
@@ -127,9 +139,9 @@ def test_values_are_per_image_and_equal_to_direct_library_calls_at_batch_1():
     assert values["paper"]["ssim"] != pytest.approx(values["standard"]["ssim"], abs=1e-3)
 
 
-def test_batch_4_equals_four_batches_of_1(random_lpips):
+def test_batch_4_equals_four_batches_of_1(pair_metrics, random_lpips):
     generated, eo = pair()
-    metrics = PairMetrics(lpips_model=random_lpips)
+    metrics = pair_metrics(random_lpips)
     together = metrics(generated, eo)
     alone = [metrics(generated[i : i + 1], eo[i : i + 1]) for i in range(4)]
     for convention in CONVENTIONS:
@@ -139,9 +151,9 @@ def test_batch_4_equals_four_batches_of_1(random_lpips):
     assert metrics.absent == {}
 
 
-def test_symmetry_and_identity(random_lpips):
+def test_symmetry_and_identity(pair_metrics, random_lpips):
     generated, eo = pair(batch=2)
-    metrics = PairMetrics(lpips_model=random_lpips)
+    metrics = pair_metrics(random_lpips)
     forwards, backwards, same = metrics(generated, eo), metrics(eo, generated), metrics(eo, eo.clone())
     for convention in CONVENTIONS:
         for metric, values in forwards[convention].items():
@@ -151,9 +163,9 @@ def test_symmetry_and_identity(random_lpips):
         assert same[convention]["lpips"] == [0, 0]
 
 
-def test_lpips_is_fed_with_each_conventions_own_range(random_lpips):
+def test_lpips_is_fed_with_each_conventions_own_range(pair_metrics, random_lpips):
     generated, eo = pair(batch=2)
-    values = PairMetrics(lpips_model=random_lpips)(generated, eo)
+    values = pair_metrics(random_lpips)(generated, eo)
     with torch.no_grad():
         standard = random_lpips(generated, eo).flatten().tolist()
         paper = random_lpips((generated + 0.5).clamp(0, 1), (eo + 0.5).clamp(0, 1), normalize=False).flatten().tolist()
@@ -162,9 +174,9 @@ def test_lpips_is_fed_with_each_conventions_own_range(random_lpips):
     assert standard != pytest.approx(paper, abs=1e-4)
 
 
-def test_dists_is_torchmetrics_own_in_each_conventions_range(random_dists, monkeypatch):
+def test_dists_is_torchmetrics_own_in_each_conventions_range(pair_metrics, random_dists, monkeypatch):
     generated, eo = pair(batch=3)
-    values = PairMetrics(with_lpips=False, dists_model=random_dists)(generated, eo)
+    values = pair_metrics(dists=random_dists)(generated, eo)
     monkeypatch.setattr("torchmetrics.functional.image.dists.DISTSNetwork", lambda: random_dists)
     direct = deep_image_structure_and_texture_similarity
     assert values["standard"]["dists"] == pytest.approx(direct(generated * 0.5 + 0.5, eo * 0.5 + 0.5).tolist(), abs=1e-5)
@@ -173,9 +185,9 @@ def test_dists_is_torchmetrics_own_in_each_conventions_range(random_dists, monke
     assert paper != pytest.approx(values["standard"]["dists"], abs=1e-4)
 
 
-def test_dists_is_symmetric_0_for_equal_images_and_the_same_at_batch_1(random_dists):
+def test_dists_is_symmetric_0_for_equal_images_and_the_same_at_batch_1(pair_metrics, random_dists):
     generated, eo = pair(batch=2)
-    metrics = PairMetrics(with_lpips=False, dists_model=random_dists)
+    metrics = pair_metrics(dists=random_dists)
     forwards = metrics(generated, eo)["standard"]["dists"]
     assert metrics(eo, generated)["standard"]["dists"] == pytest.approx(forwards, abs=1e-5)
     assert metrics(eo, eo.clone())["standard"]["dists"] == pytest.approx([0, 0], abs=1e-4)
@@ -197,8 +209,8 @@ def test_images_too_small_for_a_metric_leave_it_absent_with_the_reason():
     assert metrics.absent["lpips"] == "switched off"
 
 
-def test_minimal_sizes_are_enough_for_the_libraries(random_lpips, random_dists):
-    metrics = PairMetrics(lpips_model=random_lpips, dists_model=random_dists)
+def test_minimal_sizes_are_enough_for_the_libraries(pair_metrics, random_lpips, random_dists):
+    metrics = pair_metrics(random_lpips, random_dists)
     for metric, side in utils.MIN_SIDE_PX.items():
         assert math.isfinite(metrics(*pair(batch=1, size=side))["standard"][metric][0])
     assert math.isfinite(metrics(*pair(batch=1, size=16))["paper"]["lpips"][0])
@@ -272,18 +284,42 @@ def features(images: torch.Tensor, folder) -> np.ndarray:
     return get_activations(paths, InceptionV3([0]), batch_size=1, dims=64, num_workers=0)
 
 
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Of features [n, d], Tr √(Ca Cb) from the eigenvalues of the product, which are those of a matrix that is not negative."""
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    trace_root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root
+
+
 def test_fid_is_the_frechet_distance_of_pytorch_fids_activations_of_the_files(random_inception, no_score, tmp_path):
     first, second = eight_bit(5, seed=1), eight_bit(5, seed=2)
-    a, b = features(first, tmp_path / "a"), features(second, tmp_path / "b")
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # Tr sqrt(Ca Cb) is the nuclear norm of the product of two square-root factors of the covariances.
-    factor_a, factor_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
-    trace_root = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root
+    expected = frechet_distance(features(first, tmp_path / "a"), features(second, tmp_path / "b"))
     fid = measured(first, second).compute()["fid"]["value"]
     assert fid == pytest.approx(expected, rel=1e-3) and fid > 0
     assert measured(second, first).compute()["fid"]["value"] == pytest.approx(fid, rel=1e-3)
-    assert measured(first, first).compute()["fid"]["value"] == pytest.approx(0, abs=1e-3 * expected)
+    assert measured(first, first).compute()["fid"]["value"] == pytest.approx(0, abs=1e-9 * expected)
+
+
+@pytest.mark.parametrize("count", [20, 300])  # fewer images than features, and more
+def test_the_frechet_distance_is_that_of_eigenvalues_and_of_pytorch_fid(count):
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(50, 50))
+    first, second = (rng.normal(shift, 1, (count + shift, 50)) @ mixing for shift in (0, 1))
+    distance = utils.frechet_distance(first, second)
+    assert distance == pytest.approx(frechet_distance(first, second), rel=1e-6)
+    moments = [moment for x in (first, second) for moment in (x.mean(0), np.cov(x, rowvar=False))]
+    try:
+        theirs = calculate_frechet_distance(*moments)
+    except TypeError:  # SciPy from 1.18 no longer has the argument that pytorch-fid 0.3.0 gives
+        return
+    assert distance == pytest.approx(theirs, rel=1e-6)
+
+
+def test_the_frechet_distance_of_independent_features_in_closed_form():
+    """Of Gaussians with diagonal covariances: Σ (μ₁ - μ₂)² + (σ₁ - σ₂)²."""
+    signs = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]]) * math.sqrt(3 / 4)  # the identity as its covariance
+    distance = utils.frechet_distance(signs * [2, 5] + [1, 0], signs * [3, 1] + [4, -2])
+    assert distance == pytest.approx(3**2 + 2**2 + 1**2 + 4**2)
 
 
 def unbiased_mmd(a: np.ndarray, b: np.ndarray) -> float:

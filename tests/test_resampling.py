@@ -90,12 +90,12 @@ def test_steps_come_from_the_option_the_checkpoint_and_the_file(tmp_path):
         assert chosen_steps(source, RadiometryOptions(resample_gsd=True), 10) == pytest.approx((2.5, 2.5), rel=1e-3)
         assert chosen_steps(source, RadiometryOptions(resample_gsd=True), 4.05) == (1, 1)
         assert chosen_steps(source, RadiometryOptions(resample_gsd=2.0, gsd=5.0), None) == (0.4, 0.4)
-        with pytest.raises(UserError, match="--resample-gsd: the checkpoint does not tell"):
+        with pytest.raises(UserError, match="--resample-gsd: the checkpoint does not record"):
             chosen_steps(source, RadiometryOptions(resample_gsd=True), None)
         with pytest.raises(UserError, match="px when resampled to 0.0001 m, .* is the GSD right"):
             chosen_steps(source, RadiometryOptions(resample_gsd=0.0001), None)
     with open_scene(save(tmp_path / "b.tif", np.ones((50, 80), np.uint8))) as source:
-        with pytest.raises(UserError, match="b.tif does not tell its GSD .* --gsd METRES"):
+        with pytest.raises(UserError, match="b.tif does not record its GSD .* --gsd METRES"):
             chosen_steps(source, RadiometryOptions(resample_gsd=True), 10)
         assert chosen_steps(source, RadiometryOptions(resample_gsd=True, gsd=5.0), 10) == (2, 2)
 

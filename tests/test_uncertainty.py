@@ -5,19 +5,18 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from cdiffset.confidence import confidence_map, variance_map
 from cdiffset.evaluation.uncertainty import (
     aurg,
     auroc,
     ause,
     average_precision,
-    confidence_map,
     ence,
-    judge_ranking,
     rank_error,
+    ranking_measures,
     reliability,
     sparsification_curve,
     spearman,
-    variance_map,
 )
 
 RNG_SEED = 7
@@ -181,7 +180,7 @@ def test_ause_and_aurg_share_out_the_oracles_own_gain():
 def test_discard_curve_by_hand():
     # 100 errors 1 ... 100, the largest the most uncertain: what remains without k of them has the mean (101 - k) / 2.
     error = np.arange(1.0, 101)
-    judged = judge_ranking(error**2, {"absolute": rank_error(error)})
+    judged = ranking_measures(error**2, {"absolute": rank_error(error)})
     np.testing.assert_allclose(judged["absolute"]["discard"], (101 - np.arange(100)) / 2)
 
 
@@ -191,7 +190,7 @@ def test_judging_by_ranked_errors_equals_every_measure_alone():
     errors = {"absolute": error, "squared": error**2 + rng.uniform(0, 0.1, error.shape)}
     ranked = {name: rank_error(values) for name, values in errors.items()}
     for uncertainty in (rng.uniform(size=error.shape), (error + rng.normal(0, 1, error.shape)).round()):
-        judged = judge_ranking(uncertainty, ranked)
+        judged = ranking_measures(uncertainty, ranked)
         for name, values in errors.items():
             assert judged[name]["spearman"] == pytest.approx(spearman(uncertainty, values), abs=1e-12)
             assert judged[name]["ause"] == pytest.approx(ause(uncertainty, values), abs=1e-12)
@@ -204,7 +203,7 @@ def test_constants_cannot_be_ranked():
     with pytest.raises(ValueError, match="error is 2 everywhere"):
         rank_error(np.full(5, 2.0))
     with pytest.raises(ValueError, match="uncertainty is 3 everywhere"):
-        judge_ranking(np.full(5, 3.0), {"absolute": rank_error(np.arange(5.0))})
+        ranking_measures(np.full(5, 3.0), {"absolute": rank_error(np.arange(5.0))})
 
 
 # ---- calibration

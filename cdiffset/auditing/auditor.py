@@ -9,13 +9,12 @@ from scipy.ndimage import distance_transform_edt
 from cdiffset.auditing.report import MAPS, map_path
 from cdiffset.auditing.residual import residual_map, upsampled
 from cdiffset.errors import UserError
-from cdiffset.evaluation.folders import read_judged_pair
 from cdiffset.images import read_sar_valid, write_tiff
 from cdiffset.inference.batching import batches_of_one_size, skip_too_long
 from cdiffset.inference.options import recorded_settings
 from cdiffset.inference.record import Record
 from cdiffset.inference.translator import Model
-from cdiffset.pairing import Pair
+from cdiffset.pairing import Pair, read_unstretched_pair
 
 
 class Auditor(Model):
@@ -44,7 +43,7 @@ def write_maps(auditor: Auditor, pairs: list[Pair], output: Path, skip_existing:
 
     def read(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         most = auditor.args.max_pixels
-        sar, eo, valid = read_judged_pair(pair, read_sar_valid(pair.sar, most), auditor.args.eo_range, most)
+        sar, eo, valid = read_unstretched_pair(pair, read_sar_valid(pair.sar, most), auditor.args.eo_range, most)
         return sar, continued(eo, valid), valid
 
     skipped: list[Pair] = []

@@ -1,7 +1,6 @@
 """What an audit leaves behind: table, overlays, contact sheet, and the list of the pairs that are worth training on."""
 
 import csv
-import html
 import io
 import os
 from dataclasses import dataclass
@@ -9,12 +8,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from cdiffset.auditing.residual import scores_of, strongest_boxes
-from cdiffset.images import read_judged_eo, read_sar, read_tiff, to_signed, write_png, written_whole
+from cdiffset.images import read_sar, read_tiff, read_unstretched_eo, to_tensor, write_png, written_whole
+from cdiffset.pages import render_page
 from cdiffset.pairing import Pair
 from feeders.feeder import ListFeeder, PairedFeeder
 from utils import panel
@@ -68,7 +67,7 @@ def write_findings(
         residual = read_tiff(map_path(output, finding.pair))
         finding.boxes = strongest_boxes(residual, threshold, most_boxes)
         sar = read_sar(finding.pair.sar, max_pixels)
-        eo, valid, _ = read_judged_eo(finding.pair.eo, eo_range, "--eo-range", max_pixels)
+        eo, valid, _ = read_unstretched_eo(finding.pair.eo, eo_range, "--eo-range", max_pixels)
         eo[~valid] = EXCLUDED
         write_png(output / overlay_path(finding.pair), overlay(sar, eo, residual, finding.boxes, threshold))
     return sorted(findings, key=lambda finding: (-finding.score, finding.pair.name))
@@ -87,7 +86,7 @@ def overlay(sar: np.ndarray, eo: np.ndarray, residual: np.ndarray, boxes: list, 
     for x0, y0, x1, y1 in boxes:
         ImageDraw.Draw(boxed).rectangle([x0 * scale, y0 * scale, x1 * scale - 1, y1 * scale - 1], outline=BOX)
     pictures[2] = np.array(boxed)
-    return panel([to_signed(torch.from_numpy(picture).float()).movedim(-1, 0) for picture in pictures])
+    return panel([to_tensor(picture) for picture in pictures])
 
 
 def choose_kept(findings: list[Finding], drop_share: float, max_score: float | None) -> None:
@@ -116,23 +115,9 @@ def write_table(path: Path, findings: list[Finding]) -> None:
 
 def write_contact_sheet(path: Path, findings: list[Finding], top: int) -> None:
     """HTML page of the `top` first findings, whose overlays it shows from the folder it lies in."""
-    figures = []
-    for place, finding in enumerate(findings[:top], start=1):
-        name = html.escape(finding.pair.name)
-        source = quote(overlay_path(finding.pair).as_posix())
-        caption = f"{place}. {name}: score {finding.score:.4g}, local {finding.local:.4g}" + (
-            "" if finding.kept else ", dropped"
-        )
-        figures.append(f'<figure><img src="{source}" alt="{name}" loading="lazy"><figcaption>{caption}</figcaption></figure>')
-    style = "body{font-family:sans-serif}figure{display:inline-block;margin:8px;max-width:640px}img{max-width:100%}"
-    title = f"The {len(figures)} most discrepant of {len(findings)} pairs"
-    legend = "SAR, EO, EO with what contradicts the SAR in red; yellow boxes: the strongest regions; plain grey: not counted."
-    page = [
-        "<!DOCTYPE html>", '<html lang="en">',
-        f'<head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>',
-        f"<body><h1>{title}</h1><p>{legend}</p>", *figures, "</body></html>",
-    ]  # fmt: skip
-    write_text(path, "\n".join(page) + "\n")
+    shown = [(finding, quote(overlay_path(finding.pair).as_posix())) for finding in findings[:top]]
+    title = f"The {len(shown)} most discrepant of {len(findings)} pairs"
+    write_text(path, render_page("auditing/contact_sheet.html.jinja", title=title, findings=shown))
 
 
 def write_kept_list(path: Path, feeder: PairedFeeder, root: Path, findings: list[Finding]) -> None:

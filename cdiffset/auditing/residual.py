@@ -13,8 +13,8 @@ from cdiffset.losses import variance
 from cdiffset.model import encode
 
 # Measured by benchmarks/audit.py: the more noise, the less of the EO is left to copy from, and the more the SAR has to explain.
-# Dividing by σ² costs discrimination, since the model is least certain exactly where objects come and go.
-TIMESTEPS, DRAWS, STANDARDISE = (950,), 4, False
+# The residual is not divided by σ²: that costs discrimination, since the model is least certain where objects come and go.
+TIMESTEPS, DRAWS = (950,), 4
 LOCAL_QUANTILE = 0.99
 
 
@@ -29,12 +29,11 @@ def residual_map(
     timesteps: tuple[int, ...] = TIMESTEPS,  # each 0 ... 999
     draws: int = DRAWS,  # of noise, per timestep
     seed: int = 0,
-    standardise: bool = STANDARDISE,  # True: divide by σ², which takes a U-Net of stage 2
 ) -> torch.Tensor:
     """Pairs => squared residual [B, 1, h, w], float32, at least 0: mean over latent channels, timesteps and noise draws.
 
     The noise is a function of the seed and the latent's size alone, so a result depends on the pair, the seed and the
-    settings, never on the batch it came in. ValueError without a timestep or a draw, or where there is no σ² to divide by.
+    settings, never on the batch it came in. ValueError without a timestep or a draw.
     """
     if not timesteps or draws < 1:
         raise ValueError(f"expected at least one timestep and one draw, got {timesteps} and {draws}")
@@ -44,10 +43,7 @@ def residual_map(
     for timestep in timesteps:
         for _ in range(draws):
             noise = torch.randn(1, *z_eo.shape[1:], generator=generator).to(z_eo.device)
-            squared, sigma2 = squared_residual(unet, scheduler, z_sar, z_eo, noise, timestep, prompt_embedding)
-            if standardise and sigma2 is None:
-                raise ValueError("a U-Net of stage 1 predicts no variance to standardise by")
-            total += squared / sigma2 if standardise else squared
+            total += squared_residual(unet, scheduler, z_sar, z_eo, noise, timestep, prompt_embedding)[0]
     return total / (len(timesteps) * draws)
 
 

@@ -1,4 +1,4 @@
-"""From σ² and spread to an expected error in 8-bit EO units: fitting, judging, and the JSON file beside the checkpoint.
+"""From σ² and spread to an expected error in 8-bit EO units: fitting, held-out evaluation, the JSON file beside the checkpoint.
 
 The error of a pixel is the mean over RGB of |generated - true| in 0-255, both 8-bit. Every map (σ², or the spread over the
 samples) gets a monotone curve to the expected error; with two maps, their expected errors e₁ and e₂ are joined as
@@ -95,7 +95,7 @@ def conformal_quantile(expected: np.ndarray, error: np.ndarray, level: float) ->
     return float(scores[min(rank, len(scores)) - 1])
 
 
-def judge(calibration: Calibration, scales: dict[str, float], maps: dict[str, np.ndarray], error: np.ndarray) -> dict:
+def evaluate(calibration: Calibration, scales: dict[str, float], maps: dict[str, np.ndarray], error: np.ndarray) -> dict:
     """How a calibration does on pixels of images that it has not seen, beside each map times one global scale."""
     from cdiffset.evaluation.uncertainty import ence, reliability
 

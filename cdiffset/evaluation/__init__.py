@@ -1,1 +1,1 @@
-"""Judging images and their uncertainty maps against the truth."""
+"""Evaluation of images and their uncertainty maps against the true EO."""

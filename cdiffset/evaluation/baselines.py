@@ -1,29 +1,30 @@
-"""Is the map right? Uncertainty maps and their trivial rivals against the error they should foretell, per image and pooled.
+"""Is the map right? Uncertainty maps and trivial baselines against the error they should predict, per image and pooled.
 
 Errors are those of the picture in 8-bit units (0 to 255): per pixel the mean over RGB of the absolute and of the squared
-difference. More means less certain, for every map and rival.
+difference. More means less certain, for every map and baseline.
 """
 
 import zlib
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
 from scipy.ndimage import gaussian_gradient_magnitude, uniform_filter
 
-from cdiffset.evaluation.uncertainty import auroc, average_precision, ence, judge_ranking, rank_error, reliability
+from cdiffset.evaluation.uncertainty import auroc, average_precision, ence, rank_error, ranking_measures, reliability
 
 ERRORS = ("absolute", "squared")
 WINDOW_PX = 7  # of the local coefficient of variation
 GRADIENT_SIGMA_PX = 1.0
 BINS = 20  # of reliability diagrams, equally many pixels each
-RANDOM, SAMPLE = 1, 2  # purposes of random draws, so that no two share a stream
+RANDOM, DRAWN = 1, 2  # purposes of random draws, so that no two share a stream
 
-# Which errors a map is to foretell in size. The variance claims no unit: its σ is scaled to the mean of the error.
+# Which errors a map is to predict in size. The variance claims no unit: its σ is scaled to the mean of the error.
 CALIBRATED = {"variance": ("absolute", "squared"), "expected error": ("absolute",), "ensemble spread": ("squared",)}
 POWERS = {"absolute": 1, "squared": 2}  # of `reliability`: means, or root mean squares
 
 
-def rivals(sar: np.ndarray | None, size: tuple[int, int], stem: str) -> dict[str, np.ndarray]:
+def trivial_baselines(sar: np.ndarray | None, size: tuple[int, int], stem: str) -> dict[str, np.ndarray]:
     """What any map must beat: chance and, given the SAR [H, W, 3] in 0-255, plain functions of it => {name: float32 [H, W]}."""
     maps = {"random": _generator(stem, RANDOM).random(size)}
     if sar is not None:
@@ -45,43 +46,36 @@ def image_columns(maps: dict[str, np.ndarray], errors: dict[str, np.ndarray]) ->
     """Maps and errors [H, W] of one image => {"variance/ause_absolute": ..., ...}; what is undefined is left out."""
     columns = {}
     for name, kind in ((name, kind) for name, kinds in CALIBRATED.items() if name in maps for kind in kinds):
-        try:
+        with suppress(ValueError):  # no error at all, or fewer pixels than bins
             columns[f"{name}/ence_{kind}"] = _calibration(name, kind, maps[name], errors)["ence"]
-        except ValueError:  # no error at all, or fewer pixels than bins
-            continue
-    try:
+    with suppress(ValueError):  # the error is the same everywhere, as in a perfect image
         ranked = {name: rank_error(error) for name, error in errors.items()}
-    except ValueError:  # the error is the same everywhere, as in a perfect image
-        return columns
-    for name, values in maps.items():
-        try:
-            judged = judge_ranking(values, ranked)
-        except ValueError:  # a constant map
-            continue
-        for error, measures in judged.items():
-            columns |= {f"{name}/{measure}_{error}": measures[measure] for measure in ("spearman", "ause", "aurg")}
+        for name, values in maps.items():
+            with suppress(ValueError):  # a constant map
+                for error, measures in ranking_measures(values, ranked).items():
+                    columns |= {f"{name}/{measure}_{error}": measures[measure] for measure in ("spearman", "ause", "aurg")}
     return columns
 
 
-def sample_pixels(maps: dict[str, np.ndarray], at_most: int, stem: str) -> dict[str, np.ndarray]:
+def draw_pixels(maps: dict[str, np.ndarray], at_most: int, stem: str) -> dict[str, np.ndarray]:
     """Maps [H, W] => the same pixels of each [n], all of them or `at_most` drawn at random by the stem."""
     pixels = next(iter(maps.values())).size
     if pixels <= at_most:
         return {name: values.ravel() for name, values in maps.items()}
-    chosen = np.sort(_generator(stem, SAMPLE).choice(pixels, at_most, replace=False))
+    chosen = np.sort(_generator(stem, DRAWN).choice(pixels, at_most, replace=False))
     return {name: values.ravel()[chosen] for name, values in maps.items()}
 
 
-def pooled(samples: list[dict[str, np.ndarray]], pixels_per_image: int) -> dict:
-    """The sampled pixels of all images, together, as one set => the `uncertainty` part of a report.
+def pooled_measures(drawn: list[dict[str, np.ndarray]], pixels_per_image: int) -> dict:
+    """The pixels drawn from all images, together, as one set => the `uncertainty` part of a report.
 
     What is undefined is left out, with the reason under "absent".
     """
-    values = {name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]}
+    values = {name: np.concatenate([pixels[name] for pixels in drawn]) for name in drawn[0]}
     masks = {name: values.pop(name) for name in list(values) if values[name].dtype == bool}
     errors = {name: values.pop(name) for name in ERRORS}
     part = {
-        "images": len(samples), "pixels": int(errors["absolute"].size), "pixels_per_image": pixels_per_image,
+        "images": len(drawn), "pixels": int(errors["absolute"].size), "pixels_per_image": pixels_per_image,
         "mean_error": {name: float(error.mean(dtype=np.float64)) for name, error in errors.items()},
         "discrepant_pixels": {name: int(mask.sum()) for name, mask in masks.items()},
         "maps": {name: {} for name in values}, "absent": {},
@@ -107,8 +101,8 @@ def pooled(samples: list[dict[str, np.ndarray]], pixels_per_image: int) -> dict:
 
 
 def _ranking(score: np.ndarray, ranked: dict) -> dict[str, dict]:
-    judged = judge_ranking(score, ranked)
-    return {error: measures | {"discard": measures["discard"].tolist()} for error, measures in judged.items()}
+    by_error = ranking_measures(score, ranked)
+    return {error: measures | {"discard": measures["discard"].tolist()} for error, measures in by_error.items()}
 
 
 def _detection(score: np.ndarray, positive: np.ndarray, masks: dict[str, np.ndarray]) -> dict[str, float]:

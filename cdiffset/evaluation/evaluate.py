@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from tqdm import tqdm
 
 import utils
 from cdiffset.errors import UserError
-from cdiffset.evaluation.baselines import pooled
-from cdiffset.evaluation.folders import FAULTS, MAPS, Inputs, PairFolders
+from cdiffset.evaluation.baselines import pooled_measures
+from cdiffset.evaluation.folders import FAULTS, MAPS, EvaluationFolders, EvaluationPairs
 from cdiffset.evaluation.report import render_html, render_markdown
 from cdiffset.images import MAX_PIXELS, written_whole
 
@@ -31,85 +32,85 @@ SHOWN = 3  # how many of many faulty files a message names
 
 
 def evaluate_folders(
-    inputs: Inputs,
+    folders: EvaluationFolders,
     output: Path,
     *,
     device: torch.device | str = "cpu",
     batch_size: int = 16,
     num_workers: int = 0,
-    networks: bool = True,  # False: spare LPIPS, DISTS, FID, KID and IS
+    networks: bool = True,  # False: leave out LPIPS, DISTS, FID, KID and IS
     strict: bool = False,  # any fault is an error
     baseline: Path | None = None,  # report.json of another method on the same images
     max_pixels: int = MAX_PIXELS,  # larger images are unreadable
 ) -> dict:
-    """Judge the folders and write report.json, report.md, report.html and metrics.csv to `output` => report.json's content.
+    """Evaluate the folders and write report.json, report.md, report.html and metrics.csv to `output` => report.json's content.
 
     Batch size, workers and the order of files do not change the numbers beyond rounding. UserError where nothing is left to
-    judge, or for any fault when `strict`.
+    evaluate, or for any fault when `strict`.
     """
     other = None if baseline is None else read_report(baseline)
-    folders = PairFolders(inputs, max_pixels)
-    refuse(folders.faults, strict)
+    pairs = EvaluationPairs(folders, max_pixels)
+    refuse_faults(pairs.faults, strict)
     if other is not None:
-        refuse_stranger(folders.stems, other)
+        require_common_images(pairs.stems, other)
     metrics = utils.PairMetrics(device, with_lpips=networks, with_dists=networks)
     set_metrics = utils.SetMetrics(device, wanted=networks)
-    found = measured(folders, metrics, set_metrics, batch_size, num_workers)
-    refuse(folders.faults, strict)
-    if not found.rows:
-        raise UserError(f"none of {len(folders)} pairs can be judged: {named(folders.faults, 1)}")
+    measured = measure_pairs(pairs, metrics, set_metrics, batch_size, num_workers)
+    refuse_faults(pairs.faults, strict)
+    if not measured.rows:
+        raise UserError(f"none of {len(pairs)} pairs can be evaluated: {fault_summary(pairs.faults, 1)}")
     set_values = {name: entry | {"n": set_metrics.images} for name, entry in set_metrics.compute().items()}
-    not_whole = dict.fromkeys(set_values, utils.NEEDS_WHOLE) if found.with_excluded else {}
+    not_whole = dict.fromkeys(set_values, utils.NEEDS_WHOLE) if measured.with_excluded else {}
     report = {
-        "images": len(found.rows),
-        "sizes": {f"{width} x {height}": count for (width, height), count in found.sizes.items()},
+        "images": len(measured.rows),
+        "sizes": {f"{width} x {height}": count for (width, height), count in measured.sizes.items()},
         "counted": {
-            "share": found.counted / sum(width * height * count for (width, height), count in found.sizes.items()),
-            "images_with_excluded_pixels": found.with_excluded,
+            "share": measured.counted / sum(width * height * count for (width, height), count in measured.sizes.items()),
+            "images_with_excluded_pixels": measured.with_excluded,
         },
-        "inputs": {name: None if value is None else shown(value) for name, value in vars(inputs).items()},
+        "inputs": {name: None if value is None else as_option(value) for name, value in vars(folders).items()},
         "conventions": {name: convention.description for name, convention in utils.CONVENTIONS.items()},
-        "means": means_with_intervals(found.rows),
-        "set": set_values | identity_collapse(found.rows),
-        "absent": metrics.absent | not_whole | set_metrics.absent | absent_inputs(inputs, bool(found.samples)),
-        "faults": {kind: faults for kind, faults in folders.faults.items() if faults},
-        "uncertainty": pooled(found.samples, folders.pixels_per_image) if found.samples else None,
-        "comparison": None if other is None else compare(found.rows, set_values, *other),
-        "examples": examples(found.rows),
+        "means": means_with_intervals(measured.rows),
+        "set": set_values | identity_collapse(measured.rows),
+        "absent": metrics.absent | not_whole | set_metrics.absent | missing_folders(folders, bool(measured.pixels)),
+        "faults": {kind: faults for kind, faults in pairs.faults.items() if faults},
+        "uncertainty": pooled_measures(measured.pixels, pairs.pixels_per_image) if measured.pixels else None,
+        "comparison": None if other is None else compare(measured.rows, set_values, *other),
+        "examples": examples(measured.rows),
     }
-    write_report(output, report, found.rows, folders)
+    write_report(output, report, measured.rows, pairs)
     return report
 
 
 @dataclass
-class Measured:
+class Measurements:
     """What comes of going through the pairs."""
 
     rows: list[dict] = field(default_factory=list)  # of metrics, one per image
-    samples: list[dict] = field(default_factory=list)  # of pixels, for the maps
+    pixels: list[dict] = field(default_factory=list)  # drawn from each image that has maps
     sizes: Counter = field(default_factory=Counter)  # (width, height) => images
     counted: int = 0  # pixels
     with_excluded: int = 0  # images of which some pixels do not count
 
 
-def measured(
-    folders: PairFolders, metrics: utils.PairMetrics, set_metrics: utils.SetMetrics, batch_size: int, num_workers: int
-) -> Measured:
-    """Measure every pair; the faults of those that cannot be go to `folders.faults`, the sets' features to `set_metrics`."""
-    found = Measured()
-    loader = DataLoader(folders, batch_size=None, num_workers=num_workers)
-    with tqdm(total=len(folders), desc="evaluating", unit="image", mininterval=1) as bar:
-        for batch in batches(usable(loader, folders.faults, bar), batch_size):
+def measure_pairs(
+    pairs: EvaluationPairs, metrics: utils.PairMetrics, set_metrics: utils.SetMetrics, batch_size: int, num_workers: int
+) -> Measurements:
+    """Measure every pair; the faults of those that cannot be go to `pairs.faults`, the sets' features to `set_metrics`."""
+    measured = Measurements()
+    loader = DataLoader(pairs, batch_size=None, num_workers=num_workers)
+    with tqdm(total=len(pairs), desc="evaluating", unit="image", mininterval=1) as bar:
+        for batch in batches(usable(loader, pairs.faults, bar), batch_size):
             generated, eo, valid = (torch.stack([item[kind] for item in batch]) for kind in ("generated", "eo", "valid"))
             if whole := bool(valid.all()):
                 set_metrics.update(generated, eo)
             values = utils.image_rows([item["stem"] for item in batch], metrics(generated, eo, None if whole else valid))
-            found.rows += [row | item["values"] for row, item in zip(values, batch, strict=True)]
-            found.samples += [item["sample"] for item in batch if item["sample"] is not None]
-            found.sizes[eo.shape[3], eo.shape[2]] += len(batch)
-            found.counted += int(valid.sum())
-            found.with_excluded += len(batch) * (not whole)
-    return found
+            measured.rows += [row | item["values"] for row, item in zip(values, batch, strict=True)]
+            measured.pixels += [item["pixels"] for item in batch if item["pixels"] is not None]
+            measured.sizes[eo.shape[3], eo.shape[2]] += len(batch)
+            measured.counted += int(valid.sum())
+            measured.with_excluded += len(batch) * (not whole)
+    return measured
 
 
 def usable(items: Iterable[dict], faults: dict[str, list[str]], bar: tqdm) -> Iterator[dict]:
@@ -124,49 +125,40 @@ def usable(items: Iterable[dict], faults: dict[str, list[str]], bar: tqdm) -> It
 
 def batches(items: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
     """Neighbours of one size together, all with excluded pixels or all without, up to batch_size of them or BATCH_PX."""
-    batch: list[dict] = []
-    kind_before = None
-    for item in items:
-        height, width = item["valid"].shape
-        kind = height, width, bool(item["valid"].all())
-        full = len(batch) >= min(batch_size, max(1, BATCH_PX // (height * width)))
-        if batch and (full or kind != kind_before):
+    for (height, width, _), alike in groupby(items, lambda item: (*item["valid"].shape, bool(item["valid"].all()))):
+        together = min(batch_size, max(1, BATCH_PX // (height * width)))
+        while batch := list(islice(alike, together)):
             yield batch
-            batch = []
-        batch.append(item)
-        kind_before = kind
-    if batch:
-        yield batch
 
 
-def named(faults: dict[str, list[str]], most: int = SHOWN) -> str:
+def fault_summary(faults: dict[str, list[str]], most: int = SHOWN) -> str:
     """All faults on one line: how many of each kind, and the first of them."""
-    kinds = [(FAULTS[kind], texts) for kind, texts in faults.items() if texts]
     return "; ".join(
-        f"{kind}: {len(texts)} ({', '.join(texts[:most])}{', ...' * (len(texts) > most)})" for kind, texts in kinds
+        f"{FAULTS[kind]}: {len(texts)} ({', '.join(texts[:most])}{', ...' * (len(texts) > most)})"
+        for kind, texts in faults.items()
+        if texts
     )
 
 
-def shown(value: Path | tuple[float, float]) -> str:
+def as_option(value: Path | tuple[float, float]) -> str:
     """A folder or a range as on the command line."""
     return ",".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
 
 
-def refuse(faults: dict[str, list[str]], strict: bool) -> None:
+def refuse_faults(faults: dict[str, list[str]], strict: bool) -> None:
     if strict and any(faults.values()):
-        raise UserError(f"--strict: {named(faults)}")
+        raise UserError(f"--strict: {fault_summary(faults)}")
 
 
-def absent_inputs(inputs: Inputs, judged: bool) -> dict[str, str]:
-    absent = {}
-    if inputs.sar_dir is None:
-        absent["identity_collapse"] = "needs --sar-dir"
-    if not judged:
-        given = inputs.variance_dir or inputs.error_dir or inputs.ensemble_dir
+def missing_folders(folders: EvaluationFolders, has_maps: bool) -> dict[str, str]:
+    """What cannot be computed for lack of a folder => the reason."""
+    absent = {} if folders.sar_dir else {"identity_collapse": "needs --sar-dir"}
+    if not has_maps:
+        given = folders.variance_dir or folders.error_dir or folders.ensemble_dir
         absent["uncertainty"] = "no pair has all the files" if given else "needs --variance-dir, --error-dir or --ensemble-dir"
-    elif inputs.sar_dir is None:
-        absent["SAR rivals"] = "brightness, local variation and gradient need --sar-dir"
-    if judged and inputs.mask_dir is None:
+    elif not folders.sar_dir:
+        absent["SAR baselines"] = "brightness, local variation and gradient need --sar-dir"
+    if has_maps and not folders.mask_dir:
         absent["discrepancies"] = "needs --mask-dir"
     return absent
 
@@ -257,19 +249,19 @@ def read_report(path: Path) -> tuple[dict, list[dict], Path]:
     return report, rows, path
 
 
-def refuse_stranger(names: list[str], baseline: tuple[dict, list[dict], Path]) -> None:
+def require_common_images(names: list[str], baseline: tuple[dict, list[dict], Path]) -> None:
     _, rows, path = baseline
     if not {row["name"] for row in rows}.intersection(names):
-        raise UserError(f"--baseline: {path} judged none of these images")
+        raise UserError(f"--baseline: {path} has none of these images")
 
 
 def compare(rows: list[dict], set_values: dict, report: dict, other_rows: list[dict], path: Path) -> dict:
-    """This method minus the baseline on the images that both judged, with 95 % intervals of a paired bootstrap."""
-    refuse_stranger([row["name"] for row in rows], (report, other_rows, path))
+    """This method minus the baseline on the images that both evaluated, with 95 % intervals of a paired bootstrap."""
+    require_common_images([row["name"] for row in rows], (report, other_rows, path))
     theirs = {row["name"]: row for row in other_rows}
     mine = [row for row in rows if row["name"] in theirs]
     theirs = [theirs[row["name"]] for row in mine]
-    groups_compared = {*utils.CONVENTIONS, "8-bit", *MAPS}  # not the maps' rivals
+    groups_compared = {*utils.CONVENTIONS, "8-bit", *MAPS}  # not the trivial baselines
     shared = set(utils.columns_of(theirs))
     columns = [name for name in utils.columns_of(mine) if name in shared and name.split("/")[0] in groups_compared]
     differences = column_values(mine, columns) - column_values(theirs, columns)  # [n, k]
@@ -292,7 +284,7 @@ def compare(rows: list[dict], set_values: dict, report: dict, other_rows: list[d
 # ---- files
 
 
-def write_report(output: Path, report: dict, rows: list[dict], folders: PairFolders) -> None:
+def write_report(output: Path, report: dict, rows: list[dict], pairs: EvaluationPairs) -> None:
     """Each file whole or not at all; metrics.csv has a line per image. UserError where they cannot be written."""
     table = io.StringIO()
     writer = csv.DictWriter(table, ["name", *utils.columns_of(rows)], restval="", lineterminator="\n")
@@ -302,7 +294,7 @@ def write_report(output: Path, report: dict, rows: list[dict], folders: PairFold
         "metrics.csv": table.getvalue(),
         "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n",
         "report.md": render_markdown(report),
-        "report.html": render_html(report, pictures(report["examples"], folders)),
+        "report.html": render_html(report, pictures(report["examples"], pairs)),
     }
     try:
         for name, text in texts.items():
@@ -312,11 +304,9 @@ def write_report(output: Path, report: dict, rows: list[dict], folders: PairFold
         raise UserError(f"cannot write the report to {output}: {error.strerror}") from error
 
 
-def pictures(chosen: dict[str, list[str]], folders: PairFolders) -> dict[str, dict[str, np.ndarray]]:
+def pictures(chosen: dict[str, list[str]], pairs: EvaluationPairs) -> dict[str, dict[str, np.ndarray]]:
     """{best, median, worst: {stem: a row of pictures, uint8 [H, W', 3]}}."""
-    drawn = {
-        stem: picture(folders[folders.stems.index(stem)]) for stem in {stem for stems in chosen.values() for stem in stems}
-    }
+    drawn = {stem: picture(pairs[pairs.stems.index(stem)]) for stem in set().union(*chosen.values())}
     return {kind: {stem: drawn[stem] for stem in stems} for kind, stems in chosen.items()}
 
 

@@ -14,7 +14,7 @@ from rasterio.errors import RasterioError
 from torch.utils.data import Dataset
 
 from cdiffset.errors import UserError
-from cdiffset.evaluation.baselines import image_columns, rivals, sample_pixels
+from cdiffset.evaluation.baselines import draw_pixels, image_columns, trivial_baselines
 from cdiffset.images import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
@@ -22,22 +22,22 @@ from cdiffset.images import (
     UndeclaredRange,
     list_images,
     open_raster,
-    read_judged_eo,
     read_sar,
+    read_unstretched_eo,
     require_declared_range,
     require_size,
-    to_signed,
+    to_tensor,
 )
-from cdiffset.pairing import PAIR_SUFFIXES, Pair, read_list, read_pair_list, size_words
+from cdiffset.pairing import PAIR_SUFFIXES, by_stem, read_list, read_pair_list, size_words
 
 POOLED_PIXELS = 5_000_000  # pooled measures see at most about so many pixels, equally many of each image
 MAPS = {
     "variance": "variance_dir",
     "expected error": "error_dir",
     "ensemble spread": "ensemble_dir",
-}  # name: its field in Inputs
+}  # name: its field in EvaluationFolders
 MASKS = ("sar_only", "eo_only")  # objects that only one of the two images shows
-MAP_SUFFIXES = (".tif", ".tiff")  # test.py --error-dir writes a picture for the eye beside each map
+MAP_SUFFIXES = (".tif", ".tiff")  # test.py --error-dir writes a picture to look at beside each map
 LIST_SUFFIXES = (*PAIR_SUFFIXES, ".pkl")
 FAULTS = {
     "missing": "ground truth without a prediction",
@@ -53,8 +53,8 @@ FAULTS = {
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The folders to judge, and what their numbers are; None: not given."""
+class EvaluationFolders:
+    """What is evaluated against what, and what their numbers are; None: not given."""
 
     pred_dir: Path  # EO as any method made it
     gt_dir: Path  # true EO
@@ -79,40 +79,40 @@ class EmptyFault(UserError):
 FAULT_OF = {SizeFault: "size", EmptyFault: "empty", UndeclaredRange: "range"}  # others: unreadable
 
 
-class PairFolders(Dataset):
-    """The pairs of `inputs` in counting order of their stems, each as a dict:
+class EvaluationPairs(Dataset):
+    """The pairs of `folders` in counting order of their stems, each as a dict:
 
     {"stem"; "sar" (where given), "eo", "generated": float32 [3, H, W] in [-1, 1]; "valid": bool [H, W], the pixels that count,
     which both EO images hold; the others are black in both; "maps": {name: float32 [H, W], NaN where not valid};
-    "values": {column: number} of this image; "sample": {name: [n]} of its pixels, or None; "faults": [(kind, text)]}.
+    "values": {column: number} of this image; "pixels": {name: [n]} of its pixels, or None; "faults": [(kind, text)]}.
 
-    A pair that cannot be used has "stem" and "faults" alone. What the folders' lists tell already is in `faults`:
+    A pair that cannot be used has "stem" and "faults" alone. What the lists of files show already is in `faults`:
     {kind of FAULTS: [names]}. UserError where no pair is left, and where a range does not fit the first pair's files.
     """
 
-    def __init__(self, inputs: Inputs, max_pixels: int = MAX_PIXELS):
-        self.inputs, self.max_pixels = inputs, max_pixels
-        self.files = {"generated": images_by_stem(inputs.pred_dir), "eo": images_by_stem(inputs.gt_dir)}
+    def __init__(self, folders: EvaluationFolders, max_pixels: int = MAX_PIXELS):
+        self.folders, self.max_pixels = folders, max_pixels
+        self.files = {"generated": images_by_stem(folders.pred_dir), "eo": images_by_stem(folders.gt_dir)}
         generated, eo = set(self.files["generated"]), set(self.files["eo"])
         self.faults: dict[str, list[str]] = {}
-        if inputs.split_list is not None:
-            listed, unlisted = read_split(inputs.split_list, generated | eo)
+        if folders.split_list is not None:
+            listed, unlisted = read_split(folders.split_list, generated | eo)
             if not listed:
-                raise UserError(f"{inputs.split_list}: no entry is an image of {inputs.pred_dir} or {inputs.gt_dir}")
+                raise UserError(f"{folders.split_list}: no entry is an image of {folders.pred_dir} or {folders.gt_dir}")
             generated, eo, self.faults["unlisted"] = generated & listed, eo & listed, unlisted
         self.faults["missing"] = [stem for stem in self.files["eo"] if stem in eo - generated]
         self.faults["extra"] = [stem for stem in self.files["generated"] if stem in generated - eo]
         self.stems = [stem for stem in self.files["eo"] if stem in eo & generated]
         if not self.stems:
-            raise UserError(f"no image of {inputs.pred_dir} has a twin of the same relative path in {inputs.gt_dir}")
-        self.map_names = [name for name, field in MAPS.items() if getattr(inputs, field) is not None]
-        self.files |= {name: images_by_stem(getattr(inputs, MAPS[name]), MAP_SUFFIXES) for name in self.map_names}
-        beside = {} if inputs.sar_dir is None else {"sar": inputs.sar_dir}
-        if inputs.mask_dir is not None:
-            beside |= {mask: inputs.mask_dir / f"mask_{mask}" for mask in MASKS}
+            raise UserError(f"no image of {folders.pred_dir} has a twin of the same relative path in {folders.gt_dir}")
+        self.map_names = [name for name, field in MAPS.items() if getattr(folders, field) is not None]
+        self.files |= {name: images_by_stem(getattr(folders, MAPS[name]), MAP_SUFFIXES) for name in self.map_names}
+        beside = {} if folders.sar_dir is None else {"sar": folders.sar_dir}
+        if folders.mask_dir is not None:
+            beside |= {mask: folders.mask_dir / f"mask_{mask}" for mask in MASKS}
         self.files |= {kind: images_by_stem(folder) for kind, folder in beside.items()}
         self.pixels_per_image = max(1, POOLED_PIXELS // len(self.stems))
-        self.ranges = {"generated": (inputs.pred_range, "--pred-range"), "eo": (inputs.gt_range, "--gt-range")}
+        self.ranges = {"generated": (folders.pred_range, "--pred-range"), "eo": (folders.gt_range, "--gt-range")}
         for kind, (limits, option) in self.ranges.items():
             require_declared_range(self._path(kind, self.stems[0]), limits, option, max_pixels)
 
@@ -126,8 +126,8 @@ class PairFolders(Dataset):
         except UserError as error:
             return {"stem": stem, "faults": [(FAULT_OF.get(type(error), "unreadable"), str(error))]}
         values |= {"share/counted": float(valid.mean()), "8-bit/mae": mean_difference(generated, eo, valid)}
-        item = {"stem": stem, "generated": as_tensor(generated), "eo": as_tensor(eo), "valid": torch.from_numpy(valid)}
-        item |= {"maps": {}, "values": values, "sample": None, "faults": faults}
+        item = {"stem": stem, "generated": to_tensor(generated), "eo": to_tensor(eo), "valid": torch.from_numpy(valid)}
+        item |= {"maps": {}, "values": values, "pixels": None, "faults": faults}
         try:
             self._add_what_stands_beside(item, generated, eo, valid)
         except UserError as error:
@@ -137,7 +137,7 @@ class PairFolders(Dataset):
     def _read_pair(self, stem: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, float], list[tuple[str, str]]]:
         """=> (generated and EO [H, W, 3] in 0-255; valid [H, W]; columns of the ranges; faults)."""
         (generated, valid, clipped), (eo, eo_valid, eo_clipped) = (
-            read_judged_eo(self._path(kind, stem), limits, option, self.max_pixels)
+            read_unstretched_eo(self._path(kind, stem), limits, option, self.max_pixels)
             for kind, (limits, option) in self.ranges.items()
         )
         faults = [] if eo.shape == generated.shape else [("cropped", f"{stem} ({size_words(eo)} to {size_words(generated)})")]
@@ -146,7 +146,7 @@ class PairFolders(Dataset):
         if not valid.any():
             raise EmptyFault(f"{stem}: no pixel is valid in both images")
         generated, eo = (np.where(valid[..., None], image, np.float32(0)) for image in (generated, eo))
-        declared = {"pred": (self.inputs.pred_range, clipped), "gt": (self.inputs.gt_range, eo_clipped)}
+        declared = {"pred": (self.folders.pred_range, clipped), "gt": (self.folders.gt_range, eo_clipped)}
         shares = {f"share/clipped_{kind}": share for kind, (limits, share) in declared.items() if limits is not None}
         return generated, eo, valid, shares, faults
 
@@ -154,7 +154,7 @@ class PairFolders(Dataset):
         stem, sar = item["stem"], None
         if "sar" in self.files:
             sar = centre_crop(read_sar(self._path("sar", stem), self.max_pixels), valid.shape, f"{stem}: SAR")
-            item["sar"], item["values"]["8-bit/mae_sar"] = as_tensor(sar), mean_difference(generated, sar, valid)
+            item["sar"], item["values"]["8-bit/mae_sar"] = to_tensor(sar), mean_difference(generated, sar, valid)
         if not self.map_names:
             return
         maps = {
@@ -167,14 +167,14 @@ class PairFolders(Dataset):
             raise UserError(f"{stem}: no pixel that counts is valid in every map")
         difference = generated - eo
         errors = {"absolute": np.abs(difference).mean(-1), "squared": np.square(difference).mean(-1)}  # [H, W]
-        candidates = {name: values[valid] for name, values in (maps | rivals(sar, valid.shape, stem)).items()}  # [n]
+        candidates = {name: values[valid] for name, values in (maps | trivial_baselines(sar, valid.shape, stem)).items()}  # [n]
         errors, masks = ({name: values[valid] for name, values in each.items()} for each in (errors, masks))
         item["maps"] = {name: np.where(valid, values, np.float32(np.nan)) for name, values in maps.items()}
         item["values"] |= {"share/counted_in_maps": float(valid.mean()), **image_columns(candidates, errors)}
-        item["sample"] = sample_pixels({**errors, **candidates, **masks}, self.pixels_per_image, stem)
+        item["pixels"] = draw_pixels({**errors, **candidates, **masks}, self.pixels_per_image, stem)
 
     def _read_mask(self, name: str, stem: str, size: tuple[int, int]) -> np.ndarray:
-        mask = read_judged_eo(self._path(name, stem), None, None, self.max_pixels).pixels[..., 0] > 127
+        mask = read_unstretched_eo(self._path(name, stem), None, None, self.max_pixels).pixels[..., 0] > 127
         return centre_crop(mask, size, f"{stem}: mask {name}")
 
     def _path(self, kind: str, stem: str) -> Path:
@@ -187,14 +187,10 @@ def images_by_stem(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> 
     """Images of these suffixes under a folder by stem, in counting order; UserError where there is none, or where two differ
     in the suffix alone.
     """
-    stems: dict[str, Path] = {}
     listed = [path for path in list_images(folder) if path.suffix.lower() in suffixes and not path.name.endswith(QUICKLOOK)]
     if not listed:
         raise UserError(f"{folder}: holds no {' or '.join(suffixes)}, expected a map for each image")
-    for path in listed:
-        if (twin := stems.setdefault(stem_of(path.as_posix()), folder / path)) != folder / path:
-            raise UserError(f"{folder}: {twin.relative_to(folder)} and {path} differ in the suffix alone; keep one of them")
-    return stems
+    return by_stem(folder, listed)
 
 
 def stem_of(relative_path: str) -> str:
@@ -232,23 +228,6 @@ def centre_crop(image: np.ndarray, size: tuple[int, int], what: str) -> np.ndarr
     return image[top : top + new_height, left : left + new_width]
 
 
-def read_judged_pair(
-    pair: Pair, sar: tuple[np.ndarray, np.ndarray], eo_range: tuple[float, float] | None, max_pixels: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A pair and its SAR as read (pixels, valid) => SAR and true EO [H, W, 3] in 0-255, and valid [H, W]: data in both.
-
-    UserError where the EO is unreadable, their sizes differ, no pixel counts, or --eo-range does not fit the EO.
-    """
-    pixels, sar_valid = sar
-    eo, valid, _ = read_judged_eo(pair.eo, eo_range, "--eo-range", max_pixels)
-    if pixels.shape != eo.shape:
-        sizes = f"SAR {pair.sar} is {size_words(pixels)}, EO {pair.eo} is {size_words(eo)}"
-        raise SizeFault(f"the images of a pair differ in size: {sizes}")
-    if not (valid & sar_valid).any():
-        raise EmptyFault(f"{pair.sar} and {pair.eo}: no pixel is valid in both")
-    return pixels, eo, valid & sar_valid
-
-
 def read_map(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A float TIFF => float32 [H, W], NaN where it is NaN, nodata or masked; UserError where it is infinite or negative."""
     try:
@@ -267,8 +246,3 @@ def read_map(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def mean_difference(one: np.ndarray, other: np.ndarray, valid: np.ndarray) -> float:
     """Mean absolute difference of two images [H, W, 3] over the valid pixels [H, W]."""
     return float(np.abs(one - other)[valid].mean())
-
-
-def as_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """[H, W, 3] in 0-255 => [3, H, W] in [-1, 1]."""
-    return to_signed(torch.from_numpy(np.moveaxis(pixels, -1, 0).copy()))

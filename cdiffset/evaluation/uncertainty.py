@@ -1,28 +1,24 @@
-"""The numbers that say whether an uncertainty deserves trust.
+"""Measures of whether an uncertainty deserves trust.
 
-The measures take arrays of any one shape, are computed in float64 over all their values together, and refuse what leaves them
-undefined instead of returning NaN. To judge a whole test set, pass the stacked maps of all its images.
+They take arrays of any one shape, are computed in float64 over all their values together, and raise ValueError for what leaves
+them undefined instead of returning NaN. For a whole test set, pass the stacked maps of all its images.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+from scipy.integrate import trapezoid
+from scipy.stats import rankdata, spearmanr
 
 STEPS = 100  # of a sparsification curve
 
 
-def spearman(variance: np.ndarray, error: np.ndarray) -> float:
-    """Spearman's rank correlation in [-1, 1] of an uncertainty and the error it should foretell; ties get average ranks.
-
-    Source: scipy.stats.spearmanr. ValueError where one of the two is constant (the correlation is then undefined).
-    """
-    from scipy.stats import spearmanr  # slow to import, and those who translate measure nothing
-
-    variance, error = _paired(variance, error)
-    for name, values in (("uncertainty", variance), ("error", error)):
-        if np.ptp(values) == 0:
-            raise ValueError(f"rank correlation is undefined: the {name} is {values[0]:g} everywhere")
-    return float(spearmanr(variance, error).statistic)
+def spearman(uncertainty: np.ndarray, error: np.ndarray) -> float:
+    """Spearman's rank correlation in [-1, 1] of an uncertainty and the error that it should predict; ties get average ranks."""
+    uncertainty, error = _paired(uncertainty, error)
+    _require_varied("uncertainty", uncertainty)
+    _require_varied("error", error)
+    return float(spearmanr(uncertainty, error).statistic)
 
 
 def sparsification_curve(uncertainty: np.ndarray, error: np.ndarray, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
@@ -31,17 +27,12 @@ def sparsification_curve(uncertainty: np.ndarray, error: np.ndarray, steps: int 
     Returns (fractions, curve), each [steps]: fractions = k / steps for k = 0 ... steps - 1, the share removed;
     curve = mean error of the ceil((1 - fraction) n) least uncertain values over the mean error of all n, so that curve[0] = 1.
     Equal uncertainties are removed in a random but reproducible order, so that a constant uncertainty stays near 1 whatever the
-    layout of the image. `error` is not negative and not 0 everywhere; anything else is a ValueError.
+    layout of the image. `error` is not negative and not 0 everywhere.
     """
     uncertainty, error = _paired(uncertainty, error)
-    _check_errors(error)
+    _require_errors(error)
     remaining = _mean_of_kept(_least_uncertain_first(uncertainty), error, steps)
     return np.arange(steps) / steps, remaining / remaining[0]
-
-
-def _check_errors(error: np.ndarray) -> None:
-    if error.min() < 0 or error.max() == 0:
-        raise ValueError(f"errors must not be negative and not all 0, got {error.min():g} to {error.max():g}")
 
 
 def _least_uncertain_first(uncertainty: np.ndarray) -> np.ndarray:
@@ -64,7 +55,7 @@ def ause(uncertainty: np.ndarray, error: np.ndarray) -> float:
     """
     fractions, curve = sparsification_curve(uncertainty, error)
     _, oracle = sparsification_curve(error, error)
-    return float(np.trapezoid(curve - oracle, fractions))
+    return float(trapezoid(curve - oracle, fractions))
 
 
 def aurg(uncertainty: np.ndarray, error: np.ndarray) -> float:
@@ -74,11 +65,11 @@ def aurg(uncertainty: np.ndarray, error: np.ndarray) -> float:
     an uncertainty that knows nothing, below 0 for one that misleads; AUSE + AURG is the same for every uncertainty.
     """
     fractions, curve = sparsification_curve(uncertainty, error)
-    return float(np.trapezoid(1 - curve, fractions))
+    return float(trapezoid(1 - curve, fractions))
 
 
 class RankedError(NamedTuple):
-    """The errors of a set of pixels, ranked once, to judge several uncertainties by; made by rank_error."""
+    """The errors of a set of pixels, ranked once, to compare several uncertainties with; made by rank_error."""
 
     values: np.ndarray  # [n] float64, not negative
     ranks: np.ndarray  # [n] average ranks
@@ -87,47 +78,32 @@ class RankedError(NamedTuple):
 
 def rank_error(error: np.ndarray) -> RankedError:
     """ValueError where the measures are undefined: an error that is constant, negative or not finite."""
-    error, _ = _paired(error, error)
-    _check_errors(error)
-    if np.ptp(error) == 0:
-        raise ValueError(f"rank correlation is undefined: the error is {error[0]:g} everywhere")
-    order = _least_uncertain_first(error)
-    remaining = _mean_of_kept(order, error, STEPS)
-    return RankedError(error, _average_ranks(error, order), remaining / remaining[0])
+    _, oracle = sparsification_curve(error, error)
+    values = np.ravel(error).astype(np.float64)
+    _require_varied("error", values)
+    return RankedError(values, rankdata(values), oracle)
 
 
-def _average_ranks(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """scipy.stats.rankdata, given an order that sorts the values."""
-    in_order = values[order]
-    starts = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1]]))
-    counts = np.diff(np.append(starts, values.size))
-    ranks = np.empty(values.size)
-    ranks[order] = np.repeat(starts + (counts + 1) / 2, counts)
-    return ranks
-
-
-def judge_ranking(uncertainty: np.ndarray, errors: dict[str, RankedError]) -> dict[str, dict]:
-    """{error: {"spearman", "ause", "aurg": float, "discard": [100]}}, sorting the uncertainty once.
+def ranking_measures(uncertainty: np.ndarray, errors: dict[str, RankedError]) -> dict[str, dict]:
+    """{error: {"spearman", "ause", "aurg": float, "discard": [100]}}, sorting the uncertainty once for all errors.
 
     The same numbers as spearman, ause and aurg give. discard: the mean error that remains when the least certain 0, 1 ... 99 %
     are left out, the sparsification curve in the error's unit. ValueError where the uncertainty is constant.
     """
     uncertainty, _ = _paired(np.ravel(uncertainty), next(iter(errors.values())).values)
-    if np.ptp(uncertainty) == 0:
-        raise ValueError(f"rank correlation is undefined: the uncertainty is {uncertainty[0]:g} everywhere")
-    order = _least_uncertain_first(uncertainty)
-    ranks = _average_ranks(uncertainty, order)
-    judged = {}
+    _require_varied("uncertainty", uncertainty)
+    order, ranks = _least_uncertain_first(uncertainty), rankdata(uncertainty)
+    measures = {}
     for name, error in errors.items():
         remaining = _mean_of_kept(order, error.values, STEPS)
         curve = remaining / remaining[0]
-        judged[name] = {
+        measures[name] = {
             "spearman": float(np.corrcoef(ranks, error.ranks)[0, 1]),
-            "ause": float(np.trapezoid(curve - error.oracle, dx=1 / STEPS)),
-            "aurg": float(np.trapezoid(1 - curve, dx=1 / STEPS)),
+            "ause": float(trapezoid(curve - error.oracle, dx=1 / STEPS)),
+            "aurg": float(trapezoid(1 - curve, dx=1 / STEPS)),
             "discard": remaining,
         }
-    return judged
+    return measures
 
 
 def reliability(predicted: np.ndarray, error: np.ndarray, power: int, bins: int = 20) -> tuple[np.ndarray, np.ndarray]:
@@ -160,30 +136,26 @@ def ence(predicted: np.ndarray, observed: np.ndarray) -> float:
 def auroc(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np.ndarray) -> float:
     """Area under the ROC curve: the probability that a random positive scores above a random negative, ties counting half.
 
-    The Mann-Whitney statistic from average ranks, over the number of pairs: 0.5 for a score that knows nothing. Values in
-    neither mask are ignored. The masks are boolean, of the score's shape, disjoint and not empty; else ValueError.
+    0.5 for a score that knows nothing. Values in neither mask are ignored. The masks are boolean, of the score's shape,
+    disjoint and not empty; else ValueError.
     """
-    from scipy.stats import rankdata
+    from sklearn.metrics import roc_auc_score  # slow to import, and few reports have masks
 
-    positives, negatives = _under_masks(score, positive_mask, negative_mask)
-    rank_sum = rankdata(np.concatenate([positives, negatives]))[: positives.size].sum()
-    return float((rank_sum - positives.size * (positives.size + 1) / 2) / (positives.size * negatives.size))
+    return float(roc_auc_score(*_truth_and_scores(score, positive_mask, negative_mask)))
 
 
 def average_precision(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np.ndarray) -> float:
-    """Average precision, the precision at every threshold weighted by the recall gained (sklearn.metrics).
+    """Average precision, the precision at every threshold weighted by the recall gained.
 
     A score that knows nothing has the share of positives among positives and negatives. Masks as for `auroc`.
     """
-    from sklearn.metrics import average_precision_score  # slow to import, and only this function needs it
+    from sklearn.metrics import average_precision_score
 
-    positives, negatives = _under_masks(score, positive_mask, negative_mask)
-    truth = np.concatenate([np.ones(positives.size, bool), np.zeros(negatives.size, bool)])
-    return float(average_precision_score(truth, np.concatenate([positives, negatives])))
+    return float(average_precision_score(*_truth_and_scores(score, positive_mask, negative_mask)))
 
 
-def _under_masks(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The scores under each mask, float64, checked."""
+def _truth_and_scores(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of the values under either mask: which are positive, and their scores, float64; checked."""
     score, positive, negative = (np.asarray(values) for values in (score, positive_mask, negative_mask))
     if not score.shape == positive.shape == negative.shape or not positive.dtype == negative.dtype == bool:
         raise ValueError(
@@ -193,10 +165,11 @@ def _under_masks(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np
     n_positive, n_negative = int(positive.sum()), int(negative.sum())
     if n_positive == 0 or n_negative == 0 or (positive & negative).any():
         raise ValueError(f"masks must be disjoint and not empty, got {n_positive} positive and {n_negative} negative values")
-    scores = score[positive].astype(np.float64), score[negative].astype(np.float64)
-    if not (np.isfinite(scores[0]).all() and np.isfinite(scores[1]).all()):
+    counted = positive | negative
+    scores = score[counted].astype(np.float64)
+    if not np.isfinite(scores).all():
         raise ValueError("scores under the masks must be finite")
-    return scores
+    return positive[counted], scores
 
 
 def _paired(uncertainty: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -207,3 +180,13 @@ def _paired(uncertainty: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.
     if not (np.isfinite(uncertainty).all() and np.isfinite(error).all()):
         raise ValueError("uncertainty and error must be finite")
     return uncertainty.ravel(), error.ravel()
+
+
+def _require_errors(error: np.ndarray) -> None:
+    if error.min() < 0 or error.max() == 0:
+        raise ValueError(f"errors must not be negative and not all 0, got {error.min():g} to {error.max():g}")
+
+
+def _require_varied(name: str, values: np.ndarray) -> None:
+    if np.ptp(values) == 0:
+        raise ValueError(f"rank correlation is undefined: the {name} is {values[0]:g} everywhere")

@@ -36,13 +36,8 @@ CACHE_BYTES = 2**26  # GDAL would take 5 % of the machine's memory
 QUICKLOOK_PX = 1024
 RASTER_SUFFIXES = (".bil", ".img", ".j2k", ".jp2", ".nc", ".nitf", ".ntf", ".vrt")  # read as scenes alone, by GDAL
 SUFFIXES = (*IMAGE_SUFFIXES, *RASTER_SUFFIXES)
-# A suffix that names a format is taken at its word; GDAL tells what the others are.
+# Suffixes that stand for one format; GDAL finds out the others.
 DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".vrt": "VRT", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-SIDECARS = {  # of pictures: their georeference lies beside them
-    ".png": ("{stem}.pgw", "{stem}.pngw"), ".jpg": ("{stem}.jgw", "{stem}.jpgw"), ".jpeg": ("{stem}.jgw", "{stem}.jpegw"),
-    ".bmp": ("{stem}.bpw",), ".gif": ("{stem}.gfw",), ".webp": ("{stem}.wpw",),
-}  # fmt: skip
-ANY_SIDECARS = ("{stem}.wld", "{name}.aux.xml", "{name}.msk")
 POLARISATIONS = ("HH", "HV", "VH", "VV")
 POLARISATION = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(POLARISATIONS)})(?![A-Za-z0-9])", re.IGNORECASE)
 AUXILIARY = re.compile(  # bands and files that go with the backscatter and are none
@@ -90,6 +85,13 @@ class Scene:
         """Whether a band declares a scale or an offset of its numbers."""
         raster, place = self.places[index - 1]
         return (raster.scales[place - 1], raster.offsets[place - 1]) != (1, 0)
+
+    def is_float(self, indexes: Sequence[int]) -> bool:
+        """Whether all these bands hold numbers with a fraction, by their type or by a declared scale."""
+        return all(self.dtypes[k - 1].startswith("float") or self.has_scale(k) for k in indexes)
+
+    def is_8_bit(self, indexes: Sequence[int]) -> bool:
+        return all(self.dtypes[k - 1] == "uint8" and not self.has_scale(k) for k in indexes)
 
     def tags(self, index: int | None = None) -> dict[str, str]:
         """Of a band, or of all files."""
@@ -163,15 +165,15 @@ def open_scene(path: Path | Sequence[Path], max_pixels: int = MAX_PIXELS) -> Ite
     """
     paths = [path] if isinstance(path, Path) else path
     with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES), ExitStack() as stack:
-        rasters = [stack.enter_context(_open_checked(each, max_pixels)) for each in paths]
-        yield Scene(rasters)
+        yield Scene([stack.enter_context(open_checked(each, max(max_pixels, MAX_PIXELS))) for each in paths])
 
 
 @contextmanager
-def _open_checked(path: Path, max_pixels: int) -> Iterator[DatasetReader]:
+def open_checked(path: Path, max_pixels: float, expand: str = "gray", **options) -> Iterator[DatasetReader]:
+    """Open one raster of real numbers without a colour table; `expand`: what gdal_translate is to make of such a table."""
     with ExitStack() as stack:
         try:
-            source = stack.enter_context(open_raster(path, DRIVERS.get(path.suffix.lower())))
+            source = stack.enter_context(open_raster(path, DRIVERS.get(path.suffix.lower()), **options))
         except rasterio.errors.RasterioIOError as error:
             what = "GeoTIFF" if path.suffix.lower() in (".tif", ".tiff") else "raster that GDAL reads"
             raise UserError(f"{path}: unreadable, truncated or no {what} ({str(error).splitlines()[0]})") from error
@@ -179,12 +181,12 @@ def _open_checked(path: Path, max_pixels: int) -> Iterator[DatasetReader]:
             names = ", ".join(source.subdatasets[:3])
             hint = f"; take one out by gdal_translate NAME one.tif, where NAME is one of {names}" if names else ""
             raise UserError(f"{path}: {len(source.subdatasets)} rasters in one file, expected one{hint}")
-        require_size(path, source.height, source.width, 1, max(max_pixels, MAX_PIXELS))
+        require_size(path, source.height, source.width, 1, max_pixels)
         if any("complex" in dtype for dtype in source.dtypes):
             raise UserError(complex_message(path, source.dtypes[0]))
         if has_colours(source):
             raise UserError(
-                f"{path}: a colour table, not SAR data; gdal_translate -expand gray {path.name} grey.tif resolves it"
+                f"{path}: a colour table, expected bands; gdal_translate -expand {expand} {path.name} bands.tif makes them"
             )
         yield source
 
@@ -221,9 +223,10 @@ def is_scene(path: Path, side: float) -> bool:
 
 
 def _has_sidecar(path: Path) -> bool:
-    """Whether a file beside a picture tells its place or what of it is data, in any case of letters."""
-    names = [name.format(stem=path.stem, name=path.name) for name in (*SIDECARS[path.suffix.lower()], *ANY_SIDECARS)]
-    return any(_beside(path, name) for name in names)
+    """Whether a world file, a mask or metadata of GDAL lies beside a picture."""
+    kind = path.suffix[1:].lower()
+    world_files = (f"{path.stem}.{ending}" for ending in (f"{kind[0]}{kind[-1]}w", f"{kind}w", "wld"))
+    return any(_beside(path, name) for name in (*world_files, f"{path.name}.aux.xml", f"{path.name}.msk"))
 
 
 def _beside(path: Path, name: str) -> Path | None:
@@ -249,15 +252,19 @@ def is_auxiliary(name: str | None) -> bool:
 
 def renamed(path: Path, polarisation: str) -> Path:
     """A path with its file's polarisation replaced."""
-    start, end = list(POLARISATION.finditer(path.stem))[-1].span()
-    return path.with_name(path.name[:start] + polarisation + path.name[end:])
+    before, after = _around_polarisation(path)
+    return path.with_name(before + polarisation + after)
 
 
 def without_polarisation(path: Path) -> Path:
     """A path without its file's polarisation and the character that joins it to the name."""
-    start, end = list(POLARISATION.finditer(path.stem))[-1].span()
-    before, after = path.name[:start], path.name[end:]
+    before, after = _around_polarisation(path)
     return path.with_name(before[:-1] + after if before else after[1:])
+
+
+def _around_polarisation(path: Path) -> tuple[str, str]:
+    *_, last = POLARISATION.finditer(path.stem)
+    return path.name[: last.start()], path.name[last.end() :]
 
 
 def find_sources(source: Path, wanted: Sequence[str]) -> dict[Path, tuple[Path, ...]]:

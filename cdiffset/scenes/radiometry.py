@@ -14,9 +14,10 @@ from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from cdiffset.errors import UserError
-from cdiffset.images import PIXEL_PERCENTILES, STRETCH_PERCENTILES, read_sar_valid
+from cdiffset.images import PIXEL_PERCENTILES, STRETCH_PERCENTILES, read_sar_valid, three_channels, to_255
 from cdiffset.scenes.geotiff import MAX_PIXELS, POLARISATIONS, Scene, is_auxiliary, is_scene, open_scene
 from cdiffset.scenes.resampling import apply_weights, gsd_of, require_gsd, resampled_size, steps_to, weights
+from cdiffset.scenes.scale import SCALE_NAMES, check_scale, detect_scale, likely_fill, scale_of_numbers
 
 SAMPLE_PX = 2**22  # what percentiles are taken of; a scene of at most so many pixels is read whole
 SAMPLE_SIDE = 256  # px of a sampled block
@@ -34,16 +35,6 @@ SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "intensity": lambda values: np.sqrt(np.maximum(values, 0)),
     "db": lambda values: 10 ** (values / 20),
 }
-SCALE_WORDS = {  # how products name their numbers, in units, descriptions and tags
-    "db": {"db", "decibel", "decibels"},
-    "amplitude": {"amplitude", "magnitude"},
-    "intensity": {"intensity", "power", "linear", "sigma0", "beta0", "gamma0"},
-}
-LIKELY_DB = (-60, 20)  # backscatter
-POSSIBLE_DB = (-100, 100)  # of numbers that were never calibrated, too
-MIN_DB_SPREAD = 1.0  # dB between the 1st and the 99th percentile of anything that was taken by radar
-HEAVY_TAIL = 2.4  # 99th percentile / median: power of several looks is above, amplitude of several looks below
-FILL_SHARE = 0.05  # of the pixels that have one extreme value, from which on they may mean that there is no data
 CHANNELS = {  # preset => how many bands it takes
     "single": (1, "the band, repeated"),
     "pair": (2, "b1, (b1 + b2) / 2, b2"),
@@ -113,11 +104,8 @@ class Radiometry:
 
     def stretched(self, bands: list[np.ndarray]) -> np.ndarray:
         """Bands as `scaled` gives them => three channels in 0-255, [3, ...]."""
-        stretched = []
-        for values, (low, high) in zip(bands, self.limits, strict=True):
-            span = high - low
-            stretched.append((np.clip(values, low, high) - low) / span * 255 if span > 0 else np.zeros_like(values))
-        return np.stack(mixed(self.channels, stretched))
+        limits = zip(bands, self.limits, strict=True)
+        return np.stack(three_channels([to_255(values, low, high) for values, (low, high) in limits]))
 
     def scaled(self, scene: Scene, window: Window) -> tuple[list[np.ndarray], np.ndarray]:
         """A window => (bands, float64 [h, w] each, before the stretch, 0 where not valid; valid [h, w])."""
@@ -205,21 +193,6 @@ def despeckled(intensity: np.ndarray, valid: np.ndarray, side: int, looks: float
     return mean + np.clip(weight, 0, 1) * (np.where(valid, intensity, 0) - mean)
 
 
-def mixed(channels: str, bands: list[np.ndarray]) -> list[np.ndarray]:
-    """Bands, stretched => the three channels of a preset."""
-    match channels, bands:
-        case "single", [only]:
-            return [only, only, only]
-        case "pair", [first, second]:
-            return [first, (first + second) / 2, second]
-        case "spacenet6", [hh, hv, vh, vv]:
-            return [hh, (hv + vh) / 2, vv]
-        case "three" | "ratio", [_, _, _]:
-            return bands
-        case _:
-            raise ValueError(f"{channels!r} does not take {len(bands)} bands")
-
-
 def fill(pixels: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Pixels [C, h, w] with what is not valid [h, w] replaced by ever coarser means of what is; 0 where nothing is valid."""
     if valid.all():
@@ -273,29 +246,28 @@ def measure(scene: Scene, options: RadiometryOptions, trained: dict | None = Non
             f"--channels {channels}: it takes {CHANNELS[channels][0]} bands, {scene.name} gives {len(indexes)}: "
             f"choose them by --bands"
         )
-    numbers = sample(scene, Radiometry(indexes, "", "dn", (), nodata=options.nodata))
+    numbers = sampled_values(scene, Radiometry(indexes, "", "dn", (), nodata=options.nodata))
     fill_value, note = likely_fill(numbers)
     notes += [note] if note else []
     # A border of one value does not speak for the scene.
-    judged = numbers.ravel() if fill_value is None else numbers[numbers != fill_value]
-    scale, reason = tell_scale(scene, indexes, judged) if options.scale == "auto" else (options.scale or "dn", None)
-    check_scale(scene, options.scale, scale, numbers, judged, note)
-    if options.scale is None and (proposed := scale_of_numbers(judged, all_float(scene, indexes))):
-        notes.append(f"{proposed[1]}: this looks like {WORDS[proposed[0]]}, which --scale {proposed[0]} stretches as amplitude")
+    backscatter = numbers.ravel() if fill_value is None else numbers[numbers != fill_value]
+    scale, reason = detect_scale(scene, indexes, backscatter) if options.scale == "auto" else (options.scale or "dn", None)
+    check_scale(scene, options.scale, scale, numbers, backscatter, note)
+    if options.scale is None and (proposed := scale_of_numbers(backscatter, scene.is_float(indexes))):
+        notes.append(
+            f"{proposed[1]}: this looks like {SCALE_NAMES[proposed[0]]}, which --scale {proposed[0]} stretches as amplitude"
+        )
     steps = chosen_steps(scene, options, trained.get("gsd_m"))
     despeckle = parse_despeckle(options.despeckle)
     unstretched = Radiometry(indexes, channels, scale, (), steps, despeckle, options.nodata, reason)
     is_read_so = unstretched.steps == (1, 1) and not despeckle and channels != "ratio"
-    values = SCALES[scale](numbers.astype(np.float64)) if is_read_so else sample(scene, unstretched)
+    values = SCALES[scale](numbers.astype(np.float64)) if is_read_so else sampled_values(scene, unstretched)
     limits = chosen_limits(scene, unstretched, options.stretch, values, trained.get("sar_statistics"))
     if not all(math.isfinite(high - low) for low, high in limits):
         raise UserError(f"{scene.name}: its values overflow as --scale {scale}; give the scale that they have, or rescale them")
     radiometry = replace(unstretched, limits=limits)
     require_contrast(scene, radiometry, numbers, values)
     return radiometry, notes
-
-
-WORDS = {"intensity": "power", "db": "decibels"}
 
 
 def chosen_bands(scene: Scene, wanted: str | None) -> tuple[tuple[int, ...], list[str]]:
@@ -331,116 +303,10 @@ def index_of(scene: Scene, word: str) -> int:
     raise UserError(f"--bands: {scene.name} has no single band {word!r}, its bands are {known}")
 
 
-def likely_fill(numbers: np.ndarray) -> tuple[float | None, str | None]:
-    """Values [bands, n] as in the file => (an extreme value of more than FILL_SHARE of them, a note), or (None, None)."""
-    for extreme, word in ((float(numbers.min()), "smallest"), (float(numbers.max()), "largest")):
-        share = float(np.mean(numbers == extreme))
-        if FILL_SHARE < share < 1:
-            found = f"{share:.0%} of the values are exactly {extreme:g}, the {word}"
-            return extreme, f"{found}: if that means no data, give --nodata {extreme:g}"
-    return None, None
-
-
-def tell_scale(scene: Scene, indexes: tuple[int, ...], values: np.ndarray) -> tuple[str, str]:
-    """--scale auto => (the scale, why): by what units, descriptions and tags say, unless the numbers contradict it, else by the
-    numbers [n] alone."""
-    by_numbers = scale_of_numbers(values, all_float(scene, indexes))
-    if (told := scale_of_words(scene, indexes)) is None:
-        return by_numbers or ("dn", f"nothing names another; {range_of(values)}")
-    scale, words = told
-    if scale == "db":
-        fault = why_no_db(values)
-    else:
-        negative = float(np.mean(values < 0))
-        fault = f"{negative:.0%} of the values are negative" if negative > 0.01 else None
-    if fault is None:
-        return scale, words
-    if scale != "db" and why_no_db(values) is None and likely_db_share(values) >= 0.98:
-        return "db", f"{words}, but {fault}, as decibels are; {range_of(values)}"
-    return "dn", f"{words}, but {fault}"
-
-
-def scale_of_words(scene: Scene, indexes: tuple[int, ...]) -> tuple[str, str] | None:
-    """The scale that units, descriptions and tags name, and where."""
-    places = {
-        "unit": [scene.units[k - 1] for k in indexes],
-        "description": [scene.descriptions[k - 1] for k in indexes],
-        "tags": [text for k in indexes for text in scene.tags(k).values()] + list(scene.tags().values()),
-    }
-    for place, texts in places.items():
-        for scale, words in SCALE_WORDS.items():
-            if named := [text for text in texts if text and words & set(re.split(r"[^a-z0-9]+", text.lower()))]:
-                return scale, f"{place} {named[0][:60]!r}"
-    return None
-
-
-def scale_of_numbers(values: np.ndarray, is_float: bool) -> tuple[str, str] | None:
-    """The scale that values [n] have by themselves, and why; None where they do not tell.
-
-    Decibels: half or more are negative, and 98 % lie where backscatter does. Power: floats that are not negative, whose tail is
-    heavier than that of an amplitude of several looks. Amplitude in float of a single look has the tail of power, too.
-    """
-    negative = float(np.mean(values < 0)) if values.size else 0.0
-    if negative >= 0.5 and likely_db_share(values) >= 0.98:
-        return (
-            "db",
-            f"{likely_db_share(values):.0%} of the values from {LIKELY_DB[0]} to {LIKELY_DB[1]}, {negative:.0%} negative",
-        )
-    if is_float and values.size and not negative:
-        middle, high = np.percentile(values, (50, 99))
-        if middle > 0 and high / middle > HEAVY_TAIL:
-            return "intensity", f"floats from 0, 99th percentile {high / middle:.2g} times the median (power from {HEAVY_TAIL})"
-    return None
-
-
-def likely_db_share(values: np.ndarray) -> float:
-    return float(np.mean((values >= LIKELY_DB[0]) & (values <= LIKELY_DB[1])))
-
-
-def range_of(values: np.ndarray) -> str:
-    low, middle, high = np.percentile(values, (1, 50, 99)) if values.size else (math.nan,) * 3
-    return f"percentiles 1, 50, 99: {low:.3g}, {middle:.3g}, {high:.3g}"
-
-
-def why_no_db(values: np.ndarray) -> str | None:
-    """Why values [n] cannot be decibels; None where they can."""
-    low, high = POSSIBLE_DB
-    if (beyond := float(np.mean((values < low) | (values > high)))) > 0.01:
-        return f"{beyond:.0%} of the values are beyond {low} to {high} dB"
-    spread = float(np.subtract(*np.percentile(values, (99, 1)))) if values.size else 0.0
-    if not (values < 0).any() and spread < MIN_DB_SPREAD:
-        return f"no value is negative, and 98 % of them lie within {spread:.3g} dB"
-    return None
-
-
-def check_scale(
-    scene: Scene, option: str | None, scale: str, numbers: np.ndarray, judged: np.ndarray, note: str | None
-) -> None:
-    """Refuse a scale that the numbers contradict; `judged` are those that can mean backscatter, `option` is --scale."""
-    negative = float(np.mean(judged < 0)) if judged.size else 0.0
-    fault = None
-    if scale == "db":
-        fault = why_no_db(numbers)
-    elif scale in ("intensity", "amplitude") and negative > 0.5:
-        fault = f"{negative:.0%} of the values are negative, as decibels are"
-    if fault:
-        asked = scale if option == scale else f"{option}, which takes them as {scale}"
-        hint = f"; {note}" if note else "; give the scale that they have, or --scale auto"
-        raise UserError(f"--scale {asked}: {scene.name} does not hold that: {fault} ({range_of(judged)}){hint}")
-
-
-def all_float(scene: Scene, indexes: tuple[int, ...]) -> bool:
-    return all(scene.dtypes[k - 1].startswith("float") or scene.has_scale(k) for k in indexes)
-
-
-def all_8_bit(scene: Scene, indexes: tuple[int, ...]) -> bool:
-    return all(scene.dtypes[k - 1] == "uint8" and not scene.has_scale(k) for k in indexes)
-
-
 def chosen_limits(
     scene: Scene, unstretched: Radiometry, stretch: str | None, values: np.ndarray, statistics: dict | None
 ) -> tuple[tuple[float, float], ...]:
-    """What becomes 0 and 255 by --stretch, for each band and the ratio; values: `sample`."""
+    """What becomes 0 and 255 by --stretch, for each band and the ratio; values: `sampled_values`."""
     kind, numbers = parse_stretch(stretch)
     if kind == "fixed":
         if len(numbers) not in (2, 2 * len(values)):
@@ -455,7 +321,7 @@ def chosen_limits(
         raise UserError("--stretch folder: it takes all scenes of a folder, see shared_stretch")
     else:
         limits = [tuple(np.percentile(band, numbers)) for band in values]
-        if stretch is None and unstretched.scale in ("dn", "amplitude") and all_8_bit(scene, unstretched.indexes):
+        if stretch is None and unstretched.scale in ("dn", "amplitude") and scene.is_8_bit(unstretched.indexes):
             limits[: len(unstretched.indexes)] = [(0.0, 255.0)] * len(unstretched.indexes)
     return tuple((float(low), float(high)) for low, high in limits)
 
@@ -472,7 +338,7 @@ def shared_stretch(files: Sequence[Sequence[Path]], options: RadiometryOptions, 
                 radiometry, _ = measure(scene, replace(options, stretch=None), trained)
             except UserError:
                 continue
-            values = sample(scene, radiometry)
+            values = sampled_values(scene, radiometry)
         samples.append(values[:, :: -(-values.shape[1] // FOLDER_SAMPLE_PX)])
     if not samples:
         raise UserError("--stretch folder: no scene of it can be measured")
@@ -526,7 +392,7 @@ def chosen_steps(scene: Scene, options: RadiometryOptions, trained_gsd: float | 
         return 1.0, 1.0
     wanted = trained_gsd if options.resample_gsd is True else options.resample_gsd
     if not wanted:
-        raise UserError("--resample-gsd: the checkpoint does not tell its training GSD; give it: --resample-gsd METRES")
+        raise UserError("--resample-gsd: the checkpoint does not record its training GSD; give it: --resample-gsd METRES")
     steps = steps_to(require_gsd(scene, options.gsd, "--resample-gsd"), wanted)
     height, width = resampled_size(scene.shape, steps)
     if height * width > max(options.max_pixels, MAX_PIXELS):
@@ -578,7 +444,7 @@ def out_of_domain(scene: Scene, radiometry: Radiometry, stated_gsd: float | None
             found.append(f"pixels of {dtype}, the training images had {trained_dtype}")
         if len(radiometry.indexes) != len(statistics["limits"]):
             found.append(f"{len(radiometry.indexes)} bands, the training images had {len(statistics['limits'])}")
-    low, middle, high = np.percentile(radiometry.stretched(list(sample(scene, radiometry))), PIXEL_PERCENTILES)
+    low, middle, high = np.percentile(radiometry.stretched(list(sampled_values(scene, radiometry))), PIXEL_PERCENTILES)
     least, usual, greatest = statistics["pixels"]
     if not least <= middle <= greatest:
         found.append(
@@ -593,7 +459,7 @@ def out_of_domain(scene: Scene, radiometry: Radiometry, stated_gsd: float | None
     return found
 
 
-def sample(scene: Scene, radiometry: Radiometry) -> np.ndarray:
+def sampled_values(scene: Scene, radiometry: Radiometry) -> np.ndarray:
     """Valid values [bands, n], not yet stretched, of blocks spread evenly over the scene, the same ones every time.
 
     Where they hold nothing valid or one value alone, as in a scene that is nearly all border, ever denser blocks are read.

@@ -25,10 +25,10 @@ SAME_GSD = 0.02  # a relative difference that is not worth resampling
 
 
 def gsd_of(scene: "Scene") -> tuple[float, float] | None:
-    """Metres on the ground per pixel (down the rows, along the columns) at the centre of a scene; None where it does not tell.
+    """Metres on the ground per pixel (down the rows, along the columns) at the centre of a scene; None where that is unknown.
 
     The distances are those on the WGS 84 ellipsoid, whatever the CRS: pixels of Web Mercator or a polar projection have other
-    sizes on the ground than in its units. Places are told by CRS and transform, by GCPs, whose best affine transform is taken,
+    sizes on the ground than in its units. Places are known by CRS and transform, by GCPs, whose best affine transform is taken,
     or by RPCs at their mean height.
     """
     row, column = scene.height / 2, scene.width / 2
@@ -44,7 +44,7 @@ def gsd_of(scene: "Scene") -> tuple[float, float] | None:
 
 
 def _lon_lat(scene: "Scene", rows: list[float], columns: list[float]) -> tuple[list[float], list[float]]:
-    """Places in pixels, 0 at the upper left corner => degrees in WGS 84; NaN where the scene does not tell."""
+    """Places in pixels, 0 at the upper left corner => degrees in WGS 84; NaN where they are unknown."""
     gcps, gcp_crs = scene.gcps
     crs, transform = (gcp_crs, from_gcps(gcps)) if gcps else (scene.crs, scene.transform)
     if not gcps and scene.rpcs is not None and (crs is None or transform.is_identity):
@@ -129,9 +129,9 @@ def resample_strips(
 
 
 def require_gsd(source: "Scene", stated: float | None, option: str) -> tuple[float, float]:
-    """`gsd_of`, or what the user states; UserError where neither tells."""
+    """`gsd_of`, or what the user states; UserError where both are unknown."""
     if stated:
         return stated, stated
     if (found := gsd_of(source)) is None:
-        raise UserError(f"{option}: {source.name} does not tell its GSD (no CRS, GCPs or RPCs): give it by --gsd METRES")
+        raise UserError(f"{option}: {source.name} does not record its GSD (no CRS, GCPs or RPCs): give it by --gsd METRES")
     return found

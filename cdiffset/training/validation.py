@@ -20,7 +20,7 @@ from cdiffset.config import Config
 from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import UserError
 from cdiffset.evaluation.evaluate import evaluate_folders
-from cdiffset.evaluation.folders import Inputs
+from cdiffset.evaluation.folders import EvaluationFolders
 from cdiffset.images import to_uint8, write_png, write_tiff
 from cdiffset.model import check_base
 from cdiffset.training.batches import batches_of, loader_options
@@ -114,7 +114,7 @@ def run_test(config: Config) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:  # nobody waits for it: judging a large set takes longer than a collective may
             maps = folder / "variance" if (folder / "variance").is_dir() else None
-            inputs = Inputs(folder / "generated", folder / "eo", folder / "sar", variance_dir=maps)
+            inputs = EvaluationFolders(folder / "generated", folder / "eo", folder / "sar", variance_dir=maps)
             report = evaluate_folders(
                 inputs, folder, device=accelerator.device, num_workers=config.num_worker, networks=config.lpips
             )
