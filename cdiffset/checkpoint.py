@@ -213,8 +213,15 @@ def seal(folder: Path) -> None:
 
 
 def fingerprint(file: Path) -> dict:
+    return {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+
+
+def hash_file(file: Path) -> str:
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:

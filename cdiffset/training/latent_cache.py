@@ -30,7 +30,7 @@ from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cdiffset.checkpoint import flush
+from cdiffset.checkpoint import flush, hash_file
 from cdiffset.errors import UserError
 from cdiffset.images import written_whole
 from cdiffset.model import vae_factor
@@ -412,11 +412,6 @@ def read_hashes(file: Path, count: int) -> list[list]:
     except (OSError, ValueError, TypeError):
         pass
     return [[None, ""] for _ in range(count)]
-
-
-def hash_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hash_encoder(vae: AutoencoderKL) -> str:
