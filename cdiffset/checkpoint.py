@@ -126,8 +126,8 @@ class Weights:
                 raise UserError(
                     f"{where}: expected {name} of shape {list(tensor.shape)}, found {list(shape)}; wrong base model?"
                 )
-        if (name := self.reading.result()[1]) is not None:
-            raise UserError(f"{where}: {name} holds NaN or Inf, expected finite weights")
+        if (nonfinite := self.reading.result()[1]) is not None:
+            raise UserError(f"{where}: {nonfinite} holds NaN or Inf, expected finite weights")
 
 
 def check_kernels(tensors: dict[str, torch.Tensor], where: str) -> None:
@@ -334,7 +334,7 @@ def prune(work_dir: Path, limit: int | None) -> None:
     """Keep the newest `limit` numbered checkpoints; latest and best stay. Nothing goes while none of those kept is whole."""
     numbered = [folder for folder in list_checkpoints(work_dir) if folder.name.startswith(("checkpoint-", "epoch-"))]
     surplus = numbered[:-limit] if limit else []
-    if surplus and any(damage(folder) is None for folder in reversed(numbered[-limit:])):
+    if surplus and any(damage(folder) is None for folder in reversed(numbered[len(surplus) :])):
         for folder in surplus:
             shutil.rmtree(folder.rename(hidden(folder, "pruned")))
 

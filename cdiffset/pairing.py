@@ -65,7 +65,7 @@ def _unpickle_strings(path: Path) -> list[str]:
     content = path.read_bytes()
     try:
         for opcode, argument, _ in pickletools.genops(content):  # the unpickler takes memory up to the index it is told
-            if opcode.name.endswith("PUT") and argument > len(content):
+            if opcode.name.endswith("PUT") and argument > len(content):  # type: ignore[operator]
                 raise pickle.UnpicklingError(f"it has an index of {argument} in {len(content)} bytes")
         entries = _StringsOnly(io.BytesIO(content)).load()
     except Exception as error:  # malformed pickles raise almost anything
@@ -112,7 +112,7 @@ def read_pair_list(listroot: str | Path) -> list[tuple[str, str, str]]:
     for where, text, row in lines:
         if len(row) != len(names):
             raise UserError(f"{where}: expected {header!r}, found {text!r}")
-    return [(where, *(row[column] for column in columns)) for where, _, row in lines]
+    return [(where, row[columns[0]], row[columns[1]]) for where, _, row in lines]
 
 
 def _pair_columns(names: list[str], where: str) -> tuple[int, int] | None:
