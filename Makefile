@@ -1,5 +1,6 @@
 PYTHON ?= python3
 PY := .venv/bin/python
+UV := .venvs/uv/bin/uv
 
 # The demo's length; a quick look: make demo DEMO_TRAIN=256 DEMO_OPTIONS="--num-iter 40"
 DEMO_TRAIN ?= 4096
@@ -11,7 +12,7 @@ DEMO := work_dir/demo
 # Scenes that a small network can learn in minutes: what no SAR foretells is kept moderate, and the speckle as well.
 DEMO_SCENES := --looks 9 --parcel-px 40 --texture 0.4 --p-eo-only 0.2
 
-.PHONY: demo test faults fuzz lint clean
+.PHONY: demo test test-versions faults fuzz lint types lock clean
 
 demo: .venv/installed
 	rm -rf $(DEMO) data/demo
@@ -24,6 +25,29 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(PY) -m pytest
+
+# The tests on the lowest versions that pyproject.toml allows and on the newest: what a reader's environment may hold.
+# Quicker: make test-versions VERSION_TESTS="tests/test_model.py tests/test_diffusion.py"
+LOWEST_PYTHON ?= python3.10
+NEWEST_PYTHON ?= python3.13
+VERSION_TESTS ?=
+test-versions: .venvs/lowest/installed .venvs/newest/installed
+	.venvs/lowest/bin/python -m pytest $(VERSION_TESTS)
+	.venvs/newest/bin/python -m pytest $(VERSION_TESTS)
+
+.venvs/lowest/installed: pyproject.toml | $(UV)
+	$(UV) venv --quiet --clear --python $(LOWEST_PYTHON) .venvs/lowest
+	$(UV) pip install --quiet --python .venvs/lowest/bin/python --resolution lowest-direct --editable ".[test]"
+	touch $@
+
+.venvs/newest/installed: pyproject.toml
+	$(NEWEST_PYTHON) -m venv --clear .venvs/newest
+	.venvs/newest/bin/pip install --quiet --editable ".[test]"
+	touch $@
+
+$(UV):
+	$(PYTHON) -m venv .venvs/uv
+	.venvs/uv/bin/pip install --quiet uv==0.13.9
 
 # Dozens of SIGKILLs at random moments of training and translation, and 2,000 steps of each watched for leaks.
 faults: .venv/installed
@@ -39,11 +63,22 @@ fuzz: .venv/installed
 lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
-.venv/installed: requirements.txt
+types: .venv/installed
+	$(PY) -m mypy
+
+# Exact versions, which are those of the last run of the tests; without its lock a plain install takes the newest.
+.venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --requirement requirements.txt
+	.venv/bin/pip install --quiet --constraint requirements.lock --editable ".[test]"
 	touch $@
 
+# Keeps the versions that fit; make lock LOCK_OPTIONS=--upgrade takes the newest.
+LOCK_OPTIONS ?=
+lock: $(UV)
+	$(UV) pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate --custom-compile-command "make lock" \
+		$(LOCK_OPTIONS) pyproject.toml --output-file requirements.lock
+
 clean:
-	rm -rf .venv work_dir data/demo
+	rm -rf .venv .venvs *.egg-info work_dir data/demo

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -373,7 +373,7 @@ def header(benchmark: str, args: argparse.Namespace, ceiling: dict[str, float]) 
     """What a record says of the run itself."""
     return {
         "benchmark": benchmark,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": machine(args.device),
         "versions": versions(),
         "command": shlex.join(["python", f"benchmarks/{benchmark}.py", *args.argv]),

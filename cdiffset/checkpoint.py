@@ -128,8 +128,8 @@ class Weights:
                 raise UserError(
                     f"{where}: expected {name} of shape {list(tensor.shape)}, found {list(shape)}; wrong base model?"
                 )
-        if (name := self.reading.result()[1]) is not None:
-            raise UserError(f"{where}: {name} holds NaN or Inf, expected finite weights")
+        if (nonfinite := self.reading.result()[1]) is not None:
+            raise UserError(f"{where}: {nonfinite} holds NaN or Inf, expected finite weights")
 
 
 def check_kernels(tensors: dict[str, torch.Tensor], where: str) -> None:
@@ -218,8 +218,15 @@ def seal(folder: Path) -> None:
 
 
 def size_and_hash(file: Path) -> dict:
+    return {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+
+
+def hash_file(file: Path) -> str:
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:
@@ -335,7 +342,8 @@ def prune(work_dir: Path, limit: int | None, just_written: Sequence[str] = ()) -
     """
     numbered = [folder for folder in list_checkpoints(work_dir) if folder.name.startswith(("checkpoint-", "epoch-"))]
     surplus = numbered[:-limit] if limit else []
-    if surplus and any(folder.name in just_written or damage(folder) is None for folder in reversed(numbered[-limit:])):
+    kept = reversed(numbered[len(surplus) :])
+    if surplus and any(folder.name in just_written or damage(folder) is None for folder in kept):
         for folder in surplus:
             shutil.rmtree(folder.rename(hidden(folder, "pruned")))
 

@@ -100,7 +100,7 @@ def optional(kind: Callable) -> Callable:
         except ValueError as error:
             raise ValueError(f"{error}, or null") from None
 
-    check.inner = kind
+    check.inner = kind  # type: ignore[attr-defined]
     return check
 
 
@@ -275,7 +275,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="YAML", help="settings that differ from the defaults below")
     for name in UNREAD:
         parser.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), dest=name, help=argparse.SUPPRESS)
-    group = parser
+    group: argparse._ActionsContainer = parser
     for name, knob_field in KNOBS.items():
         if heading := knob_field.metadata["group"]:
             group = parser.add_argument_group(heading)
@@ -302,7 +302,7 @@ def nested_overrides(rest: list[str]) -> list[tuple[str, str]]:
             raise UserError(f"{option}: {head} holds no names, expected --{head} VALUE")
         if not dot or not inner or head not in ("train_feeder_args", "test_feeder_args"):
             raise unknown_key(head, " on the command line")
-        written = written if equals else next(words, None)
+        written = written if equals else next(words, None)  # type: ignore[assignment]
         if written is None:
             raise UserError(f"{option}: expected a value after it")
         pairs.append((f"{head}.{inner}", written))

@@ -65,7 +65,7 @@ def be_deterministic(wanted: bool, device: torch.device) -> None:
     wanted = wanted and device.type == "cuda"
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; without it PyTorch refuses
-    torch.utils.deterministic.fill_uninitialized_memory = False  # that is for finding mistakes, and takes time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # finds mistakes, takes time
     torch.use_deterministic_algorithms(wanted)
 
 

@@ -479,7 +479,7 @@ def _read_array(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.size == 0:
         raise UserError(f"{path}: expected one array [H, W] or [H, W, C], found {getattr(array, 'shape', 'an archive')}")
     bands = array.reshape(*array.shape[:2], -1)
-    require_size(path, *bands.shape, max_pixels)
+    require_size(path, *bands.shape, max_pixels)  # type: ignore[call-arg]
     return np.array(bands), np.ones(bands.shape, bool)
 
 

@@ -194,7 +194,7 @@ NOISE_SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
     "prediction_type", "steps_offset",
 )  # fmt: skip
-MULTISTEP = {  # second order, on predictions of the clean latent; the last step ends without noise
+MULTISTEP: dict[str, tuple[type, dict]] = {  # 2nd order, on predictions of the clean latent; the last step ends without noise
     "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}),
     "unipc": (UniPCMultistepScheduler, {"predict_x0": True, "solver_type": "bh2"}),
 }
@@ -276,7 +276,7 @@ def patch_conv_in(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     old = unet.conv_in
     new = nn.Conv2d(2 * old.in_channels, old.out_channels, old.kernel_size, padding=old.padding).to(old.weight)
     new.weight.data = old.weight.data.repeat(1, 2, 1, 1) * 0.5
-    new.bias.data = old.bias.data.clone()
+    new.bias.data = old.bias.data.clone()  # type: ignore[union-attr]  # a Conv2d may lack a bias, these do not
     unet.conv_in = new
     unet.register_to_config(in_channels=new.in_channels)
     return unet
@@ -287,7 +287,7 @@ def patch_conv_out(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     old = unet.conv_out
     new = nn.Conv2d(old.in_channels, old.out_channels + 1, old.kernel_size, padding=old.padding).to(old.weight)
     new.weight.data = torch.cat([old.weight.data, torch.zeros_like(old.weight.data[:1])])
-    new.bias.data = torch.cat([old.bias.data, torch.zeros_like(old.bias.data[:1])])
+    new.bias.data = torch.cat([old.bias.data, torch.zeros_like(old.bias.data[:1])])  # type: ignore[union-attr]
     unet.conv_out = new
     unet.register_to_config(out_channels=new.out_channels)
     return unet

@@ -106,7 +106,7 @@ def read_pair_list(listroot: str | Path) -> list[tuple[str, str, str]]:
     for where, text, row in lines:
         if len(row) != len(names):
             raise UserError(f"{where}: expected {header!r}, found {text!r}")
-    return [(where, *(row[column] for column in columns)) for where, _, row in lines]
+    return [(where, row[columns[0]], row[columns[1]]) for where, _, row in lines]
 
 
 def _pair_columns(names: list[str], where: str) -> tuple[int, int] | None:

@@ -99,7 +99,7 @@ def test_tiles_that_differ_are_averaged_by_their_weights(size):
     hann = np.sin(np.pi * (np.arange(16) + 0.5) / 16) ** 2
     total, weight = np.zeros((2, *size)), np.zeros(size)
     for k in RNG.permutation(len(tiles)):  # whatever the order
-        total[:, *grid.windows()[k]] += tiles[k] * np.outer(hann, hann)
+        total[(slice(None), *grid.windows()[k])] += tiles[k] * np.outer(hann, hann)
         weight[grid.windows()[k]] += np.outer(hann, hann)
     fused = np.concatenate([strip for _, strip in strips(fuse(grid, tiles), size[1])], 1)
     np.testing.assert_allclose(fused, total / weight, rtol=1e-5, atol=1e-6)
