@@ -66,7 +66,7 @@ def _unpickle_strings(path: Path) -> list[str]:
     names = [name for name, _ in operations]
     if not PICKLED_LIST.issuperset(names) or sum(name in ("LIST", "EMPTY_LIST") for name in names) != 1:
         raise UserError(refusal)
-    return [argument for name, argument in operations if name in PICKLED_STRINGS]
+    return [str(argument) for name, argument in operations if name in PICKLED_STRINGS]
 
 
 def relative_path(text: str, where: str) -> PurePosixPath:
