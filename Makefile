@@ -9,7 +9,7 @@ DEMO_OPTIONS ?=
 # bfloat16 where the CPU has instructions for it; elsewhere it takes three times as long as float32.
 DEMO_PRECISION ?= $(shell grep -qs bf16 /proc/cpuinfo && echo bf16 || echo no)
 DEMO := work_dir/demo
-# Scenes that a small network can learn in minutes: what no SAR foretells is kept moderate, and the speckle as well.
+# Scenes that a small network can learn in minutes: what no SAR shows is kept moderate, and the speckle as well.
 DEMO_SCENES := --looks 9 --parcel-px 40 --texture 0.4 --p-eo-only 0.2
 
 .PHONY: demo test test-versions faults fuzz lint types lock clean

@@ -266,6 +266,12 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8; the file appears whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def hidden_beside(path: Path, ending: str) -> Path:
     """`.STEM.ending` beside a file; a name that fits wherever the file's own name does."""
     stem = os.fsencode(path.stem)

@@ -43,6 +43,7 @@ from cdiffset.images import (  # noqa: E402
     list_images,
     to_255,
     write_png,
+    write_text,
     written_whole,
 )
 from cdiffset.pairing import SPLITS  # noqa: E402
@@ -549,8 +550,7 @@ def make_chips(pairs: list[Pair], masks: list[Path | None], output: Path, option
         with written_whole(output / f"{split}_list.csv") as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([("sar", "eo"), *paths])
     report = report_of(scenes, splits, dropped, statistics, options) | {"left_out": faults}
-    with written_whole(output / CHIPS) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    write_text(output / CHIPS, json.dumps(report, indent=2) + "\n")
     return report
 
 

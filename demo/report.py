@@ -22,7 +22,7 @@ from PIL import Image
 import utils
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.evaluation.uncertainty import auroc, ause, spearman
-from cdiffset.images import list_images, read_eo, read_sar, read_tiff, to_tensor, write_png, written_whole
+from cdiffset.images import list_images, read_eo, read_sar, read_tiff, to_tensor, write_png, write_text
 from cdiffset.model import decode, encode, load_vae
 
 FIGURE_SCENES = 6
@@ -141,8 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     maps = stack(args.translated / "confidence", names, lambda path: np.array(Image.open(path), np.float32))
     write_png(args.output / "figure.png", figure(images, maps))
     for name, written in (("report.md", text), ("report.json", json.dumps(record, indent=2) + "\n")):
-        with written_whole(args.output / name) as temporary:
-            temporary.write_text(written, encoding="utf-8")
+        write_text(args.output / name, written)
     print(text)
     print(f"Pictures: {args.output / 'figure.png'}")
     return 0

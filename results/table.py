@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cdiffset.errors import Parser, UserError, run
-from cdiffset.images import written_whole
+from cdiffset.images import write_text
 
 RANKING = {"spearman": "Spearman ↑", "ause": "AUSE ↓", "aurg": "AURG ↑"}  # of the absolute error
 ENCE = {"absolute": "ENCE, absolute ↓", "squared": "ENCE, squared ↓"}
@@ -109,8 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     text = render(read_reports(args.reports))
     try:
-        with written_whole(args.output) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(args.output, text)
     except OSError as error:
         raise UserError(f"--output: cannot write {args.output}: {error.strerror}") from error
     print(f"{len(args.reports)} runs: {args.output}")

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from cdiffset.auditing.residual import scores_of, strongest_boxes
-from cdiffset.images import read_sar, read_tiff, read_unstretched_eo, to_tensor, write_png, written_whole
+from cdiffset.images import read_sar, read_tiff, read_unstretched_eo, to_tensor, write_png, write_text
 from cdiffset.pages import render_page
 from cdiffset.pairing import Pair
 from feeders.feeder import ListFeeder, PairedFeeder
@@ -139,8 +139,3 @@ def write_kept_list(path: Path, feeder: PairedFeeder, root: Path, findings: list
         else:
             writer.writerow([sar, eo])
     write_text(path, table.getvalue())
-
-
-def write_text(path: Path, text: str) -> None:
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""From σ² and spread to an expected error in 8-bit EO units: fitting, held-out evaluation, the JSON file beside the checkpoint.
+"""From σ² and spread to an expected error in 8-bit EO units: fitting, held-out evaluation, and the JSON file.
 
 The error of a pixel is the mean over RGB of |generated - true| in 0-255, both 8-bit. Every map (σ², or the spread over the
 samples) gets a monotone curve to the expected error; with two maps, their expected errors e₁ and e₂ are joined as
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cdiffset.errors import UserError
-from cdiffset.images import written_whole
+from cdiffset.images import write_text
 
 FILE_NAME = "calibration.json"
 KNOTS = 200  # equal-count bins that a curve is fitted to, hence at most as many knots
@@ -128,8 +128,7 @@ def save(path: Path, calibration: Calibration) -> None:
     values = asdict(calibration)
     values["curves"] = {name: curve._asdict() for name, curve in calibration.curves.items()}
     values["joint"] = calibration.joint and calibration.joint._asdict()
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 def load(path: Path, settings: dict) -> Calibration:

@@ -20,7 +20,7 @@ from cdiffset.errors import UserError
 from cdiffset.evaluation.baselines import pooled_measures
 from cdiffset.evaluation.folders import FAULTS, MAPS, EvaluationFolders, EvaluationPairs
 from cdiffset.evaluation.report import render_html, render_markdown
-from cdiffset.images import MAX_PIXELS, written_whole
+from cdiffset.images import MAX_PIXELS, write_text
 
 RESAMPLES = 2000  # of the bootstrap
 INTERVAL = (2.5, 97.5)  # percentiles
@@ -298,8 +298,7 @@ def write_report(output: Path, report: dict, rows: list[dict], pairs: Evaluation
     }
     try:
         for name, text in texts.items():
-            with written_whole(output / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(output / name, text)
     except OSError as error:
         raise UserError(f"cannot write the report to {output}: {error.strerror}") from error
 

@@ -9,7 +9,7 @@ import rasterio
 from rasterio.windows import Window
 
 from cdiffset.calibration.error_pictures import ERROR_VIEW_MAX, colours
-from cdiffset.images import without_georeference, written_whole
+from cdiffset.images import without_georeference, write_text
 from cdiffset.pages import image_url, render_page
 from cdiffset.scenes.geotiff import Scene, quicklook
 from cdiffset.scenes.radiometry import Radiometry
@@ -36,8 +36,7 @@ def write_swipe(
         overlay=embedded(picture) if found else None, legend=legend, facts=facts,
         bar=scale_bar(scene.width * metres_along) if metres_along else None,
     )  # fmt: skip
-    with written_whole(outputs["eo"].with_suffix(".swipe.html")) as temporary:
-        temporary.write_text(page, "utf-8")
+    write_text(outputs["eo"].with_suffix(".swipe.html"), page)
 
 
 def scale_bar(metres: float) -> dict[str, str]:
