@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs, faulty = make_jobs(args, radiometry, trained)
     check_fused(args, jobs)
     radiometry = with_shared_stretch(radiometry, jobs, trained)
-    mine = my_share(args, jobs)
+    mine = jobs_of_this_process(args, jobs)
     records = make_records(args, radiometry)
     if args.skip_existing:
         for record in {record.folder: record for record in records.values()}.values():
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     failures = faulty + (translate(args, radiometry, todo, known, records) if todo else [])
     if failures:
         print(f"{len(failures)} skipped: {', '.join(str(path) for path in failures[:3])}", file=sys.stderr)
-    return 1 if ranks.total(len(failures)) else 0
+    return 1 if ranks.total_over_ranks(len(failures)) else 0
 
 
 def translate(
@@ -150,8 +150,8 @@ def translate(
         failures = translate_images(shared, images) + translate_whole_scenes(shared, scenes) + translate_fused(shared, fused)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
-    seconds, (rank, count) = time.monotonic() - started, ranks.place()
-    done = sum(rank == 0 or not job.is_fused for job in todo) - len(failures)  # the first process counts the scenes of all
+    seconds, (rank, count) = time.monotonic() - started, ranks.rank_and_world_size()
+    done = len(todo) - len(failures)
     whose = f"process {rank + 1} of {count}: " if count > 1 else ""
     print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
     return failures
@@ -169,15 +169,15 @@ def make_records(args: argparse.Namespace, radiometry: RadiometryOptions) -> dic
     return {kind: Record(folder, settings | more.get(option, {})) for option, kind, folder in wanted}
 
 
-def my_share(args: argparse.Namespace, jobs: list[Job]) -> list[Job]:
-    """The images that fall to this process of a launcher, and the fused scenes, each of which all processes share.
+def jobs_of_this_process(args: argparse.Namespace, jobs: list[Job]) -> list[Job]:
+    """Of a launcher's processes each does its part of the images, and the first one all fused scenes.
 
     Taken of all jobs, whether done or not, so that every process deals them out alike whenever it starts.
     """
     folder = source_folder(args)
-    images, scenes = ([job for job in jobs if job.is_fused is kind] for kind in (False, True))
-    dealt = [images[index] for index in ranks.share([job.sar.relative_to(folder).as_posix() for job in images])]
-    return dealt + (scenes if ranks.place()[0] == 0 or ranks.can_talk() else [])
+    images, fused = ([job for job in jobs if job.is_fused is kind] for kind in (False, True))
+    own = [images[index] for index in ranks.share_by_rank([job.sar.relative_to(folder).as_posix() for job in images])]
+    return own + fused if ranks.rank_and_world_size()[0] == 0 else own
 
 
 def folder_of(args: argparse.Namespace, option: str) -> Path | None:
@@ -217,7 +217,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     args.scene_options = scene_options_given(args)
     check_scene_options(args)
     check_translation_options(args)
-    if ranks.place()[0] == 0:
+    if ranks.rank_and_world_size()[0] == 0:
         for option, folder in {option: folder for option, *_ in OUTPUTS if (folder := folder_of(args, option))}.items():
             require_writable(option, folder)
     return args
@@ -379,27 +379,22 @@ def translate_whole_scenes(shared: Shared, jobs: list[Job]) -> list[Path]:
 
 
 def translate_fused(shared: Shared, jobs: list[Job]) -> list[Path]:
-    """Scenes of several tiles => those that were skipped. Processes of a launcher share each scene; the first one tells."""
+    """Scenes of several tiles => those that were skipped."""
     if not jobs:
         return []
     from cdiffset.inference.batching import skip_too_long
-    from cdiffset.scenes.fusion import gather_team, translate_scene
+    from cdiffset.scenes.fusion import translate_scene
 
     translator, args, skipped = shared.translator, shared.args, []
     args.batch_size = translator.images_together(args.tile, args.tile)
-    team = gather_team(translator)
-    if team.rank > 0:
-        team.help()
-        return []
     for job in jobs:
         shared.begin(job)
         try:
             with skip_too_long(job.sar, job.sar, skipped):
-                translate_scene(translator, team, job.files, job.outputs, args, shared.radiometry, shared.known)
+                translate_scene(translator, job.files, job.outputs, args, shared.radiometry, shared.known)
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
             skipped.append(job.sar)
-    team.dismiss()
     return skipped
 
 

@@ -140,7 +140,7 @@ def test_shares_are_even_disjoint_and_all(names, count):
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("RANK", str(rank))
             environment.setenv("WORLD_SIZE", str(count))
-            shares.append(ranks.share(names))
+            shares.append(ranks.share_by_rank(names))
     assert sorted(sum(shares, [])) == list(range(len(names))) and all(share == sorted(share) for share in shares)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -148,13 +148,13 @@ def test_shares_are_even_disjoint_and_all(names, count):
 def test_no_launcher_is_one_process_and_nonsense_is_refused(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert ranks.place() == (0, 1) and ranks.local_rank() == 0 and ranks.total(3) == 3
+    assert ranks.rank_and_world_size() == (0, 1) and ranks.local_rank() == 0 and ranks.total_over_ranks(3) == 3
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(UserError, match="RANK from 0 to 0, found 2"):
-        ranks.place()
+        ranks.rank_and_world_size()
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(UserError, match="WORLD_SIZE, .*found 'many'"):
-        ranks.place()
+        ranks.rank_and_world_size()
 
 
 # ----------------------------------------------------------------------------------------------------------- prompt cache

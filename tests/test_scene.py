@@ -25,7 +25,7 @@ from cdiffset.inference.translator import Translator, pad_to_multiple
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.model import decode, encode
 from cdiffset.scenes import fusion as scene
-from cdiffset.scenes.fusion import Field, gather_team, map_strips, translate_scene, variance_strips
+from cdiffset.scenes.fusion import Field, map_strips, translate_scene, variance_strips
 from cdiffset.scenes.geotiff import open_scene
 from cdiffset.scenes.options import radiometry_options
 from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions
@@ -151,7 +151,7 @@ def test_an_identity_model_returns_its_input(tmp_path, size, blend):
     )  # fmt: skip
     pixels = RNG.integers(0, 256, size, dtype=np.uint8)
     sar, outputs = [save(tmp_path / "a.tif", pixels)], {"eo": tmp_path / "eo/a.tif"}
-    translate_scene(model, gather_team(model), sar, outputs, options, RadiometryOptions())
+    translate_scene(model, sar, outputs, options, RadiometryOptions())
     eo = read(tmp_path / "eo/a.tif")
     assert np.array_equal(eo[:3], np.stack([pixels] * 3)) and (eo[3] == 255).all()
 
@@ -170,7 +170,7 @@ def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout
     args = command.check(command.make_parser().parse_args(given))
     model = Translator(args, begin_reading(args, True), with_fingerprint=True)
     outputs = {kind: tmp_path / f"{kind}.tif" for kind in ("variance", "eo")}
-    translate_scene(model, gather_team(model), [tmp_path / "a.tif"], outputs, args, radiometry_options(args))
+    translate_scene(model, [tmp_path / "a.tif"], outputs, args, radiometry_options(args))
     padded = pad_to_multiple(np.repeat(pixels[..., None], 3, -1).astype(np.float32), 4)
     with torch.no_grad():
         z_sar = encode(model.vae, torch.from_numpy(to_signed(padded)).permute(2, 0, 1)[None])
@@ -417,7 +417,7 @@ def translate_alone(checkpoint, sar, out, **options):
     """Without the command around it, which goes on with the next scene after an error."""
     args = command.check(command.make_parser().parse_args(words(checkpoint, sar, out, maps=False, **options)))
     model = Translator(args, begin_reading(args, True), with_fingerprint=True)
-    translate_scene(model, gather_team(model), [sar], {"eo": out / "eo.tif"}, args, radiometry_options(args))
+    translate_scene(model, [sar], {"eo": out / "eo.tif"}, args, radiometry_options(args))
 
 
 def test_a_strip_of_65535_px_goes_through(checkpoints, tmp_path):

@@ -87,7 +87,7 @@ class Model:
                 f"a confidence takes one of stage 2 ({latent_channels + 1})"
             )
         self.prompt_embedding = cached_prompt(
-            args.checkpoint, base, prompt, self.unet.config.cross_attention_dim, ranks.place()[0] == 0
+            args.checkpoint, base, prompt, self.unet.config.cross_attention_dim, ranks.rank_and_world_size()[0] == 0
         )
         check_prompt_width(self.unet, self.prompt_embedding, base, "--checkpoint")
         self.scheduler = load_scheduler(base, prediction_type)

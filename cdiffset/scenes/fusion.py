@@ -41,7 +41,6 @@ from cdiffset.model import decode, encode, vae_factor
 from cdiffset.scenes.geotiff import Scene, open_scene, write_cog, write_quicklook
 from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions, describe, measure, out_of_domain
 from cdiffset.scenes.resampling import gsd_of, resample_strips
-from cdiffset.scenes.sharing import Team
 from cdiffset.scenes.slider_page import write_swipe
 from cdiffset.scenes.tiles import Grid, fuse, make_grid, noise_field, strips
 
@@ -142,47 +141,34 @@ def decode_tiles(model: Model, _: int, latents: torch.Tensor) -> torch.Tensor:
     return decode(model.vae, latents)
 
 
-STAGES = (encode_tiles, predict_tiles, translate_tiles, decode_tiles)
-
-
-def gather_team(model: Model) -> Team:
-    """All processes of the launch, each with its own copy of the model."""
-    model.scheduler.set_timesteps(model.args.num_inference_steps)
-
-    @torch.no_grad()
-    def work(stage: int, index: int, *arrays: np.ndarray) -> np.ndarray:
-        tensors = (torch.from_numpy(array).to(model.device) for array in arrays)
-        return STAGES[stage](model, index, *tensors).float().cpu().numpy()
-
-    return Team(work)
-
-
 @dataclass
 class Tiles:
-    """The tiles of a scene, and who computes them. They have numbers, in the order of the grid."""
+    """The tiles of a scene, and the model that computes them. They have numbers, in the order of the grid."""
 
-    team: Team
+    model: Model
     batch_size: int
     grid: Grid  # of latent cells
     bar: tqdm
 
+    @torch.no_grad()
+    def compute(self, stage: Callable, batch: range, read: Callable, index: int) -> np.ndarray:
+        arrays = [np.stack(each) for each in zip(*map(read, batch), strict=True)]
+        tensors = (torch.from_numpy(array).to(self.model.device) for array in arrays)
+        outputs = stage(self.model, index, *tensors).float().cpu().numpy()
+        if not np.isfinite(outputs).all():
+            raise UserError("the translation is not finite: this precision does not suit the checkpoint, try --precision fp32")
+        return outputs
+
     def run(self, stage: Callable, read: Callable, index: int = 0, first: int = 0, cost: int = 1) -> Iterator[np.ndarray]:
         """read(number) => arrays; then what `stage` makes of them, tile by tile from number `first` on.
 
-        Batches are the same ones whatever the number of processes. `cost`: what a tile moves the bar by.
+        `cost`: what a tile moves the bar by.
         """
         count = len(self.grid.windows())
-        batches = [range(k, min(k + self.batch_size, count)) for k in range(first, count, self.batch_size)]
-        for turn in range(0, len(batches), self.team.size):
-            together = batches[turn : turn + self.team.size]
-            inputs = [[np.stack(arrays) for arrays in zip(*map(read, batch), strict=True)] for batch in together]
-            for batch, outputs in zip(together, self.team.share(STAGES.index(stage), index, inputs), strict=True):
-                if not np.isfinite(outputs).all():
-                    raise UserError(
-                        "the translation is not finite: this precision does not suit the checkpoint, try --precision fp32"
-                    )
-                yield from outputs
-                self.bar.update(len(batch) * cost)
+        for start in range(first, count, self.batch_size):
+            batch = range(start, min(start + self.batch_size, count))
+            yield from self.compute(stage, batch, read, index)
+            self.bar.update(len(batch) * cost)
 
     def window(self, number: int, factor: int = 1) -> tuple[slice, slice]:
         """Rows and columns of a tile, on a grid `factor` times as fine."""
@@ -549,7 +535,6 @@ def place_noise(vae: AutoencoderKL, seed: int, images: Sequence[np.ndarray]) -> 
 # -------------------------------------------------------------------------------------------------------- one fused scene
 def translate_scene(
     model: Model,
-    team: Team,
     files: Sequence[Path],
     outputs: dict[str, Path],
     args: argparse.Namespace,
@@ -562,6 +547,7 @@ def translate_scene(
     Continues where an earlier run was killed.
     """
     started = time.monotonic()
+    model.scheduler.set_timesteps(args.num_inference_steps)
     translate, shapes_of = BLENDS[args.blend]
     with open_scene(files, args.max_pixels) as scene:
         look = look_at(model, scene, args, options)
@@ -574,7 +560,7 @@ def translate_scene(
         scratch = Scratch(folder, {"origin": origin, "grid": grid, "settings": look.settings}, shapes)
         megapixels = scene.height * scene.width / 1e6
         with progress(scratch, args, grid, megapixels, outputs["eo"].name) as bar:
-            tiles = Tiles(team, args.batch_size, grid, bar)
+            tiles = Tiles(model, args.batch_size, grid, bar)
 
             def read_pixels(number: int) -> tuple[np.ndarray]:
                 return (to_signed(read_padded(scene, radiometry, *tiles.window(number, model.factor))),)
