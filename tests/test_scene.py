@@ -136,13 +136,12 @@ class Identity:
         return SimpleNamespace(prev_sample=prediction)
 
 
-@pytest.mark.parametrize("blend", ["latents", "pixels"])
 @pytest.mark.parametrize("size", [(131, 203), (65, 64), (9, 301)])
-def test_an_identity_model_returns_its_input(tmp_path, size, blend):
+def test_an_identity_model_returns_its_input(tmp_path, size):
     same = Identity()
     options = argparse.Namespace(
         seed=1, scheduler="ddim", timestep_spacing="leading", num_inference_steps=2, readout="midpoint", precision="fp32",
-        tile=64, overlap=24, batch_size=5, blend=blend, max_pixels=2**28, checkpoint="none",
+        tile=64, overlap=24, batch_size=5, max_pixels=2**28, checkpoint="none",
         ensemble=1, ensemble_output="first",
     )  # fmt: skip
     model = SimpleNamespace(
@@ -157,15 +156,12 @@ def test_an_identity_model_returns_its_input(tmp_path, size, blend):
 
 
 @pytest.mark.parametrize(
-    ("readout", "spacing", "blend"),
-    [("midpoint", "leading", "latents"), ("first", "leading", "latents"), ("early", "leading", "pixels"),
-     ("early", "trailing", "latents")],
-)  # fmt: skip
-def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout, spacing, blend):
+    ("readout", "spacing"), [("midpoint", "leading"), ("first", "leading"), ("early", "leading"), ("early", "trailing")]
+)
+def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout, spacing):
     pixels = smooth(75, 98)
     given = words(
-        checkpoints[5], save(tmp_path / "a.tif", pixels), tmp_path, tile=128, readout=readout, timestep_spacing=spacing,
-        blend=blend,
+        checkpoints[5], save(tmp_path / "a.tif", pixels), tmp_path, tile=128, readout=readout, timestep_spacing=spacing
     )  # fmt: skip
     args = command.check(command.make_parser().parse_args(given))
     model = Translator(args, begin_reading(args, True), with_fingerprint=True)
@@ -207,17 +203,13 @@ def test_the_batch_size_changes_no_more_than_the_last_bits(checkpoints, tmp_path
     np.testing.assert_allclose(*conf, rtol=1e-3, atol=1e-5)
 
 
-# Latents: 12 tiles encoded, 3 steps of 12, 12 decoded; killed while encoding, in the first and the last step, while decoding.
-# Pixels: 12 tiles encoded (and denoised), 12 decoded; killed in the first and the second row of 4, while decoding.
+# 12 tiles encoded, 3 steps of 12, 12 decoded; killed while encoding, in the first and the last step, while decoding.
 @pytest.mark.parametrize(
-    ("blend", "killed_at", "left", "said"),
-    [("latents", 5, 60, ""), ("latents", 15, 48, "step 0 of 3"), ("latents", 40, 24, "step 2 of 3")]
-    + [("latents", 55, 12, "step 3 of 3")]
-    + [("pixels", 3, 24, ""), ("pixels", 6, 20, "row 1 of 3 of tiles"), ("pixels", 20, 12, "row 3 of 3 of tiles")],
-)  # fmt: skip
-def test_a_killed_run_goes_on_to_the_same_bytes(checkpoints, tmp_path, monkeypatch, capsys, blend, killed_at, left, said):
+    ("killed_at", "left", "said"), [(5, 60, ""), (15, 48, "step 0 of 3"), (40, 24, "step 2 of 3"), (55, 12, "step 3 of 3")]
+)
+def test_a_killed_run_goes_on_to_the_same_bytes(checkpoints, tmp_path, monkeypatch, capsys, killed_at, left, said):
     sar = save(tmp_path / "a.tif", smooth(120, 130), **UTM)
-    assert command.main(words(checkpoints[5], sar, tmp_path / "whole", blend=blend)) == 0
+    assert command.main(words(checkpoints[5], sar, tmp_path / "whole")) == 0
     calls = []
 
     def counted(function):
@@ -232,35 +224,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(checkpoints, tmp_path, monkeypat
     for name in ("encode", "predict", "decode"):
         monkeypatch.setattr(scene, name, counted(getattr(scene, name)))
     with pytest.raises(KeyboardInterrupt):
-        command.main(words(checkpoints[5], sar, tmp_path / "again", blend=blend))
+        command.main(words(checkpoints[5], sar, tmp_path / "again"))
     assert not (tmp_path / "again/eo/a.tif").exists()
-    assert command.main(words(checkpoints[5], sar, tmp_path / "again", blend=blend)) == 0
+    assert command.main(words(checkpoints[5], sar, tmp_path / "again")) == 0
     assert len(calls) == killed_at + left
     assert ("goes on after " + said in capsys.readouterr().out) == bool(said)
     assert files(tmp_path / "whole") == files(tmp_path / "again")
     for name in files(tmp_path / "whole"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
-
-
-def test_a_killed_run_goes_on_with_the_batches_of_one_in_one_go(checkpoints, tmp_path, monkeypatch):
-    """Tiles may round otherwise in a batch of another size. 12 tiles in rows of 4, batches of 5, 5 and 2, two rows done."""
-    sar, batches = save(tmp_path / "a.tif", smooth(120, 130)), []
-
-    def seen(vae, pixels):
-        batches.append(pixels.clone())
-        if len(batches) == 6:
-            raise KeyboardInterrupt
-        return encode(vae, pixels)
-
-    monkeypatch.setattr(scene, "encode", seen)
-    settings = {"blend": "pixels", "batch_size": 5, "maps": False}
-    assert command.main(words(checkpoints[4], sar, tmp_path / "whole", **settings)) == 0
-    with pytest.raises(KeyboardInterrupt):
-        command.main(words(checkpoints[4], sar, tmp_path / "again", **settings))
-    assert command.main(words(checkpoints[4], sar, tmp_path / "again", **settings)) == 0
-    assert [len(batch) for batch in batches] == [5, 5, 2] + [5, 5, 2] + [5, 2]
-    assert all(torch.equal(a, b) for a, b in zip(batches[-2:], batches[1:3], strict=True))
-    assert (tmp_path / "whole/eo/a.tif").read_bytes() == (tmp_path / "again/eo/a.tif").read_bytes()
 
 
 def test_a_run_with_other_settings_does_not_go_on_from_the_one_killed(checkpoints, tmp_path, monkeypatch):

@@ -3,8 +3,6 @@
 Every tile of a step predicts from the same latents z_t of the whole scene, and the scene takes the weighted mean of the
 predictions, after MultiDiffusion (Bar-Tal et al., ICML 2023). Encoding and decoding are fused in the same way. As DDIM is
 linear in the prediction, no tile ever has a picture of its own, and there is nothing for seams to lie between.
-
-`--blend pixels` translates every tile by itself, from the same noise field, and blends the finished tiles: the plain way.
 """
 
 import argparse
@@ -16,9 +14,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import diffusers
 import numpy as np
@@ -29,7 +26,7 @@ from tqdm import tqdm
 
 from cdiffset.calibration.calibration import Calibration
 from cdiffset.calibration.error_pictures import hatched
-from cdiffset.diffusion import predict, sample, variance_weights
+from cdiffset.diffusion import predict, variance_weights
 from cdiffset.errors import UserError
 from cdiffset.images import QUICKLOOK, hidden_beside, to_signed, to_uint8, written_whole
 from cdiffset.inference.batching import skip_too_long
@@ -93,7 +90,7 @@ class Scratch:
     def __init__(self, folder: Path, made_with: dict, shapes: dict[str, tuple[int, int, int]]):
         self.folder, self.state = folder, folder / "state.json"
         self.key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
-        self.done = None  # or how many stages (steps, rows of tiles) are on disk
+        self.done = None  # or how many denoising steps are on disk
         paths = {name: folder / f"{name}.f32" for name in shapes}
         sizes = {path: 4 * math.prod(shapes[name]) for name, path in paths.items()}
         if self.state.is_file() and all(path.is_file() and path.stat().st_size == size for path, size in sizes.items()):
@@ -117,30 +114,6 @@ class Scratch:
 
 
 # ------------------------------------------------------------------------------------------------------- tiles, computed
-# What is done to a batch of tiles: (model, index of the step, float32 tensors [B, ...]) => tensor [B, ...].
-def encode_tiles(model: Model, _: int, pixels: torch.Tensor) -> torch.Tensor:
-    return encode(model.vae, pixels)
-
-
-def predict_tiles(model: Model, index: int, z_sar: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
-    """=> prediction [B, C, h, w], and from a stage 2 U-Net σ² below it."""
-    dtype = model.unet.dtype
-    timestep, prompt = model.scheduler.timesteps[index], model.prompt_embedding.to(dtype)
-    prediction, raw = predict(model.unet, z_sar.to(dtype), z_t.to(dtype), timestep, prompt)
-    return prediction.float() if raw is None else torch.cat([prediction.float(), variance(raw)], dim=1)
-
-
-def translate_tiles(model: Model, _: int, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Each tile by itself => EO latent with σ² below it, [B, C + 1, h, w]; σ² is 0 from a stage 1 U-Net."""
-    steps, read = model.args.num_inference_steps, VARIANCE_READOUTS[model.args.readout][0]
-    z_eo, sigma2 = sample(model.unet, model.scheduler, encode(model.vae, pixels), noise, model.prompt_embedding, steps, read)
-    return torch.cat([z_eo, torch.zeros_like(z_eo[:, :1]) if sigma2 is None else sigma2.float()], dim=1)
-
-
-def decode_tiles(model: Model, _: int, latents: torch.Tensor) -> torch.Tensor:
-    return decode(model.vae, latents)
-
-
 @dataclass
 class Tiles:
     """The tiles of a scene, and the model that computes them. They have numbers, in the order of the grid."""
@@ -150,25 +123,20 @@ class Tiles:
     grid: Grid  # of latent cells
     bar: tqdm
 
-    @torch.no_grad()
-    def compute(self, stage: Callable, batch: range, read: Callable, index: int) -> np.ndarray:
-        arrays = [np.stack(each) for each in zip(*map(read, batch), strict=True)]
-        tensors = (torch.from_numpy(array).to(self.model.device) for array in arrays)
-        outputs = stage(self.model, index, *tensors).float().cpu().numpy()
-        if not np.isfinite(outputs).all():
-            raise UserError("the translation is not finite: this precision does not suit the checkpoint, try --precision fp32")
-        return outputs
-
-    def run(self, stage: Callable, read: Callable, index: int = 0, first: int = 0, cost: int = 1) -> Iterator[np.ndarray]:
-        """read(number) => arrays; then what `stage` makes of them, tile by tile from number `first` on.
-
-        `cost`: what a tile moves the bar by.
-        """
+    def run(self, compute: Callable, read: Callable) -> Iterator[np.ndarray]:
+        """read(number) => arrays; then, tile by tile, what `compute` makes of them as batched tensors on the device."""
         count = len(self.grid.windows())
-        for start in range(first, count, self.batch_size):
-            batch = range(start, min(start + self.batch_size, count))
-            yield from self.compute(stage, batch, read, index)
-            self.bar.update(len(batch) * cost)
+        for start in range(0, count, self.batch_size):
+            numbers = range(start, min(start + self.batch_size, count))
+            arrays = [np.stack(each) for each in zip(*map(read, numbers), strict=True)]
+            with torch.no_grad():
+                outputs = compute(*(torch.from_numpy(array).to(self.model.device) for array in arrays)).float().cpu().numpy()
+            if not np.isfinite(outputs).all():
+                raise UserError(
+                    "the translation is not finite: this precision does not suit the checkpoint, try --precision fp32"
+                )
+            yield from outputs
+            self.bar.update(len(numbers))
 
     def window(self, number: int, factor: int = 1) -> tuple[slice, slice]:
         """Rows and columns of a tile, on a grid `factor` times as fine."""
@@ -177,27 +145,22 @@ class Tiles:
         return tuple(slice(factor * k, factor * (k + side)) for k, side in zip(starts, self.grid.tile, strict=True))
 
 
-class Translated(NamedTuple):
-    """A scene in latents."""
-
-    z_eo: Callable[[int], tuple[np.ndarray]]  # a tile's number => its EO latent [C, th, tw]
-    sigma2: Field  # whose last channel it is
-
-
 # ------------------------------------------------------------------------------------------------------ latents fused
 TURNS = ("z_even", "z_odd")  # steps take turns with two files of z_t and, below it, the σ² read so far
 
 
-def fuse_latents(model: Model, tiles: Tiles, read_pixels: Callable, scratch: Scratch) -> Translated:
-    """All tiles of a step predict from the latents of the whole scene; the scene takes the mean of the predictions."""
+def fuse_latents(model: Model, tiles: Tiles, read_pixels: Callable, scratch: Scratch) -> Field:
+    """All tiles of a step predict from the latents of the whole scene; the scene takes the mean of the predictions.
+
+    => the scene's EO latent and, as the last channel, σ².
+    """
     steps = model.args.num_inference_steps
     if scratch.done is None:
         encode_scene(model, tiles, read_pixels, scratch)
     for index in range(scratch.done, steps):
         denoise_step(model, tiles, scratch, index)
         scratch.finish(index + 1, TURNS[(index + 1) % 2])
-    final = scratch.fields[TURNS[steps % 2]]
-    return Translated(windows_of(tiles, final, slice(0, -1)), final)
+    return scratch.fields[TURNS[steps % 2]]
 
 
 def latent_shapes(channels: int, grid: Grid) -> dict[str, tuple[int, int, int]]:
@@ -224,7 +187,7 @@ def encode_scene(model: Model, tiles: Tiles, read_pixels: Callable, scratch: Scr
     """SAR pixels => z_sar; and the noise that z_t starts from."""
     z_sar, z_t, width = scratch.fields["z_sar"], scratch.fields[TURNS[0]], tiles.grid.width
     sigma = float(model.scheduler.init_noise_sigma)
-    for top, strip in strips(fuse(tiles.grid, tiles.run(encode_tiles, read_pixels)), width):
+    for top, strip in strips(fuse(tiles.grid, tiles.run(partial(encode, model.vae), read_pixels)), width):
         z_sar.write(top, strip)
         noise = noise_field(model.args.seed, len(strip), slice(top, top + strip.shape[1]), slice(0, width)) * sigma
         z_t.write(top, np.concatenate([noise, np.zeros_like(noise[:1])]))
@@ -238,7 +201,7 @@ def denoise_step(model: Model, tiles: Tiles, scratch: Scratch, index: int) -> No
     weights = variance_weights(VARIANCE_READOUTS[model.args.readout][0], model.scheduler.timesteps.tolist())
     weight = weights.get(index, 0.0) / max(sum(weights.values()), 1.0)
     read = windows_of(tiles, z_sar, slice(None), old, slice(0, channels))
-    for top, strip in strips(fuse(tiles.grid, tiles.run(predict_tiles, read, index)), tiles.grid.width):
+    for top, strip in strips(fuse(tiles.grid, tiles.run(partial(predict_tiles, model, timestep), read)), tiles.grid.width):
         before = old.read(slice(top, top + strip.shape[1]))
         prediction, z_t = (torch.from_numpy(values[None, :channels]) for values in (strip, before))
         before[:channels] = model.scheduler.step(prediction, timestep, z_t).prev_sample[0].numpy()
@@ -247,44 +210,11 @@ def denoise_step(model: Model, tiles: Tiles, scratch: Scratch, index: int) -> No
         new.write(top, before)
 
 
-# ------------------------------------------------------------------------------------------------------ pixels blended
-def blend_pixels(model: Model, tiles: Tiles, read_pixels: Callable, scratch: Scratch) -> Translated:
-    """Every tile by itself; a row of tiles once finished is kept."""
-    own, sigma2 = scratch.fields["tiles"], scratch.fields["sigma2"]
-    steps, (height, _) = model.args.num_inference_steps, tiles.grid.tile
-    channels, across = len(own) - 1, len(tiles.grid.lefts)
-
-    def read(number: int) -> tuple[np.ndarray, np.ndarray]:
-        return (*read_pixels(number), noise_field(model.args.seed, channels, *tiles.window(number)))
-
-    first = first_tile(scratch, tiles.grid, tiles.batch_size)
-    for number, tile in enumerate(tiles.run(translate_tiles, read, first=first, cost=steps + 1), start=first):
-        own.write(number * height, tile)
-        if (number + 1) % across == 0:
-            scratch.finish((number + 1) // across, "tiles")
-
-    def tile_of(number: int, channels: slice) -> np.ndarray:
-        return own.read(slice(number * height, (number + 1) * height), channels)
-
-    every = range(len(tiles.grid.windows()))
-    for top, strip in strips(fuse(tiles.grid, (tile_of(number, slice(-1, None)) for number in every)), tiles.grid.width):
-        sigma2.write(top, strip)
-    return Translated(lambda number: (tile_of(number, slice(0, -1)),), sigma2)
-
-
-def first_tile(scratch: Scratch, grid: Grid, batch_size: int) -> int:
-    """Where a killed run goes on: with a batch as in a run in one go, since rounding may depend on how many share one."""
-    done = (scratch.done or 0) * len(grid.lefts)
-    return done - done % batch_size
-
-
-def tile_shapes(channels: int, grid: Grid) -> dict[str, tuple[int, int, int]]:
-    """Tiles one below the other, their σ² as the last channel."""
-    height, width = grid.tile
-    return {"tiles": (channels + 1, len(grid.windows()) * height, width), "sigma2": (1, grid.height, grid.width)}
-
-
-BLENDS = {"latents": (fuse_latents, latent_shapes), "pixels": (blend_pixels, tile_shapes)}
+def predict_tiles(model: Model, timestep: torch.Tensor, z_sar: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, h, w] twice => prediction [B, C, h, w], and from a stage 2 U-Net σ² as one more channel."""
+    dtype = model.unet.dtype
+    prediction, raw = predict(model.unet, z_sar.to(dtype), z_t.to(dtype), timestep, model.prompt_embedding.to(dtype))
+    return prediction.float() if raw is None else torch.cat([prediction.float(), variance(raw)], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------- reading, writing
@@ -297,10 +227,10 @@ def read_padded(scene: Scene, radiometry: Radiometry, rows: slice, columns: slic
     return np.pad(pixels, beyond, mode="reflect")
 
 
-def decoded_strips(model: Model, tiles: Tiles, z_eo: Callable) -> Iterator[tuple[int, np.ndarray]]:
-    """EO latents => (first row, uint8 [3, n, W']), the VAE's tiles fused."""
+def decoded_strips(model: Model, tiles: Tiles, latents: Field) -> Iterator[tuple[int, np.ndarray]]:
+    """EO latents, above the last channel => (first row, uint8 [3, n, W']), the VAE's tiles fused."""
     grid = tiles.grid.times(model.factor)
-    pieces = fuse(grid, tiles.run(decode_tiles, z_eo))
+    pieces = fuse(grid, tiles.run(partial(decode, model.vae), windows_of(tiles, latents, slice(0, -1))))
     eight_bit = ((rows, columns, to_uint8(torch.from_numpy(piece)).transpose(2, 0, 1)) for rows, columns, piece in pieces)
     yield from strips(eight_bit, grid.width)
 
@@ -401,7 +331,7 @@ def look_at(model: Model, scene: Scene, args: argparse.Namespace, options: Radio
     warnings = out_of_domain(scene, radiometry, options.gsd, model.trained)
     lines = [describe(scene, radiometry), *(f"note: {note}" for note in notes), *(f"WARNING: {each}" for each in warnings)]
     tqdm.write("\n".join(f"{scene.name}: {line}" for line in lines))
-    names = ("seed", *Sampling._fields, "readout", "ensemble", "ensemble_output", "precision", "tile", "overlap", "blend")
+    names = ("seed", *Sampling._fields, "readout", "ensemble", "ensemble_output", "precision", "tile", "overlap")
     settings = {
         "checkpoint": model.fingerprint, **{name: getattr(args, name) for name in names},
         "prediction_type": model.scheduler.config.prediction_type, "radiometry": asdict(radiometry),
@@ -428,7 +358,7 @@ def facts_of(scene: Scene, look: Look) -> dict[str, str]:
         "scale and stretch": f"{radiometry.scale}, {stretch} => 0 to 255",
         "sampling": f"{settings['scheduler']} {settings['timestep_spacing']}, {settings['num_inference_steps']} steps, "
         f"seed {settings['seed']}, {settings['precision']}",
-        "tiles": f"{settings['tile']} px, {settings['overlap']} px overlap, fused in {settings['blend']}",
+        "tiles": f"{settings['tile']} px, {settings['overlap']} px overlap",
         "checkpoint": settings["checkpoint"],
         "far from the training images": "; ".join(look.warnings),
     }
@@ -548,26 +478,25 @@ def translate_scene(
     """
     started = time.monotonic()
     model.scheduler.set_timesteps(args.num_inference_steps)
-    translate, shapes_of = BLENDS[args.blend]
     with open_scene(files, args.max_pixels) as scene:
         look = look_at(model, scene, args, options)
         radiometry = look.radiometry
         height, width = (-(-side // model.factor) for side in radiometry.size(scene))
         grid = make_grid(height, width, args.tile // model.factor, args.overlap // model.factor)
         origin = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-        shapes = shapes_of(model.vae.config.latent_channels, grid)
         folder = scratch_folder(outputs)
-        scratch = Scratch(folder, {"origin": origin, "grid": grid, "settings": look.settings}, shapes)
+        made_with = {"origin": origin, "grid": grid, "settings": look.settings}
+        scratch = Scratch(folder, made_with, latent_shapes(model.vae.config.latent_channels, grid))
         megapixels = scene.height * scene.width / 1e6
-        with progress(scratch, args, grid, megapixels, outputs["eo"].name) as bar:
+        with progress(scratch, args.num_inference_steps, grid, megapixels, outputs["eo"].name) as bar:
             tiles = Tiles(model, args.batch_size, grid, bar)
 
             def read_pixels(number: int) -> tuple[np.ndarray]:
                 return (to_signed(read_padded(scene, radiometry, *tiles.window(number, model.factor))),)
 
             try:
-                translated = translate(model, tiles, read_pixels, scratch)
-                write_fused(model, scene, look, tiles, translated, outputs, known, folder)
+                latents = fuse_latents(model, tiles, read_pixels, scratch)
+                write_fused(model, scene, look, tiles, latents, outputs, known, folder)
             except UserError:  # the same again would end the same way
                 shutil.rmtree(folder)
                 raise
@@ -577,12 +506,12 @@ def translate_scene(
     print(f"{files[0]}: {megapixels:.1f} Mpx in {seconds:.1f} s, {megapixels / seconds:.3f} Mpx/s, into {outputs['eo']}")
 
 
-def write_fused(model, scene, look, tiles, translated, outputs, known, folder: Path) -> None:
+def write_fused(model, scene, look, tiles, latents, outputs, known, folder: Path) -> None:
     for kind, path in outputs.items():
         if kind != "eo":
-            sigma2 = variance_strips(translated.sigma2, model.factor)
+            sigma2 = variance_strips(latents, model.factor)
             write_map(path, folder, scene, look, sigma2, ["variance"], maps_of(kind, known))
-    write_picture(outputs["eo"], folder, scene, look, decoded_strips(model, tiles, translated.z_eo))
+    write_picture(outputs["eo"], folder, scene, look, decoded_strips(model, tiles, latents))
     write_views(outputs, scene, look)
 
 
@@ -598,15 +527,12 @@ class Progress(tqdm):
         return numbers | {"postfix": f"{done / max(numbers['elapsed'], 1e-3):.3f} Mpx/s"}
 
 
-def progress(scratch: Scratch, options: argparse.Namespace, grid: Grid, megapixels: float, name: str) -> Progress:
+def progress(scratch: Scratch, steps: int, grid: Grid, megapixels: float, name: str) -> Progress:
     """The bar, set to what an earlier run has done."""
-    steps, count, done = options.num_inference_steps, len(grid.windows()), scratch.done
-    if options.blend == "latents":
-        stages, unit = (0 if done is None else count * (done + 1)), f"step {done} of {steps}"
-    else:
-        stages, unit = first_tile(scratch, grid, options.batch_size) * (steps + 1), f"row {done} of {len(grid.tops)} of tiles"
-    bar = Progress(total=count * (steps + 2), initial=stages, desc=name, unit="tile", mininterval=1)
+    count, done = len(grid.windows()), scratch.done
+    initial = 0 if done is None else count * (done + 1)
+    bar = Progress(total=count * (steps + 2), initial=initial, desc=name, unit="tile", mininterval=1)
     bar.megapixels = megapixels
     if done is not None:
-        bar.write(f"{name}: goes on after {unit}")
+        bar.write(f"{name}: goes on after step {done} of {steps}")
     return bar

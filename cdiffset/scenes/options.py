@@ -7,10 +7,6 @@ from cdiffset.inference.options import check_limits
 from cdiffset.scenes.radiometry import CHANNELS, SCALES, RadiometryOptions
 
 TILE, OVERLAP = 1024, 128  # px
-BLENDS = {
-    "latents": "their predictions, at every denoising step",
-    "pixels": "finished tiles, each translated by itself from the scene's noise",
-}
 
 
 def add_scene_options(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +17,6 @@ def add_scene_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--tile", type=int, help=f"px, a multiple of 64; larger scenes are fused of tiles [{TILE}]")
     group.add_argument("--overlap", type=int, help=f"of tiles, px, a multiple of 8, at most half a tile [{OVERLAP}]")
-    group.add_argument(
-        "--blend", choices=BLENDS, help="what of the tiles is fused [latents]: "
-        + "; ".join(f"{name}: {meaning}" for name, meaning in BLENDS.items())
-    )  # fmt: skip
     add_radiometry_options(group, "[the checkpoint's, else ")
     group.add_argument("--gsd", type=metres, metavar="METRES", help="per pixel of the scene [what the file tells]")
     group.add_argument(
@@ -71,7 +63,7 @@ def metres(text: str) -> float:
 
 def scene_options_given(args: argparse.Namespace) -> list[str]:
     """The scene options on the command line, which have any file translated as a scene."""
-    tiles = [f"--{name}" for name in ("tile", "overlap", "blend") if getattr(args, name) is not None]
+    tiles = [f"--{name}" for name in ("tile", "overlap") if getattr(args, name) is not None]
     return tiles + radiometry_options(args).given()
 
 
@@ -81,7 +73,7 @@ def radiometry_options(args: argparse.Namespace) -> RadiometryOptions:
 
 def check_scene_options(args: argparse.Namespace) -> None:
     """Fill in defaults, check limits."""
-    for name, default in (("tile", TILE), ("overlap", None), ("blend", "latents")):
+    for name, default in (("tile", TILE), ("overlap", None)):
         if getattr(args, name) is None:
             setattr(args, name, min(OVERLAP, args.tile // 2) if name == "overlap" else default)
     check_limits(args, {"tile": (64, None), "overlap": (0, args.tile // 2)})

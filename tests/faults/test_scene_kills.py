@@ -40,10 +40,9 @@ def test_of_two_processes_one_translates_the_scenes_and_the_other_waits_for_it(c
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("blend", ["latents", "pixels"])
-def test_scenes_killed_at_random_moments_end_like_one_that_never_was(checkpoint, tmp_path, blend):
+def test_scenes_killed_at_random_moments_end_like_one_that_never_was(checkpoint, tmp_path):
     rng, sar = np.random.default_rng(0), save(tmp_path / "a.tif", smooth(300, 330), **UTM)
-    options = {"batch_size": 3, "blend": blend, "num_inference_steps": 6}
+    options = {"batch_size": 3, "num_inference_steps": 6}
     assert finish(start("test.py", words(checkpoint, sar, tmp_path / "whole", **options)))[0] == 0
     out, kills, seen = tmp_path / "killed", 0, {}
     scratch = out / "eo" / ".a.scene"
