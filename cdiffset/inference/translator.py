@@ -1,8 +1,5 @@
 """SAR pixels in, EO pixels and maps out: everything between the reading and the writing of files."""
 
-import cdiffset.lean  # noqa: F401  first: it imports diffusers quickly
-
-# isort: split
 import argparse
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
