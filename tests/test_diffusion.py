@@ -11,7 +11,6 @@ import torch
 from conftest import tiny_unet, tiny_vae
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from cdiffset.attention import share_prompt
 from cdiffset.config import MIDPOINT, PAPER_TIMESTEPS
 from cdiffset.diffusion import (
     image_noise,
@@ -391,7 +390,6 @@ def far_away() -> tuple:
 @pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
 def test_sampling_never_waits_for_the_device(tiny_base, name, spacing, wanted):
     unet, z, prompt = far_away()
-    share_prompt(unet, keep=True)
     sampler = make_sampler(load_scheduler(tiny_base, "epsilon"), name, spacing)
     z_eo, sigma2 = sample(unet, sampler, z, z, prompt, 5, wanted)
     assert z_eo.is_meta and z_eo.shape == z.shape and sigma2.is_meta and sigma2.shape == (3, 1, *SIZE[1:])

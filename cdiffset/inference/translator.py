@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from cdiffset import ranks
-from cdiffset.attention import share_prompt
 from cdiffset.checkpoint import Weights, meta_file, read_meta
 from cdiffset.confidence import confidence_map, variance_map
 from cdiffset.device import form_of, free_memory, without_instructions
@@ -94,7 +93,6 @@ class Model:
             self.fingerprint = fingerprint(tensors, prediction_type)
         self.unet, self.vae = (net.to(self.device, dtype, memory_format=memory_format) for net in (self.unet, self.vae))
         self.prompt_embedding = self.prompt_embedding.to(self.device, dtype)
-        share_prompt(self.unet, keep=True)
         if args.compile:
             self.unet.compile()
         self.most, self.known_sizes = None, {}  # images that have turned out to fit; images together by padded size
