@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cdiffset import ranks
-from cdiffset.checkpoint import Weights, meta_file, read_meta
+from cdiffset.checkpoint import Weights, meta_file, read_meta, recorded_base
 from cdiffset.confidence import confidence_map, variance_map
 from cdiffset.device import form_of, free_memory, without_instructions
 from cdiffset.diffusion import image_noise, predict
@@ -20,13 +21,13 @@ from cdiffset.images import to_signed, to_uint8
 from cdiffset.inference.batching import batches_of_one_size, file_threads
 from cdiffset.inference.ensemble import ensemble, reduce_samples
 from cdiffset.inference.options import model_settings
-from cdiffset.inference.prompt_cache import cached_prompt
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.model import (
     build_unet,
     check_base,
     check_prompt_width,
     decode,
+    embed_prompt,
     encode,
     load_scheduler,
     load_vae,
@@ -37,6 +38,7 @@ from cdiffset.model import (
 PIXELS_TOGETHER = 4 * 256**2  # of a batch on a CPU: from there on, the U-Net of SD takes no less time per image
 MOST_TOGETHER = 64  # images of a batch on a GPU
 MEMORY_SHARE = 0.8  # of what is free
+PROMPT_FILE, PROMPT_TENSOR = "prompt_embedding.safetensors", "prompt_embedding"  # beside checkpoint.json
 
 
 class Translation(NamedTuple):
@@ -82,9 +84,7 @@ class Model:
                 f"{', '.join(needing_variance)}: {weights.file} is a stage 1 checkpoint ({latent_channels} output channels), "
                 f"a confidence takes one of stage 2 ({latent_channels + 1})"
             )
-        self.prompt_embedding = cached_prompt(
-            args.checkpoint, base, prompt, self.unet.config.cross_attention_dim, ranks.rank_and_world_size()[0] == 0
-        )
+        self.prompt_embedding = load_prompt(args.checkpoint, base, prompt, self.unet.config.cross_attention_dim)
         check_prompt_width(self.unet, self.prompt_embedding, base, "--checkpoint")
         self.scheduler = load_scheduler(base, prediction_type)
         self.args, self.factor, self.fingerprint, self.trained = args, vae_factor(self.vae), None, read_meta(args.checkpoint)
@@ -144,6 +144,21 @@ class Model:
         predict(self.unet, latents, latents, torch.tensor(0, device=self.device), self.prompt_embedding)
         decode(self.vae, latents.float())
         return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def load_prompt(checkpoint: str, base: str, prompt: str, width: int) -> torch.Tensor:
+    """The prompt's embedding [1, L, width], float32: as training saved it, where base and prompt are the checkpoint's own."""
+    meta = meta_file(checkpoint)
+    is_own = (base, prompt) == (recorded_base(checkpoint), read_meta(checkpoint).get("config", {}).get("prompt"))
+    if not (meta and is_own and (file := meta.with_name(PROMPT_FILE)).is_file()):
+        return embed_prompt(base, prompt)
+    try:
+        embedding = load_file(file)[PROMPT_TENSOR]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"--checkpoint: {file} is damaged ({error}), take another checkpoint") from error
+    if embedding.shape[::2] != (1, width) or not embedding.isfinite().all():
+        raise UserError(f"--checkpoint: {file}: expected finite numbers [1, tokens, {width}], found {list(embedding.shape)}")
+    return embedding
 
 
 class Translator(Model):
