@@ -59,16 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.mask_dir and not (args.variance_dir or args.error_dir or args.ensemble_dir):
         raise UserError("--mask-dir: it judges maps, expected --variance-dir, --error-dir or --ensemble-dir with it")
     require_writable("--output", args.output)
-    import torch  # heavy imports, only once the arguments hold
-
+    from cdiffset.device import choose_device  # heavy imports, only once the arguments hold
     from cdiffset.evaluation.evaluate import evaluate_folders, named
     from cdiffset.evaluation.folders import Inputs
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: {device!r} is not to be had here ({str(error).splitlines()[0]})") from error
+    device = choose_device(args.device, ("cuda", "cpu"))
     inputs = Inputs(**{name: getattr(args, name) for name in Inputs.__dataclass_fields__})
     report = evaluate_folders(
         inputs, args.output, device=device, batch_size=args.batch_size, num_workers=args.num_workers,

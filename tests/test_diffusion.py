@@ -30,9 +30,10 @@ from cdiffset.inference.options import (
     PRESETS,
     SCHEDULERS,
     TIMESTEP_SPACINGS,
+    SamplingSettings,
     add_translation_options,
     calibrated_settings,
-    check_translation_options,
+    sampling_settings,
 )
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.losses import cdiff_loss, variance
@@ -553,15 +554,11 @@ def test_samples_become_one_image(count):
 
 # ------------------------------------------------------------------------------------------------------------ command line
 @pytest.fixture
-def parsed(tmp_path):
-    (tmp_path / "unet.safetensors").touch()
-
-    def parse(*words: str) -> argparse.Namespace:
+def parsed():
+    def parse(*words: str) -> SamplingSettings:
         parser = argparse.ArgumentParser()
         add_translation_options(parser)
-        args = parser.parse_args(["--checkpoint", str(tmp_path / "unet.safetensors"), *words])
-        check_translation_options(args)
-        return args
+        return sampling_settings(parser.parse_args(["--checkpoint", "unet.safetensors", *words]))
 
     return parse
 

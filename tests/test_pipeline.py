@@ -26,7 +26,8 @@ from cdiffset.errors import UserError
 from cdiffset.inference import batching as pipeline
 from cdiffset.inference import translator
 from cdiffset.inference.batching import WriteBehind, batches_of_one_size, read_ahead
-from cdiffset.inference.translator import Model, decoder_bytes, load_prompt
+from cdiffset.inference.options import ModelSettings
+from cdiffset.inference.translator import BatchSizes, decoder_bytes, load_prompt
 
 
 # ------------------------------------------------------------------------------------------------------- reading, writing
@@ -170,13 +171,17 @@ def trained(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def model(checkpoint: Path, base: str, prompt: str) -> ModelSettings:
+    return ModelSettings(checkpoint, base, prompt, "epsilon")
+
+
 @pytest.mark.parametrize(("base", "prompt", "value"), [("base", "radar", 3), ("other", "radar", 7), ("base", "", 7)])
 def test_the_prompt_that_training_saved_is_that_of_its_own_base_and_prompt_alone(trained, base, prompt, value):
     before = sorted(trained.rglob("*"))
     for path in (trained, trained / "unet"):
-        assert torch.equal(load_prompt(str(path), base, prompt, WIDTH), torch.full((1, 5, WIDTH), float(value)))
+        assert torch.equal(load_prompt(model(path, base, prompt), WIDTH), torch.full((1, 5, WIDTH), float(value)))
     (trained / "prompt_embedding.safetensors").unlink()
-    assert load_prompt(str(trained), base, prompt, WIDTH).unique().tolist() == [7]
+    assert load_prompt(model(trained, base, prompt), WIDTH).unique().tolist() == [7]
     assert sorted(trained.rglob("*")) == [path for path in before if path.suffix != ".safetensors"]  # nothing is written
 
 
@@ -197,36 +202,32 @@ def test_the_prompt_that_training_saved_is_that_of_its_own_base_and_prompt_alone
 def test_a_saved_prompt_that_is_damaged_or_of_another_width_is_refused(trained, content, words):
     (trained / "prompt_embedding.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=f"--checkpoint: .*prompt_embedding.safetensors.*{words}"):
-        load_prompt(str(trained), "base", "radar", WIDTH)
+        load_prompt(model(trained, "base", "radar"), WIDTH)
 
 
 # ------------------------------------------------------------------------------------------------------ batches in memory
-def model_of(batch_size, device="cpu", **changes):
-    """A Model that has not been loaded, as far as its choice of batches goes."""
-    model = object.__new__(Model)
-    model.args = SimpleNamespace(batch_size=batch_size)
-    model.vae, model.unet, model.device = tiny_vae(), tiny_unet(), torch.device(device)
-    model.most, model.known_sizes = None, {}
+def batch_sizes(batch_size, device="cpu", **changes):
+    model = SimpleNamespace(vae=tiny_vae(), unet=tiny_unet(), device=torch.device(device))
+    sizes = BatchSizes(model, batch_size)
     for name, value in changes.items():
-        setattr(model, name, value)
-    return model
+        setattr(sizes, name, value)
+    return sizes
 
 
 @pytest.mark.parametrize(
     "size, together", [((256, 256), 4), ((512, 256), 2), ((512, 512), 1), ((2048, 2048), 1), ((64, 64), 64)]
 )
 def test_auto_on_a_cpu_goes_by_the_size(size, together, capsys):
-    model = model_of("auto")
-    assert model.images_together(*size) == model.images_together(*size) == together
+    sizes = batch_sizes(None)
+    assert sizes(*size) == sizes(*size) == together
     assert capsys.readouterr().out == f"--batch-size auto: {together} together of {size[1]} x {size[0]} px\n"
-    assert model_of(7).images_together(*size) == 7 and capsys.readouterr().out == ""
+    assert batch_sizes(7)(*size) == 7 and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("free, together", [(10.0, 8), (1.0, 1), (1000.0, 64)])
 def test_auto_on_a_gpu_goes_by_the_memory_that_one_image_takes(monkeypatch, free, together):
     monkeypatch.setattr("cdiffset.inference.translator.free_memory", lambda device: int(free * 2**30))
-    model = model_of("auto", "cuda", measured_bytes=lambda *_: 2**30)
-    assert model.images_together(64, 64) == together
+    assert batch_sizes(None, "cuda", measured_bytes=lambda *_: 2**30)(64, 64) == together
 
 
 def test_what_cannot_fit_is_refused_and_what_crowds_the_memory_goes_through_the_vae_one_by_one(monkeypatch):
@@ -234,12 +235,12 @@ def test_what_cannot_fit_is_refused_and_what_crowds_the_memory_goes_through_the_
     assert least == 2 * 8 * 64 * 64 * 4  # two of 8 channels, float32
     for free, expected in ((least - 1, None), (least, True), (8 * least + 8, False)):
         monkeypatch.setattr("cdiffset.inference.translator.free_memory", lambda device, free=free: free)
-        model = model_of(2)
+        sizes = batch_sizes(2)
         if expected is None:
             with pytest.raises(UserError, match="images of 64 x 64 px take more than .* as GeoTIFF"):
-                model.images_together(64, 64)
+                sizes(64, 64)
         else:
-            assert model.images_together(64, 64) == 2 and model.vae.use_slicing is expected
+            assert sizes(64, 64) == 2 and sizes.checkpoint.vae.use_slicing is expected
 
 
 # ------------------------------------------------------------------------------------------------------- several processes
