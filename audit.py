@@ -12,13 +12,17 @@ from cdiffset.config import Config, load_config
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import require_declared_range, require_writable
 from cdiffset.inference.options import (
+    MAX_SEED,
     add_eo_range,
     add_machine_options,
     add_model_options,
     begin_reading,
     check_limits,
-    check_model_options,
+    machine_settings,
+    model_settings,
+    recorded_settings,
 )
+from cdiffset.inference.record import OutputRecord
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,15 +53,19 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 where single pairs were skipped."""
     args, further = make_parser().parse_known_args(argv)
     config = check(args, further)
-    weights = begin_reading(args)
+    machine, model = machine_settings(args), model_settings(args, config)
+    weights = begin_reading(model, machine)
     from cdiffset.auditing import report as audit_report  # heavy imports, only once the options hold
     from cdiffset.auditing.auditor import Auditor, write_maps
+    from cdiffset.inference.translator import load_checkpoint
 
     feeder, arguments, root = find_pairs(args, config)
     require_declared_range(feeder.pairs[0].eo, args.eo_range, "--eo-range", args.max_pixels)
-    auditor = Auditor(args, weights)
+    auditor = Auditor(load_checkpoint(model, machine, weights), args.seed, machine.batch_size)
+    settings = recorded_settings(model, machine) | {"seed": args.seed, "eo_range": args.eo_range}
+    record = OutputRecord(args.output / audit_report.MAPS, settings, args.skip_existing)
     try:
-        failures = write_maps(auditor, feeder.pairs, args.output, args.skip_existing)
+        failures = write_maps(auditor, feeder.pairs, args.output, record, args.eo_range, args.max_pixels)
         pairs = [pair for pair in feeder.pairs if pair not in failures]
         if not pairs:
             raise UserError(f"none of the {len(failures)} pairs can be used, for the reasons above; one is {min(failures).eo}")
@@ -79,8 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(args: argparse.Namespace, further: list[str]) -> Config | None:
     """Options that make sense together => the configuration of --config, or None for two folders."""
-    check_limits(args, {"top": (1, None), "boxes": (0, None), "drop_share": (0, 1)})
-    check_model_options(args)
+    check_limits(args, {"top": (1, None), "boxes": (0, None), "drop_share": (0, 1), "seed": (0, MAX_SEED)})
     if args.config is None and further:
         raise UserError(f"{further[0]}: no such option; --help lists all")
     if (args.config is None) == (args.sar_dir is None) or (args.sar_dir is None) != (args.eo_dir is None):
@@ -93,15 +100,9 @@ def check(args: argparse.Namespace, further: list[str]) -> Config | None:
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output: {args.output} is a file, expected a folder")
     require_writable("--output", args.output)
-    config = None
-    if args.config:
-        from cdiffset.checkpoint import read_meta
-
-        config = load_config(["--config", args.config, "--phase", "test" if args.which == "test" else "train", *further])
-        for name in ("pretrained_model_name_or_path", "prompt", "prediction_type"):  # for weights that do not tell
-            if getattr(args, name) is None and "config" not in read_meta(args.checkpoint):
-                setattr(args, name, getattr(config, name))
-    return config
+    if not args.config:
+        return None
+    return load_config(["--config", args.config, "--phase", "test" if args.which == "test" else "train", *further])
 
 
 def find_pairs(args: argparse.Namespace, config: Config | None):

@@ -23,7 +23,9 @@ from cdiffset.inference.options import (
     add_translation_options,
     begin_reading,
     calibrated_settings,
-    check_translation_options,
+    machine_settings,
+    model_settings,
+    sampling_settings,
 )
 from cdiffset.scenes.radiometry import RadiometryOptions, read_whole
 
@@ -39,7 +41,7 @@ class Drawn(NamedTuple):
 
     maps: dict[str, np.ndarray]  # [n] each
     error: np.ndarray  # [n]
-    share: float  # of its pixels that count
+    counted: float  # fraction of its pixels that count
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,31 +59,36 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 where single pairs could not be used."""
-    args = check(make_parser().parse_args(argv))
+    args = make_parser().parse_args(argv)
+    check(args)
+    sampling, machine, model = sampling_settings(args), machine_settings(args), model_settings(args)
+    output = args.output or calibration.path_beside(model.checkpoint)
+    require_writable("--output", output.parent)
     pairs = find_pairs(args)
-    parts = split(len(pairs), args.split_seed)
-    weights = begin_reading(args, with_fingerprint=True)
-    from cdiffset.inference.translator import Translator
+    weights = begin_reading(model, machine, with_fingerprint=True)
+    from cdiffset.inference.translator import Translator, load_checkpoint
 
-    needing_variance = ["calibrate.py without --ensemble"] if args.ensemble == 1 else []
-    translator = Translator(args, weights, needing_variance, with_fingerprint=True)
-    pixels, skipped = collect(translator, pairs, args)
-    drawn = {part: pooled([pixels[index] for index in chosen if index in pixels], part) for part, chosen in parts.items()}
-    fitted = fit(drawn, calibrated_settings(args), translator.fingerprint)
+    needing_variance = ["calibrate.py without --ensemble"] if sampling.ensemble == 1 else []
+    checkpoint = load_checkpoint(model, machine, weights, needing_variance, with_fingerprint=True)
+    translator = Translator(checkpoint, sampling, machine.batch_size)
+    pixels, skipped = collect(translator, pairs, args.split_seed, args.eo_range, args.max_pixels)
+    parts = split(len(pairs), args.split_seed)
+    drawn = {part: joined([pixels[index] for index in chosen if index in pixels], part) for part, chosen in parts.items()}
+    fitted = fit_and_judge(drawn, calibrated_settings(sampling), checkpoint.fingerprint)
     fitted.report["images"] = {part: sum(index in pixels for index in chosen) for part, chosen in parts.items()}
-    fitted.report["counted"] = float(np.mean([pixels[index].share for index in pixels]))
+    fitted.report["counted"] = float(np.mean([pixels[index].counted for index in pixels]))
     try:
-        calibration.save(args.output, fitted)
+        calibration.save(output, fitted)
     except OSError as error:
-        raise UserError(f"--output: cannot write {args.output}: {error}") from error
-    print(table(fitted), f"\nCalibration: {args.output}")
+        raise UserError(f"--output: cannot write {output}: {error}") from error
+    print(table(fitted), f"\nCalibration: {output}")
     if skipped:
         names = ", ".join(str(pair.eo) for pair in skipped[:3])
         print(f"{len(skipped)} of {len(pairs)} pairs skipped for the reasons above: {names}", file=sys.stderr)
     return 1 if skipped else 0
 
 
-def check(args: argparse.Namespace) -> argparse.Namespace:
+def check(args: argparse.Namespace) -> None:
     for option, folder in (("--sar-dir", args.sar_dir), ("--eo-dir", args.eo_dir)):
         if not folder.is_dir():
             raise UserError(f"{option}: there is no folder {folder}")
@@ -89,10 +96,6 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--split-seed: expected at least 0, found {args.split_seed}")
     if args.output and args.output.is_dir():
         raise UserError(f"--output: {args.output} is a folder, expected a JSON file")
-    check_translation_options(args)
-    args.output = args.output or calibration.path_beside(args.checkpoint)
-    require_writable("--output", args.output.parent)
-    return args
 
 
 def find_pairs(args: argparse.Namespace) -> list:
@@ -120,39 +123,40 @@ def split(count: int, seed: int) -> dict[str, np.ndarray]:
     return {"fit": np.sort(fitted), "intervals": np.sort(intervals), "judge": np.sort(judged)}
 
 
-def collect(translator, pairs: list, args: argparse.Namespace) -> tuple[dict[int, Drawn], list]:
+def collect(
+    translator, pairs: list, seed: int, eo_range: tuple[float, float] | None, max_pixels: int
+) -> tuple[dict[int, Drawn], list]:
     """Translate every pair => (what is drawn from the pixels of each that count, by its index; pairs that cannot be used)."""
-    from cdiffset.checkpoint import read_meta
     from cdiffset.inference.batching import batches_of_one_size, file_threads
     from cdiffset.pairing import read_unstretched_pair
 
-    trained = read_meta(args.checkpoint)
-    options = RadiometryOptions(max_pixels=args.max_pixels).completed(trained.get("radiometry"))
+    checkpoint = translator.checkpoint
+    options = RadiometryOptions(max_pixels=max_pixels).completed(checkpoint.meta.get("radiometry"))
 
     def read(pair) -> tuple[np.ndarray, ...]:
-        return read_unstretched_pair(pair, read_whole(pair.sar, options, trained), args.eo_range, args.max_pixels)
+        return read_unstretched_pair(pair, read_whole(pair.sar, options, checkpoint.meta), eo_range, max_pixels)
 
     pixels, skipped = {}, []
     batches = batches_of_one_size(
-        pairs, read, translator.factor, translator.images_together, skipped, "translating", file_threads(translator.device)
+        pairs, read, checkpoint.factor, translator.batch_sizes, skipped, "translating", file_threads(checkpoint.device)
     )
     for indices, (sar, *truths) in batches:
         for index, translation, eo, valid in zip(indices, translator(sar), *truths, strict=True):
             error = np.abs(translation.eo - eo).mean(-1, dtype=np.float64)[valid]
-            drawn = np.random.default_rng([args.split_seed, index]).permutation(error.size)[: max(1, MAX_PIXELS // len(pairs))]
+            drawn = np.random.default_rng([seed, index]).permutation(error.size)[: max(1, MAX_PIXELS // len(pairs))]
             maps = {name: values[valid][drawn] for name, values in translation.uncertainties.items()}
             pixels[index] = Drawn(maps, error[drawn], float(valid.mean()))
     return pixels, skipped
 
 
-def pooled(pixels: list[Drawn], part: str) -> Pixels:
+def joined(pixels: list[Drawn], part: str) -> Pixels:
     if not pixels:
         raise UserError(f"no pair is left for the part {part!r}: too few of them can be used")
     maps = {name: np.concatenate([each.maps[name] for each in pixels]).astype(np.float64) for name in pixels[0].maps}
     return maps, np.concatenate([each.error for each in pixels])
 
 
-def fit(drawn: dict[str, Pixels], settings: dict, model: str) -> Calibration:
+def fit_and_judge(drawn: dict[str, Pixels], settings: dict, model: str) -> Calibration:
     """Each part does its own work: curves, intervals, judgement."""
     maps, error = drawn["fit"]
     curves, share, joint = calibration.fit(maps, error)

@@ -59,13 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.mask_dir and not (args.variance_dir or args.error_dir or args.ensemble_dir):
         raise UserError("--mask-dir: it is for maps, expected --variance-dir, --error-dir or --ensemble-dir with it")
     require_writable("--output", args.output)
-    import torch  # heavy imports, only once the arguments hold
-
-    from cdiffset.device import pick_device
+    from cdiffset.device import choose_device  # heavy imports, only once the arguments hold
     from cdiffset.evaluation.evaluate import evaluate_folders, fault_summary
     from cdiffset.evaluation.folders import EvaluationFolders
 
-    device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(args.device, ("cuda", "cpu"))
     folders = EvaluationFolders(**{name: getattr(args, name) for name in EvaluationFolders.__dataclass_fields__})
     report = evaluate_folders(
         folders, args.output, device=device, batch_size=args.batch_size, num_workers=args.num_workers,

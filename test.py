@@ -10,42 +10,39 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cdiffset import ranks
-from cdiffset.calibration import calibration
+from cdiffset.calibration.calibration import Calibration, path_beside
+from cdiffset.calibration.calibration import load as load_calibration
 from cdiffset.errors import Parser, UserError, run
-from cdiffset.images import read_sar_valid, require_utf8, require_writable, write_png, write_tiff
+from cdiffset.images import require_utf8, require_writable
 from cdiffset.inference.options import (
+    MachineSettings,
+    ModelSettings,
+    SamplingSettings,
     add_translation_options,
     begin_reading,
     calibrated_settings,
-    check_translation_options,
+    machine_settings,
+    model_settings,
     recorded_settings,
+    sampling_settings,
 )
-from cdiffset.inference.record import Record
-from cdiffset.scenes.geotiff import find_sources, is_scene, open_scene
-from cdiffset.scenes.options import TILE, add_scene_options, check_scene_options, radiometry_options, scene_options_given
-from cdiffset.scenes.radiometry import RadiometryOptions, fits_one_tile, shared_stretch, wanted_polarisations
-
-if TYPE_CHECKING:
-    from cdiffset.inference.translator import Translator  # its libraries take seconds to import
-
-OUTPUTS = (  # option, what it holds, suffix; in the order of writing, the EO image last: it stands for a finished job
-    ("--conf-dir", "confidence", ".png"),
-    ("--variance-dir", "variance", ".tif"),
-    ("--spread-dir", "spread", ".tif"),
-    ("--error-dir", "error", ".tif"),
-    ("--error-dir", "error_view", ".png"),
-    ("--overlay-dir", "overlay", ".png"),
-    ("--output-dir", "eo", ".png"),
+from cdiffset.inference.record import OutputRecord
+from cdiffset.scenes.options import (
+    TileSettings,
+    add_scene_options,
+    radiometry_options,
+    scene_options_given,
+    tile_settings,
 )
-UNRECORDED = {  # options that change nothing in the files but rounding, or what `recorded_settings` and `make_records` add
-    "sar_dir", "output_dir", "conf_dir", "variance_dir", "spread_dir", "error_dir", "overlay_dir", "overlay_threshold",
-    "calibration", "skip_existing", "checkpoint", "pretrained_model_name_or_path", "preset", "batch_size", "compile",
-    "max_pixels", "device", "scene_options",
+from cdiffset.scenes.radiometry import RadiometryOptions, shared_stretch
+from cdiffset.scenes.tasks import Task, find_tasks, source_folder, tasks_of_this_process
+
+FOLDER_OPTIONS = {  # of what there is to write, see tasks.SUFFIXES
+    "eo": "--output-dir", "confidence": "--conf-dir", "variance": "--variance-dir", "spread": "--spread-dir",
+    "error": "--error-dir", "error_view": "--error-dir", "overlay": "--overlay-dir",
 }  # fmt: skip
-SCENE_KINDS = ("confidence", "variance", "spread", "error", "overlay", "eo")  # what there is of a scene, all of it .tif
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -78,135 +75,48 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass(frozen=True)
-class Job:
-    """One image or scene: where it comes from and where its outputs go, by what they hold; in the order of writing."""
-
-    files: tuple[Path, ...]  # of a scene one for each polarisation, where they are separate
-    outputs: dict[str, Path]
-    is_scene: bool = False
-    is_fused: bool = False  # a scene of more than one tile
-
-    @property
-    def sar(self) -> Path:
-        return self.files[0]
-
-    def is_done(self, records: dict[str, Record]) -> bool:
-        """Whether all outputs are there, made with the settings of now, and no older than the files they were made of."""
-        changed_ns = max(file.stat().st_mtime_ns for file in self.files)
-        return all(records[kind].has(path) and path.stat().st_mtime_ns >= changed_ns for kind, path in self.outputs.items())
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 where single images were skipped."""
-    args = check(make_parser().parse_args(argv))
+    args = make_parser().parse_args(argv)
+    check(args)
+    settings = settings_of(args)
+    if ranks.rank_and_world_size()[0] == 0:
+        for option, folder in output_folders(args).items():
+            require_writable(option, folder)
     from cdiffset.checkpoint import read_meta  # a heavy import, only once the options hold
 
-    known = load_calibration(args)
-    trained = read_meta(args.checkpoint)
-    radiometry = as_trained(radiometry_options(args), trained.get("radiometry") or {})
-    jobs, faulty = make_jobs(args, radiometry, trained)
-    check_fused(args, jobs)
-    radiometry = with_shared_stretch(radiometry, jobs, trained)
-    mine = my_share(args, jobs)
-    records = make_records(args, radiometry)
-    if args.skip_existing:
-        for record in {record.folder: record for record in records.values()}.values():
-            record.require_same()
-    todo = [job for job in mine if not (args.skip_existing and job.is_done(records))]
-    if len(todo) < len(mine):
-        print(f"{len(mine) - len(todo)} of {len(mine)} images are there already")
-    failures = faulty + (translate(args, radiometry, todo, known, records) if todo else [])
+    calibration, meta = find_calibration(args, settings.sampling), read_meta(settings.model.checkpoint)
+    settings = replace(settings, radiometry=as_trained(settings.radiometry, meta.get("radiometry") or {}))
+    folders = {kind: folder for kind, option in FOLDER_OPTIONS.items() if (folder := output_folders(args).get(option))}
+    tasks, failures = find_tasks(
+        args.sar_dir, folders, scene_options_given(args), settings.tiles.tile, settings.radiometry, meta
+    )
+    check_fused(args, settings, tasks)
+    settings = replace(settings, radiometry=with_folder_stretch(settings.radiometry, tasks, meta))
+    records = make_records(args, settings)
+    own = tasks_of_this_process(tasks, source_folder(args.sar_dir))
+    todo = [task for task in own if not (args.skip_existing and task.is_done(records))]
+    if len(todo) < len(own):
+        print(f"{len(own) - len(todo)} of {len(own)} images are there already")
+    if todo:
+        failures += translate(args, settings, calibration, records, todo)
     if failures:
         print(f"{len(failures)} skipped: {', '.join(str(path) for path in failures[:3])}", file=sys.stderr)
-    return 1 if ranks.total(len(failures)) else 0
+    return 1 if ranks.total_over_ranks(len(failures)) else 0
 
 
-def translate(
-    args: argparse.Namespace,
-    radiometry: RadiometryOptions,
-    todo: list[Job],
-    known: calibration.Calibration | None,
-    records: dict[str, Record],
-) -> list[Path]:
-    """Load the networks and do the jobs => those images that were skipped."""
-    with_fingerprint = known is not None or any(job.is_scene for job in todo)
-    weights = begin_reading(args, with_fingerprint)
-    from cdiffset.inference.translator import Translator
-
-    needing_variance = [option for option in ("--conf-dir", "--variance-dir") if folder_of(args, option)]
-    if known and "variance" in known.curves:
-        needing_variance.append("--calibration")
-    translator = Translator(args, weights, needing_variance, with_fingerprint)
-    if known and known.model != translator.fingerprint:
-        raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
-
-    shared = Shared(translator, args, radiometry, known, records)
-    images, scenes, fused = (
-        [job for job in todo if (job.is_scene, job.is_fused) == kind] for kind in ((False, False), (True, False), (True, True))
-    )
-    started = time.monotonic()
-    try:
-        failures = translate_images(shared, images) + translate_whole_scenes(shared, scenes) + translate_fused(shared, fused)
-    except OSError as error:
-        raise UserError(f"cannot write the outputs: {error}") from error
-    seconds, (rank, count) = time.monotonic() - started, ranks.place()
-    done = sum(rank == 0 or not job.is_fused for job in todo) - len(failures)  # the first process counts the scenes of all
-    whose = f"process {rank + 1} of {count}: " if count > 1 else ""
-    print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
-    return failures
-
-
-def make_records(args: argparse.Namespace, radiometry: RadiometryOptions) -> dict[str, Record]:
-    """For each kind of output the record of its folder: the settings that change what is in its files."""
-    settings = vars(args) | asdict(radiometry) | recorded_settings(args)
-    settings = {name: value for name, value in settings.items() if name not in UNRECORDED}
-    more: dict[str, dict] = {}
-    if args.error_dir or args.overlay_dir:
-        calibrated = {"calibration": hashlib.sha256(calibration_path(args).read_bytes()).hexdigest()}
-        more = {"--error-dir": calibrated, "--overlay-dir": calibrated | {"overlay_threshold": args.overlay_threshold}}
-    wanted = [(option, kind, folder) for option, kind, _ in OUTPUTS if (folder := folder_of(args, option))]
-    return {kind: Record(folder, settings | more.get(option, {})) for option, kind, folder in wanted}
-
-
-def my_share(args: argparse.Namespace, jobs: list[Job]) -> list[Job]:
-    """The images that fall to this process of a launcher, and the fused scenes, each of which all processes share.
-
-    Taken of all jobs, whether done or not, so that every process deals them out alike whenever it starts.
-    """
-    folder = source_folder(args)
-    images, scenes = ([job for job in jobs if job.is_fused is kind] for kind in (False, True))
-    dealt = [images[index] for index in ranks.share([job.sar.relative_to(folder).as_posix() for job in images])]
-    return dealt + (scenes if ranks.place()[0] == 0 or ranks.can_talk() else [])
-
-
-def folder_of(args: argparse.Namespace, option: str) -> Path | None:
-    return getattr(args, option[2:].replace("-", "_"))
-
-
-def check(args: argparse.Namespace) -> argparse.Namespace:
-    if not args.sar_dir.exists():
-        raise UserError(f"--sar-dir: there is no folder or file {args.sar_dir}")
-    require_utf8([args.sar_dir, args.output_dir])
-    seen: dict[Path, str] = {}
-    for option in dict.fromkeys(["--sar-dir", "--output-dir", *(option for option, _, _ in OUTPUTS)]):
-        folder = folder_of(args, option)
-        if option == "--sar-dir":
-            folder = source_folder(args)
-        if folder is not None and (earlier := seen.setdefault(folder.resolve(), option)) != option:
-            raise UserError(f"{option}: {folder} is {earlier} already, expected a folder of its own")
-        if folder is not None and args.sar_dir.is_dir() and args.sar_dir.resolve() in folder.resolve().parents:
-            raise UserError(f"{option}: {folder} lies in --sar-dir, whose images would then include the results")
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise UserError(f"{option}: {folder} is a file, expected a folder")
+# ------------------------------------------------------------------------------------------------------ what is asked for
+def check(args: argparse.Namespace) -> None:
+    """UserError where folders or options do not go together."""
+    check_folders(args)
+    maps = output_folders(args).keys() - {"--output-dir"}
     if args.spread_dir and args.ensemble < 2:
         raise UserError(f"--spread-dir: a spread takes --ensemble of at least 2, found {args.ensemble}")
     if (args.overlay_dir is None) != (args.overlay_threshold is None):
         raise UserError("--overlay-dir and --overlay-threshold, an expected error in 8-bit units, need each other: give both")
     if args.overlay_threshold is not None and not 0 <= args.overlay_threshold <= 255:
         raise UserError(f"--overlay-threshold: expected 0 to 255, in 8-bit units, found {args.overlay_threshold}")
-    maps = [option for option, kind, _ in OUTPUTS if kind != "eo" and folder_of(args, option)]
-    if args.readout and not set(maps) - {"--spread-dir"}:
+    if args.readout and not maps - {"--spread-dir"}:
         raise UserError(f"--readout {args.readout}: it changes maps alone, give --conf-dir or another folder of them")
     if args.ensemble > 1 and args.ensemble_output in (None, "first") and not maps:
         raise UserError(
@@ -214,37 +124,77 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         )
     if args.calibration and not (args.error_dir or args.overlay_dir):
         raise UserError("--calibration: it serves --error-dir and --overlay-dir, found neither")
-    args.scene_options = scene_options_given(args)
-    check_scene_options(args)
-    check_translation_options(args)
-    if ranks.place()[0] == 0:
-        for option, folder in {option: folder for option, *_ in OUTPUTS if (folder := folder_of(args, option))}.items():
-            require_writable(option, folder)
-    return args
 
 
-def source_folder(args: argparse.Namespace) -> Path:
-    """--sar-dir, or where the one file lies that it names."""
-    return args.sar_dir.parent if args.sar_dir.is_file() else args.sar_dir
+def check_folders(args: argparse.Namespace) -> None:
+    if not args.sar_dir.exists():
+        raise UserError(f"--sar-dir: there is no folder or file {args.sar_dir}")
+    require_utf8([args.sar_dir, args.output_dir])
+    taken = {source_folder(args.sar_dir).resolve(): "--sar-dir"}
+    for option, folder in output_folders(args).items():
+        if (other := taken.setdefault(folder.resolve(), option)) != option:
+            raise UserError(f"{option}: {folder} is {other} already, expected a folder of its own")
+        if args.sar_dir.is_dir() and args.sar_dir.resolve() in folder.resolve().parents:
+            raise UserError(f"{option}: {folder} lies in --sar-dir, whose images would then include the results")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{option}: {folder} is a file, expected a folder")
+
+
+def output_folders(args: argparse.Namespace) -> dict[str, Path]:
+    """The folders that are wanted, by option."""
+    options = FOLDER_OPTIONS.values()
+    return {option: folder for option in options if (folder := getattr(args, option[2:].replace("-", "_")))}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the outputs depend on besides the SAR files."""
+
+    model: ModelSettings
+    machine: MachineSettings
+    sampling: SamplingSettings
+    tiles: TileSettings
+    radiometry: RadiometryOptions
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    tiles, sampling, machine = tile_settings(args), sampling_settings(args), machine_settings(args)
+    return Settings(model_settings(args), machine, sampling, tiles, radiometry_options(args))
 
 
 def calibration_path(args: argparse.Namespace) -> Path:
-    return args.calibration or calibration.path_beside(args.checkpoint)
+    return args.calibration or path_beside(args.checkpoint)
 
 
-def load_calibration(args: argparse.Namespace) -> calibration.Calibration | None:
+def find_calibration(args: argparse.Namespace, sampling: SamplingSettings) -> Calibration | None:
     """The calibration that --error-dir and --overlay-dir need, before the networks are loaded."""
     if not (args.error_dir or args.overlay_dir):
         return None
     try:
-        return calibration.load(calibration_path(args), calibrated_settings(args))
+        return load_calibration(calibration_path(args), calibrated_settings(sampling))
     except UserError as error:
         option = "--calibration" if args.calibration else "--error-dir" if args.error_dir else "--overlay-dir"
         raise UserError(f"{option}: {error}") from error
 
 
+def make_records(args: argparse.Namespace, settings: Settings) -> dict[str, OutputRecord]:
+    """For each kind of output the record of its folder: the settings that change what is in its files."""
+    recorded = recorded_settings(settings.model, settings.machine)
+    recorded |= asdict(settings.sampling) | asdict(settings.tiles) | asdict(settings.radiometry)
+    del recorded["max_pixels"]  # which files are read, not how
+    by_option = {}
+    for option, folder in output_folders(args).items():
+        own = {}
+        if option in ("--error-dir", "--overlay-dir"):
+            own["calibration"] = hashlib.sha256(calibration_path(args).read_bytes()).hexdigest()
+        if option == "--overlay-dir":
+            own["overlay_threshold"] = args.overlay_threshold
+        by_option[option] = OutputRecord(folder, recorded | own, args.skip_existing)
+    return {kind: by_option[option] for kind, option in FOLDER_OPTIONS.items() if option in by_option}
+
+
 def as_trained(options: RadiometryOptions, recorded: dict[str, str]) -> RadiometryOptions:
-    """What is not given on the command line as the checkpoint records it, which is said."""
+    """What is not given on the command line as the checkpoint records it, which is reported."""
     completed = options.completed(recorded)
     if taken := [f"--{name} {value}" for name, value in completed.kept().items() if getattr(options, name) is None]:
         shown = " ".join(taken)
@@ -252,174 +202,59 @@ def as_trained(options: RadiometryOptions, recorded: dict[str, str]) -> Radiomet
     return completed
 
 
-def make_jobs(args: argparse.Namespace, radiometry: RadiometryOptions, trained: dict) -> tuple[list[Job], list[Path]]:
-    """=> (the jobs, files that cannot be translated, which are told), before the networks are loaded.
-
-    UserError where none can be, and where two inputs would have one output.
-    """
-    folder, taken = source_folder(args), {}
-    jobs, faults = [], {}
-    for name, files in find_sources(args.sar_dir, wanted_polarisations(radiometry.bands)).items():
-        stem = (folder / name).with_suffix("")
-        if (other := taken.setdefault(stem, name)) != name:
-            raise UserError(f"--sar-dir: {other} and {name} would both become {name.with_suffix('.png')}: rename one")
-        try:
-            jobs.append(make_job(args, radiometry, trained, name, tuple(folder / file for file in files)))
-        except UserError as error:
-            faults[folder / files[0]] = error
-    if not jobs:
-        raise next(iter(faults.values()))
-    for error in faults.values():
-        print(f"skipped: {error}", file=sys.stderr)
-    return jobs, list(faults)
+def with_folder_stretch(options: RadiometryOptions, tasks: list[Task], meta: dict) -> RadiometryOptions:
+    """--stretch folder, measured over all scenes of the folder, whether they are done or not."""
+    scenes = [task.files for task in tasks if task.is_scene]
+    if options.stretch != "folder" or not scenes:
+        return options
+    stretch = shared_stretch(scenes, options, meta)
+    print(f"--stretch folder: {stretch} of {len(scenes)} scenes")
+    return replace(options, stretch=stretch)
 
 
-def make_job(
-    args: argparse.Namespace, radiometry: RadiometryOptions, trained: dict, name: Path, files: tuple[Path, ...]
-) -> Job:
-    """UserError where a scene cannot be opened, or lacks what is asked for."""
-    wanted = {
-        kind: folder / name.with_suffix(suffix) for option, kind, suffix in OUTPUTS if (folder := folder_of(args, option))
-    }
-    if files[0].suffix.lower() == ".npy" and args.scene_options:
-        raise UserError(
-            f"{', '.join(args.scene_options)}: {files[0]} is an array, read as it is: leave it out, or make it a GeoTIFF"
-        )
-    if not (args.scene_options or len(files) > 1 or is_scene(files[0], args.tile)):
-        return Job(files, wanted)
-    with open_scene(files, args.max_pixels) as scene:
-        is_fused = not fits_one_tile(scene, radiometry, trained, args.tile)
-    outputs = {kind: wanted[kind].with_suffix(".tif") for kind in SCENE_KINDS if kind in wanted}
-    return Job(files, outputs, is_scene=True, is_fused=is_fused)
-
-
-def check_fused(args: argparse.Namespace, jobs: list[Job]) -> None:
+def check_fused(args: argparse.Namespace, settings: Settings, tasks: list[Task]) -> None:
     """Refuse what scenes of several tiles do not have."""
-    fused = [job for job in jobs if job.is_fused]
-    refused = [option for option in ("--overlay-dir", "--spread-dir") if folder_of(args, option)]
-    refused += ["--ensemble"] if args.ensemble > 1 else []
-    refused += [f"--scheduler {args.scheduler}"] if args.scheduler != "ddim" else []  # the others remember earlier steps
+    fused, sampling = [task for task in tasks if task.is_fused], settings.sampling
+    refused = [option for option in ("--overlay-dir", "--spread-dir") if option in output_folders(args)]
+    refused += ["--ensemble"] if sampling.ensemble > 1 else []
+    refused += [f"--scheduler {sampling.scheduler}"] if sampling.scheduler != "ddim" else []  # others remember earlier steps
     if fused and refused:
         raise UserError(
             f"{', '.join(refused)}: not available for scenes of more than one tile, and {fused[0].sar} has a side above --tile "
-            f"{args.tile}: leave it out"
+            f"{settings.tiles.tile}: leave it out"
         )
 
 
-def with_shared_stretch(radiometry: RadiometryOptions, jobs: list[Job], trained: dict) -> RadiometryOptions:
-    """--stretch folder, measured over all scenes of the folder, whether they are done or not."""
-    scenes = [job.files for job in jobs if job.is_scene]
-    if radiometry.stretch != "folder" or not scenes:
-        return radiometry
-    stretch = shared_stretch(scenes, radiometry, trained)
-    print(f"--stretch folder: {stretch} of {len(scenes)} scenes")
-    return replace(radiometry, stretch=stretch)
+def translate(
+    args: argparse.Namespace,
+    settings: Settings,
+    calibration: Calibration | None,
+    records: dict[str, OutputRecord],
+    todo: list[Task],
+) -> list[Path]:
+    """Load the networks and do the tasks => those files that were skipped."""
+    with_fingerprint = calibration is not None or any(task.is_scene for task in todo)
+    weights = begin_reading(settings.model, settings.machine, with_fingerprint)
+    from cdiffset.inference.translator import Translator, load_checkpoint
+    from cdiffset.scenes.translation import Run, translate_tasks
 
-
-@dataclass(frozen=True)
-class Shared:
-    """What all jobs of a run have in common."""
-
-    translator: "Translator"
-    args: argparse.Namespace
-    radiometry: RadiometryOptions
-    known: calibration.Calibration | None
-    records: dict[str, Record]
-
-    def begin(self, job: Job) -> None:
-        """To be called before a job's first output."""
-        for kind in job.outputs:
-            self.records[kind].write(self.args.skip_existing)
-
-
-def translate_images(shared: Shared, jobs: list[Job]) -> list[Path]:
-    """Read, translate and write images => those that were skipped."""
-    if not jobs:
-        return []
-    from cdiffset.inference.batching import WriteBehind, file_threads, skip_too_long
-    from cdiffset.inference.translator import translate_files
-
-    translator, args, skipped, incomplete = shared.translator, shared.args, [], []
-
-    def read(job: Job) -> tuple:
-        pixels, valid = read_sar_valid(job.sar, args.max_pixels)
-        if not valid.all():
-            incomplete.append(job.sar)
-        return (pixels,)
-
-    def write_or_skip(job: Job, translation) -> None:
-        with skip_too_long(job, job.sar, skipped):
-            write(job, translation, shared.known, args.overlay_threshold)
-
-    with WriteBehind(file_threads(translator.device)) as later:
-        for index, translation in translate_files(translator, jobs, skipped, read):
-            shared.begin(jobs[index])
-            later(write_or_skip, jobs[index], translation)
-    if incomplete:
-        print(
-            f"note: {len(incomplete)} images hold pixels that are no data (alpha, nodata, masks, NaN), which their PNGs do not "
-            f"show; with a scene option, e.g. --tile {TILE}, they become GeoTIFFs with alpha: {min(incomplete)}"
-        )
-    return [job.sar for job in skipped]
-
-
-def translate_whole_scenes(shared: Shared, jobs: list[Job]) -> list[Path]:
-    """Scenes of one tile, batched as images are => those that were skipped."""
-    if not jobs:
-        return []
-    from cdiffset.inference.batching import WriteBehind, file_threads
-    from cdiffset.scenes.fusion import WholeScenes
-
-    scenes = WholeScenes(shared.translator, shared.args, shared.radiometry, shared.known)
-    with WriteBehind(file_threads(shared.translator.device)) as later:
-        for index, translation in scenes.translate([job.files for job in jobs]):
-            shared.begin(jobs[index])
-            later(scenes.write, index, translation, jobs[index].outputs)
-    return [job.sar for job in jobs if job.files in scenes.skipped]
-
-
-def translate_fused(shared: Shared, jobs: list[Job]) -> list[Path]:
-    """Scenes of several tiles => those that were skipped. Processes of a launcher share each scene; the first one tells."""
-    if not jobs:
-        return []
-    from cdiffset.inference.batching import skip_too_long
-    from cdiffset.scenes.fusion import gather_team, translate_scene
-
-    translator, args, skipped = shared.translator, shared.args, []
-    args.batch_size = translator.images_together(args.tile, args.tile)
-    team = gather_team(translator)
-    if team.rank > 0:
-        team.help()
-        return []
-    for job in jobs:
-        shared.begin(job)
-        try:
-            with skip_too_long(job.sar, job.sar, skipped):
-                translate_scene(translator, team, job.files, job.outputs, args, shared.radiometry, shared.known)
-        except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-            skipped.append(job.sar)
-    team.dismiss()
-    return skipped
-
-
-def write(job: Job, translation, known: calibration.Calibration | None, threshold: float | None) -> None:
-    """Write every wanted output of one image, in the job's order."""
-    from cdiffset.calibration.error_pictures import error_view, overlay
-
-    expected = None if known is None else known.expected_error(translation.uncertainties)
-    for kind, path in job.outputs.items():
-        match kind:
-            case "error":
-                write_tiff(path, expected)
-            case "error_view":
-                write_png(path, error_view(expected))
-            case "overlay":
-                write_png(path, overlay(translation.eo, expected, threshold))
-            case "variance" | "spread":
-                write_tiff(path, getattr(translation, kind))
-            case "eo" | "confidence":
-                write_png(path, getattr(translation, kind))
+    needing_variance = [option for option in ("--conf-dir", "--variance-dir") if option in output_folders(args)]
+    if calibration and "variance" in calibration.curves:
+        needing_variance.append("--calibration")
+    checkpoint = load_checkpoint(settings.model, settings.machine, weights, needing_variance, with_fingerprint)
+    if calibration and calibration.model != checkpoint.fingerprint:
+        raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
+    translator = Translator(checkpoint, settings.sampling, settings.machine.batch_size)
+    common = Run(translator, settings.tiles, settings.radiometry, calibration, args.overlay_threshold, records)
+    started = time.monotonic()
+    try:
+        failures = translate_tasks(common, todo)
+    except OSError as error:
+        raise UserError(f"cannot write the outputs: {error}") from error
+    seconds, done, (rank, world_size) = time.monotonic() - started, len(todo) - len(failures), ranks.rank_and_world_size()
+    whose = f"process {rank + 1} of {world_size}: " if world_size > 1 else ""
+    print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
+    return failures
 
 
 if __name__ == "__main__":

@@ -1,31 +1,32 @@
 """C-DiffSET: SAR-to-EO image translation by fine-tuning Stable Diffusion, with a confidence map."""
 
 import importlib.util
-import sys
 from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _declared = None  # the torch.library.Library of mend_torchvision; what it declares lives only as long as this object
 
 
 def mend_torchvision() -> None:
-    """Make `import torchvision` work where its compiled operators do not fit the installed PyTorch.
+    """Make `import torchvision` work beside a CPU-only PyTorch, which PyPI's torchvision, a CUDA build, does not fit.
 
-    PyPI's torchvision is a CUDA build. Beside a CPU-only PyTorch its library cannot be loaded, and its import then stops at
-    the operators `nms` and `qnms`, whose Python side is registered without asking whether they exist; diffusers, torchmetrics,
-    lpips and pytorch-fid fail with it. Declaring the two lets the pure Python parts (models, transforms) import. The operators
-    themselves stay without an implementation: calling them is an error. Must run before the first import of torchvision; does
-    nothing where torchvision is absent or sound.
+    Its library of compiled operators cannot be loaded there, and its import stops at two of them, `nms` and `qnms`; diffusers,
+    torchmetrics, lpips and pytorch-fid fail with it. Declaring the two lets the pure Python parts (models, transforms) import;
+    to call them is an error. Has to run before the first import of torchvision.
     """
     global _declared
-    import torch
+    try:
+        if not version("torch").endswith("+cpu") or version("torchvision").endswith("+cpu"):
+            return
+    except PackageNotFoundError:
+        return
+    import torch  # takes seconds, which nobody has to wait for where the two fit
 
     spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.origin or hasattr(torch.ops.torchvision, "nms"):
-        return
-    candidates = [Path(spec.origin).parent / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]  # torchvision's own search
-    library = next((path for path in candidates if path.is_file()), None)
-    if library is None:
+    folder = Path(spec.origin).parent if spec and spec.origin else Path()
+    library = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_C{suffix}").is_file()), None)
+    if library is None or hasattr(torch.ops.torchvision, "nms"):
         return
     try:
         torch.ops.load_library(library)
@@ -35,19 +36,4 @@ def mend_torchvision() -> None:
         _declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-class _MendWhenImported:
-    """Asked by Python for every module about to be imported; mends torchvision when its turn comes.
-
-    Mending imports PyTorch, which `--help` and mistakes in a configuration should not have to wait for.
-    """
-
-    mended = False
-
-    def find_spec(self, name: str, path=None, target=None) -> None:
-        """Always None: where a module lies, the finders after this one know."""
-        if name == "torchvision" and not self.mended:
-            self.mended = True  # at once, because mending looks for torchvision again
-            mend_torchvision()
-
-
-sys.meta_path.insert(0, _MendWhenImported())
+mend_torchvision()  # here, since every module imports third-party packages before those of this project

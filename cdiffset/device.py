@@ -1,9 +1,9 @@
 """The machine that computes: which device, in which precision, how much memory is free, and how a CPU gets it."""
 
-import argparse
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import psutil
@@ -27,29 +27,31 @@ class Form(NamedTuple):
 AS_STORED = Form(torch.device("cpu"), torch.float32, torch.preserve_format)
 
 
-def form_of(args: argparse.Namespace) -> Form:
-    """What --device and --precision ask for."""
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
-    # Half precisions are computed with channels last, in which their kernels are at home; float32 stays as it is.
+def form_of(device: str | None, precision: str) -> Form:
+    """What --device and --precision (fp32, fp16 or bf16) ask for."""
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    # Half precisions are computed with channels last, for which their kernels are made; float32 stays as it is.
     memory_format = torch.preserve_format if dtype == torch.float32 else torch.channels_last
-    return Form(pick_device(args.device), dtype, memory_format)
+    return Form(choose_device(device), dtype, memory_format)
 
 
-def pick_device(written: str | None) -> torch.device:
-    available = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if available == "cuda" and written is None:
-        written = f"cuda:{ranks.local_rank() % torch.cuda.device_count()}"
+def choose_device(wanted: str | None, candidates: Sequence[str] = ("cuda", "mps", "cpu")) -> torch.device:
+    """The device of that name, or the first of the candidates that is there; of several GPUs each process takes its own."""
+    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = next(kind for kind in candidates if is_there[kind])
+    if available == "cuda" and wanted is None:
+        wanted = f"cuda:{ranks.local_rank() % torch.cuda.device_count()}"
     try:
-        device = torch.device(written or available)
+        device = torch.device(wanted or available)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device: {written!r} is not to be had here ({reason}), available: {available}") from error
+        raise UserError(f"--device: {wanted!r} is not available here ({reason}), available: {available}") from error
     return device
 
 
 def without_instructions(device: torch.device, precision: str) -> str | None:
-    """A note where a CPU computes in bf16 or fp16 by converting to and fro, which takes several times as long as float32."""
+    """A note where a CPU has to convert to compute in bf16 or fp16, which takes several times as long as float32."""
     if device.type != "cpu" or precision not in ("bf16", "fp16"):
         return None
     if any(has and precision in name for name, has in torch.cpu.get_capabilities().items()):

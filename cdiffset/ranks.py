@@ -1,4 +1,4 @@
-"""The processes of a launcher (accelerate launch, torchrun) and their shares of a list of files, which nobody talks over."""
+"""The processes of a launcher (accelerate launch, torchrun), among which files are dealt out without any communication."""
 
 import hashlib
 import os
@@ -7,15 +7,15 @@ from datetime import timedelta
 
 from cdiffset.errors import UserError
 
-PATIENCE = timedelta(days=30)  # whoever is done first waits for the last one, and a helper for its first work
+LONGEST_RUN = timedelta(days=365)  # a process that is done waits for the slowest one; torch's own limit is 30 minutes
 
 
-def place() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) without a launcher."""
-    rank, count = (_from_environment(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if not 0 <= rank < count:
-        raise UserError(f"RANK and WORLD_SIZE, which launchers set: expected RANK from 0 to {count - 1}, found {rank}")
-    return rank, count
+def rank_and_world_size() -> tuple[int, int]:
+    """(0, 1) without a launcher."""
+    rank, world_size = (_from_environment(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK and WORLD_SIZE, which launchers set: expected RANK from 0 to {world_size - 1}, found {rank}")
+    return rank, world_size
 
 
 def local_rank() -> int:
@@ -29,41 +29,28 @@ def _from_environment(name: str, default: int) -> int:
         raise UserError(f"{name}, which launchers set: expected a number, found {os.environ[name]!r}") from error
 
 
-def share(names: Sequence[str]) -> list[int]:
-    """Indices of this process's names, ascending: a function of the names and its place alone, equally many for everyone.
+def share_by_rank(names: Sequence[str]) -> list[int]:
+    """Indices of this process's names, ascending: equally many for every process, by the names and the rank alone.
 
-    The names are dealt out in the order of their hashes, because in the order of a folder large images may take turns with
-    small ones.
+    Dealt out in the order of the names' hashes, because in the order of a folder large images may alternate with small ones.
     """
-    rank, count = place()
+    rank, world_size = rank_and_world_size()
     order = sorted(range(len(names)), key=lambda index: hashlib.sha256(names[index].encode(errors="surrogateescape")).digest())
-    return sorted(order[rank::count])
+    return sorted(order[rank::world_size])
 
 
-def can_talk() -> bool:
-    """Whether there are others, and a launcher's address to meet them at."""
-    return place()[1] > 1 and "MASTER_ADDR" in os.environ
+def total_over_ranks(number: int) -> int:
+    """The sum over all processes, once every one is done; without an address to meet at, the process's own number.
 
-
-def join() -> None:
-    """Meet the others, once; blocks until all have come."""
-    from torch import distributed  # slow to import, and a process alone needs it for nothing
-
-    if not distributed.is_initialized():
-        distributed.init_process_group("gloo", timeout=PATIENCE)
-
-
-def total(number: int) -> int:
-    """The sum over all processes, once every one has come here for the last talk; those that cannot talk return their own.
-
-    A launcher ends all processes where one of them ends with an error, so none may, before the others are done.
+    A launcher ends all processes as soon as one exits with an error, so none may exit before the others are done.
     """
-    if not can_talk():
+    if rank_and_world_size()[1] == 1 or "MASTER_ADDR" not in os.environ:
         return number
-    import torch
+    import torch  # slow to import, and a single process does without
+    from torch import distributed
 
-    join()
-    summed = torch.tensor(number)
-    torch.distributed.all_reduce(summed)
-    torch.distributed.destroy_process_group()  # its threads abort a process at whose exit they still run
-    return int(summed)
+    distributed.init_process_group("gloo", timeout=LONGEST_RUN)
+    total = torch.tensor(number)
+    distributed.all_reduce(total)
+    distributed.destroy_process_group()  # its threads would abort the process at exit
+    return int(total)

@@ -130,7 +130,8 @@ def test_a_spread_of_0_is_judged_still():
     values, error = drawn(1000)
     maps = {"variance": values, "spread": np.zeros(1000)}
     part = (maps, error)
-    report = calibrate.fit({"fit": (maps | {"spread": values}, error), "intervals": part, "judge": part}, {}, "").report
+    parts = {"fit": (maps | {"spread": values}, error), "intervals": part, "judge": part}
+    report = calibrate.fit_and_judge(parts, {}, "").report
     assert np.isfinite(list(report["ence_before"].values())).all() and np.isfinite(report["ence_after"])
 
 
@@ -139,7 +140,7 @@ def test_calibrating_lowers_the_ence_to_near_0():
         values, error = drawn(100_000, seed)
         return {"variance": values}, error
 
-    fitted = calibrate.fit({"fit": part(0), "intervals": part(1), "judge": part(2)}, SETTINGS, "model")
+    fitted = calibrate.fit_and_judge({"fit": part(0), "intervals": part(1), "judge": part(2)}, SETTINGS, "model")
     report = fitted.report
     assert report["ence_after"] < 0.02 < 0.07 < report["ence_before"]["variance"]
     assert all(abs(found - float(level)) < 0.01 for level, found in report["coverage"].items())

@@ -11,7 +11,6 @@ import torch
 from conftest import tiny_unet, tiny_vae
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from cdiffset.attention import share_prompt
 from cdiffset.config import MIDPOINT, PAPER_TIMESTEPS
 from cdiffset.diffusion import (
     image_noise,
@@ -31,9 +30,10 @@ from cdiffset.inference.options import (
     PRESETS,
     SCHEDULERS,
     TIMESTEP_SPACINGS,
+    SamplingSettings,
     add_translation_options,
     calibrated_settings,
-    check_translation_options,
+    sampling_settings,
 )
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.losses import cdiff_loss, variance
@@ -391,7 +391,6 @@ def far_away() -> tuple:
 @pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
 def test_sampling_never_waits_for_the_device(tiny_base, name, spacing, wanted):
     unet, z, prompt = far_away()
-    share_prompt(unet, keep=True)
     sampler = make_sampler(load_scheduler(tiny_base, "epsilon"), name, spacing)
     z_eo, sigma2 = sample(unet, sampler, z, z, prompt, 5, wanted)
     assert z_eo.is_meta and z_eo.shape == z.shape and sigma2.is_meta and sigma2.shape == (3, 1, *SIZE[1:])
@@ -555,15 +554,11 @@ def test_samples_become_one_image(count):
 
 # ------------------------------------------------------------------------------------------------------------ command line
 @pytest.fixture
-def parsed(tmp_path):
-    (tmp_path / "unet.safetensors").touch()
-
-    def parse(*words: str) -> argparse.Namespace:
+def parsed():
+    def parse(*words: str) -> SamplingSettings:
         parser = argparse.ArgumentParser()
         add_translation_options(parser)
-        args = parser.parse_args(["--checkpoint", str(tmp_path / "unet.safetensors"), *words])
-        check_translation_options(args)
-        return args
+        return sampling_settings(parser.parse_args(["--checkpoint", "unet.safetensors", *words]))
 
     return parse
 

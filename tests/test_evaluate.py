@@ -288,7 +288,7 @@ def test_a_baseline_of_other_images_is_refused_before_the_work(scene, capsys):
     [
         (["--batch-size", "0"], "--batch-size: expected at least 1, found 0"),
         (["--sar-dir", "/nowhere"], "--sar-dir: there is no folder /nowhere"),
-        (["--device", "cuda:99"], "--device: 'cuda:99' is not "),
+        (["--device", "cuda:99"], "--device: 'cuda:99' is not available here"),
         (["--baseline", "/nowhere/report.json"], "/nowhere/report.json: No such file"),
         (["--mask-dir", "."], "--mask-dir: it is for maps, expected --variance-dir"),
         (["--max-pixels", "0"], "--max-pixels: expected at least 1, found 0"),

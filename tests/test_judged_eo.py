@@ -27,6 +27,7 @@ import calibrate
 from cdiffset.auditing.auditor import continued, write_maps
 from cdiffset.auditing.report import EXCLUDED, write_findings
 from cdiffset.images import read_tiff, read_unstretched_eo, without_georeference, write_tiff
+from cdiffset.inference.record import OutputRecord
 from cdiffset.pairing import Pair
 
 REPO = Path(__file__).parents[1]
@@ -460,9 +461,8 @@ def one_pair(tmp_path) -> Pair:
     return Pair("a", tmp_path / "sar.png", tmp_path / "eo.tif")
 
 
-def network(**arguments) -> SimpleNamespace:
-    args = SimpleNamespace(max_pixels=10**6, eo_range=(0, 1), split_seed=0, checkpoint="none", **arguments)
-    return SimpleNamespace(factor=4, images_together=lambda *_: 1, device=torch.device("cpu"), args=args)
+def network() -> dict:
+    return {"checkpoint": SimpleNamespace(factor=4, device=torch.device("cpu"), meta={}), "batch_sizes": lambda *_: 1}
 
 
 def test_calibration_draws_from_the_pixels_that_count(one_pair, tmp_path, capsys):
@@ -474,21 +474,18 @@ def test_calibration_draws_from_the_pixels_that_count(one_pair, tmp_path, capsys
     Image.fromarray(picture(1)[1:]).save(tmp_path / "small.png")
     write_raster(tmp_path / "nan.tif", as_float(picture(1), excluded() | True, np.nan))
     others = [Pair(name, one_pair.sar, tmp_path / name) for name in ("small.png", "nan.tif")]
-    translator = Translator(**vars(network()))
-    translator.args.eo_range = (0, 1)
-    drawn, skipped = calibrate.collect(translator, [one_pair, *others], translator.args)
+    drawn, skipped = calibrate.collect(Translator(**network()), [one_pair, *others], 0, (0, 1), 10**6)
     assert list(drawn) == [0] and [pair.name for pair in skipped] == ["small.png", "nan.tif"]
     told = capsys.readouterr().err
     assert "small.png: 8-bit pixels" in told and "nan.tif: no pixel is valid" in told
     counted = ~excluded()
     places = drawn[0].maps["variance"].astype(int)
-    assert np.array_equal(np.sort(places), np.flatnonzero(counted)) and drawn[0].share == counted.mean()
+    assert np.array_equal(np.sort(places), np.flatnonzero(counted)) and drawn[0].counted == counted.mean()
     error = np.abs(picture(2).astype(float) - picture(1)).mean(-1).ravel()
     np.testing.assert_allclose(drawn[0].error, error[places], atol=1e-4)
 
 
-def test_the_audit_scores_the_pixels_that_count(one_pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("cdiffset.auditing.auditor.recorded_settings", lambda args: {})
+def test_the_audit_scores_the_pixels_that_count(one_pair, tmp_path):
     seen, residual = [], np.random.default_rng(0).random((HEIGHT, WIDTH)).astype(np.float32)
     residual[excluded()] = 1000
 
@@ -497,7 +494,8 @@ def test_the_audit_scores_the_pixels_that_count(one_pair, tmp_path, monkeypatch)
             seen.extend(eo)
             return [residual]
 
-    assert write_maps(Auditor(**vars(network())), [one_pair], tmp_path / "out", skip_existing=False) == []
+    record = OutputRecord(tmp_path / "out" / "maps", {}, skip_existing=False)
+    assert write_maps(Auditor(**network()), [one_pair], tmp_path / "out", record, (0, 1), 10**6) == []
     counted = ~excluded()
     np.testing.assert_allclose(seen[0][counted], picture(1)[counted], atol=1e-4)
     assert np.isfinite(seen[0]).all() and np.array_equal(seen[0][0], seen[0][6])  # continued by the nearest row that counts

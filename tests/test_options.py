@@ -15,7 +15,7 @@ from cdiffset.errors import UserError
 
 UTM = {"crs": "EPSG:32631", "transform": Affine(10, 0, 500_000, 0, -10, 5_700_000)}
 INPUTS = {"picture": "picture.png", "small": "small.tif", "large": "large.tif"}
-TAGS_ALONE = {("small", "--tile"), ("small", "--overlap"), ("small", "--blend"), ("small", "--gsd"), ("large", "--gsd")}
+TAGS_ALONE = {("small", "--tile"), ("small", "--overlap"), ("small", "--gsd"), ("large", "--gsd")}
 GIVEN = {"--sar-dir", "--output-dir", "--variance-dir", "--checkpoint", "--num-inference-steps", "--help"}
 # What is computed, not what comes out: these change nothing but speed, memory or the files that are left alone.
 SPEED = {"--batch-size": ["2"], "--device": ["cpu"], "--skip-existing": []}
@@ -25,7 +25,7 @@ CHANGING = {
     "--pretrained-model-name-or-path": ["OTHER_BASE"], "--prompt": ["another"], "--prediction-type": ["sample"],
     "--preset": ["fast"], "--scheduler": ["unipc"], "--timestep-spacing": ["trailing"], "--readout": ["first"],
     "--ensemble": ["2"], "--ensemble-output": ["mean", "--ensemble", "2"], "--seed": ["3"], "--precision": ["bf16"],
-    "--tile": ["64"], "--overlap": ["16"], "--blend": ["pixels"], "--bands": ["1"],
+    "--tile": ["64"], "--overlap": ["16"], "--bands": ["1"],
     "--channels": ["ratio"], "--scale": ["intensity"], "--stretch": ["fixed:10,200"], "--despeckle": ["lee:3,4"],
     "--nodata": ["7"], "--gsd": ["5"], "--resample-gsd": ["20"],
 }  # fmt: skip
@@ -95,7 +95,7 @@ def test_every_option_is_walked():
 
 @pytest.mark.parametrize("option", CHANGING)
 def test_an_option_changes_the_pixels_or_is_refused(outputs, plain, tiny_base, tmp_path, option):
-    """Of what fits into one tile, --tile, --overlap and --blend have nothing to change; --gsd states a fact. Tags say them."""
+    """Of what fits into one tile, --tile and --overlap have nothing to change; --gsd states a fact. Tags say them."""
     values = CHANGING[option]
     if values == ["OTHER_BASE"]:
         values = [str(shutil.copytree(tiny_base, tmp_path / "base"))]

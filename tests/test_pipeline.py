@@ -1,9 +1,8 @@
-"""Reading ahead, batches, writing behind, shares of processes, the prompt's cache, and what fits into memory."""
+"""Reading ahead, batches, writing behind, shares of processes, the saved prompt, and what fits into memory."""
 
-import hashlib
+import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,16 +17,17 @@ import torch
 from conftest import tiny_unet, tiny_vae
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_translate import KINDS, REPO, arguments, command, files, grey, save, save_checkpoint
+from safetensors.torch import save, save_file
+from test_translate import KINDS, REPO, arguments, command, files, grey, save_checkpoint
+from test_translate import save as save_image
 
 from cdiffset import ranks
 from cdiffset.errors import UserError
 from cdiffset.inference import batching as pipeline
-from cdiffset.inference import prompt_cache
+from cdiffset.inference import translator
 from cdiffset.inference.batching import WriteBehind, batches_of_one_size, read_ahead
-from cdiffset.inference.prompt_cache import cached_prompt
-from cdiffset.inference.translator import Model, decoder_bytes
-from cdiffset.model import embed_prompt
+from cdiffset.inference.options import ModelSettings
+from cdiffset.inference.translator import BatchSizes, decoder_bytes, load_prompt
 
 
 # ------------------------------------------------------------------------------------------------------- reading, writing
@@ -140,7 +140,7 @@ def test_shares_are_even_disjoint_and_all(names, count):
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("RANK", str(rank))
             environment.setenv("WORLD_SIZE", str(count))
-            shares.append(ranks.share(names))
+            shares.append(ranks.share_by_rank(names))
     assert sorted(sum(shares, [])) == list(range(len(names))) and all(share == sorted(share) for share in shares)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -148,147 +148,86 @@ def test_shares_are_even_disjoint_and_all(names, count):
 def test_no_launcher_is_one_process_and_nonsense_is_refused(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert ranks.place() == (0, 1) and ranks.local_rank() == 0 and ranks.total(3) == 3
+    assert ranks.rank_and_world_size() == (0, 1) and ranks.local_rank() == 0 and ranks.total_over_ranks(3) == 3
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(UserError, match="RANK from 0 to 0, found 2"):
-        ranks.place()
+        ranks.rank_and_world_size()
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(UserError, match="WORLD_SIZE, .*found 'many'"):
-        ranks.place()
+        ranks.rank_and_world_size()
 
 
-# ----------------------------------------------------------------------------------------------------------- prompt cache
-@pytest.fixture
-def base(tiny_base, tmp_path) -> str:
-    return str(shutil.copytree(tiny_base, tmp_path / "base"))
-
-
-WIDTH = 8  # of the stand-in
-
-
-def stand_in(base: str, prompt: str) -> torch.Tensor:
-    """In place of `embed_prompt`, which takes its time: a function of the prompt and the text encoder's weights alone."""
-    digest = hashlib.sha256(prompt.encode() + (Path(base) / "text_encoder" / "model.safetensors").read_bytes()).digest()
-    return torch.tensor(list(digest), dtype=torch.float32).reshape(1, 4, 8)
+# ------------------------------------------------------------------------------------------------------- the prompt
+WIDTH = 8
 
 
 @pytest.fixture
-def counted(monkeypatch) -> list[str]:
-    """The prompts that the text encoder was loaded for."""
-    prompts = []
+def trained(tmp_path, monkeypatch) -> Path:
+    """A checkpoint of base "base" and prompt "radar", whose saved embedding is 3 everywhere; a computed one is 7."""
+    monkeypatch.setattr(translator, "embed_prompt", lambda base, prompt: torch.full((1, 5, WIDTH), 7.0))
+    config = {"pretrained_model_name_or_path": "base", "prompt": "radar"}
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"config": config}))
+    save_file({"prompt_embedding": torch.full((1, 5, WIDTH), 3.0)}, tmp_path / "prompt_embedding.safetensors")
+    return tmp_path
 
-    def count(base, prompt):
-        prompts.append(prompt)
-        return stand_in(base, prompt)
 
-    monkeypatch.setattr(prompt_cache, "embed_prompt", count)
-    return prompts
+def model(checkpoint: Path, base: str, prompt: str) -> ModelSettings:
+    return ModelSettings(checkpoint, base, prompt, "epsilon")
+
+
+@pytest.mark.parametrize(("base", "prompt", "value"), [("base", "radar", 3), ("other", "radar", 7), ("base", "", 7)])
+def test_the_prompt_that_training_saved_is_that_of_its_own_base_and_prompt_alone(trained, base, prompt, value):
+    before = sorted(trained.rglob("*"))
+    for path in (trained, trained / "unet"):
+        assert torch.equal(load_prompt(model(path, base, prompt), WIDTH), torch.full((1, 5, WIDTH), float(value)))
+    (trained / "prompt_embedding.safetensors").unlink()
+    assert load_prompt(model(trained, base, prompt), WIDTH).unique().tolist() == [7]
+    assert sorted(trained.rglob("*")) == [path for path in before if path.suffix != ".safetensors"]  # nothing is written
 
 
 @pytest.mark.parametrize(
-    "checkpoint, file", [("run", "run/prompt_embedding.safetensors"), ("a.b", "a.prompt_embedding.safetensors")]
+    "content, words",
+    [
+        (b"", "damaged"),
+        (save({"prompt_embedding": torch.ones(1, 5, WIDTH)})[:-8], "damaged"),
+        (save({"another": torch.ones(1, 5, WIDTH)}), "damaged"),
+        (
+            save({"prompt_embedding": torch.ones(1, 5, WIDTH + 1)}),
+            r"expected .*\[1, tokens, 8\], found \[1, 5, 9\]",
+        ),
+        (save({"prompt_embedding": torch.ones(5, WIDTH)}), r"found \[5, 8\]"),
+        (save({"prompt_embedding": torch.full((1, 5, WIDTH), torch.nan)}), "expected finite numbers"),
+    ],
 )
-def test_the_cache_is_bit_for_bit_the_embedding(base, tmp_path, counted, monkeypatch, checkpoint, file):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "a.b").write_bytes(b"weights")
-    expected = embed_prompt(base, "radar")
-    monkeypatch.setattr(prompt_cache, "embed_prompt", lambda *of: counted.append(of[1]) or expected.clone())
-    for _ in range(3):
-        assert torch.equal(cached_prompt(str(tmp_path / checkpoint), base, "radar", expected.shape[-1]), expected)
-    assert counted == ["radar"] and (tmp_path / file).is_file()
-
-
-def test_another_prompt_or_base_is_never_taken_from_the_cache(base, tmp_path, counted):
-    checkpoint = tmp_path / "run"
-    checkpoint.mkdir()
-
-    def ask(base, prompt):
-        found, before = cached_prompt(str(checkpoint), base, prompt, WIDTH), len(counted)
-        assert torch.equal(found, stand_in(base, prompt))
-        return before
-
-    assert ask(base, "radar") == 1 and ask(base, "radar") == 1 and ask(base, "optical") == 2 and ask(base, "radar") == 3
-    other = shutil.copytree(base, tmp_path / "other")
-    assert ask(str(other), "radar") == 4
-    # Another text encoder in the place of the first, of equal size and with its time of modification.
-    weights = other / "text_encoder" / "model.safetensors"
-    stat, content = weights.stat(), bytearray(weights.read_bytes())
-    content[-400:] = bytes(400)
-    weights.write_bytes(content)
-    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-    assert ask(str(other), "radar") == 5
-
-
-def test_a_damaged_cache_is_made_anew_and_none_is_no_fault(base, tmp_path, counted, monkeypatch):
-    checkpoint, expected = tmp_path / "run", stand_in(base, "radar")
-    checkpoint.mkdir()
-    cached_prompt(str(checkpoint), base, "radar", WIDTH)
-    file = checkpoint / prompt_cache.FILE_NAME
-    for content in (file.read_bytes()[:40], b"", file.read_bytes()[:-8]):
-        file.write_bytes(content)
-        assert torch.equal(cached_prompt(str(checkpoint), base, "radar", WIDTH), expected)
-    assert len(counted) == 4
-    file.unlink()
-    assert torch.equal(cached_prompt(str(checkpoint), base, "radar", WIDTH, may_write=False), expected) and not file.exists()
-    cached_prompt(str(checkpoint), base, "radar", WIDTH + 1)  # not the text encoder of this checkpoint
-    assert not file.exists()
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
-    assert torch.equal(cached_prompt(str(checkpoint), base, "radar", WIDTH), expected)
-    assert list(checkpoint.iterdir()) == []
-
-
-def test_a_base_from_the_hub_is_known_by_the_files_in_its_cache(base, tmp_path, counted, monkeypatch):
-    """Where none are there yet, the embedding is made, and may be kept as soon as they are."""
-    here = []
-
-    def snapshot(name, local_files_only):
-        assert name == "someone/model" and local_files_only
-        if not here:
-            raise FileNotFoundError(name)
-        return base
-
-    def embed(name, prompt):
-        counted.append(prompt)
-        here.append(name)  # fetched
-        return stand_in(base, prompt)
-
-    monkeypatch.setattr(prompt_cache, "snapshot_download", snapshot)
-    monkeypatch.setattr(prompt_cache, "embed_prompt", embed)
-    (tmp_path / "run").mkdir()
-    for _ in range(2):
-        found = cached_prompt(str(tmp_path / "run"), "someone/model", "radar", WIDTH)
-        assert torch.equal(found, stand_in(base, "radar"))
-    assert counted == ["radar"]
+def test_a_saved_prompt_that_is_damaged_or_of_another_width_is_refused(trained, content, words):
+    (trained / "prompt_embedding.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=f"--checkpoint: .*prompt_embedding.safetensors.*{words}"):
+        load_prompt(model(trained, "base", "radar"), WIDTH)
 
 
 # ------------------------------------------------------------------------------------------------------ batches in memory
-def model_of(batch_size, device="cpu", **changes):
-    """A Model that has not been loaded, as far as its choice of batches goes."""
-    model = object.__new__(Model)
-    model.args = SimpleNamespace(batch_size=batch_size)
-    model.vae, model.unet, model.device = tiny_vae(), tiny_unet(), torch.device(device)
-    model.most, model.known_sizes = None, {}
+def batch_sizes(batch_size, device="cpu", **changes):
+    model = SimpleNamespace(vae=tiny_vae(), unet=tiny_unet(), device=torch.device(device))
+    sizes = BatchSizes(model, batch_size)
     for name, value in changes.items():
-        setattr(model, name, value)
-    return model
+        setattr(sizes, name, value)
+    return sizes
 
 
 @pytest.mark.parametrize(
     "size, together", [((256, 256), 4), ((512, 256), 2), ((512, 512), 1), ((2048, 2048), 1), ((64, 64), 64)]
 )
 def test_auto_on_a_cpu_goes_by_the_size(size, together, capsys):
-    model = model_of("auto")
-    assert model.images_together(*size) == model.images_together(*size) == together
+    sizes = batch_sizes(None)
+    assert sizes(*size) == sizes(*size) == together
     assert capsys.readouterr().out == f"--batch-size auto: {together} together of {size[1]} x {size[0]} px\n"
-    assert model_of(7).images_together(*size) == 7 and capsys.readouterr().out == ""
+    assert batch_sizes(7)(*size) == 7 and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("free, together", [(10.0, 8), (1.0, 1), (1000.0, 64)])
 def test_auto_on_a_gpu_goes_by_the_memory_that_one_image_takes(monkeypatch, free, together):
     monkeypatch.setattr("cdiffset.inference.translator.free_memory", lambda device: int(free * 2**30))
-    model = model_of("auto", "cuda", measured_bytes=lambda *_: 2**30)
-    assert model.images_together(64, 64) == together
+    assert batch_sizes(None, "cuda", measured_bytes=lambda *_: 2**30)(64, 64) == together
 
 
 def test_what_cannot_fit_is_refused_and_what_crowds_the_memory_goes_through_the_vae_one_by_one(monkeypatch):
@@ -296,12 +235,12 @@ def test_what_cannot_fit_is_refused_and_what_crowds_the_memory_goes_through_the_
     assert least == 2 * 8 * 64 * 64 * 4  # two of 8 channels, float32
     for free, expected in ((least - 1, None), (least, True), (8 * least + 8, False)):
         monkeypatch.setattr("cdiffset.inference.translator.free_memory", lambda device, free=free: free)
-        model = model_of(2)
+        sizes = batch_sizes(2)
         if expected is None:
             with pytest.raises(UserError, match="images of 64 x 64 px take more than .* as GeoTIFF"):
-                model.images_together(64, 64)
+                sizes(64, 64)
         else:
-            assert model.images_together(64, 64) == 2 and model.vae.use_slicing is expected
+            assert sizes(64, 64) == 2 and sizes.checkpoint.vae.use_slicing is expected
 
 
 # ------------------------------------------------------------------------------------------------------- several processes
@@ -309,7 +248,7 @@ def test_two_processes_share_a_folder(tiny_base, tmp_path, monkeypatch, capsys):
     """torchrun: every file is written by one of them, a broken one fails both at the end only, and a second run finds all."""
     checkpoint = save_checkpoint(tmp_path / "trained", tiny_base, 5)
     for index in range(6):
-        save(tmp_path / "sar" / f"{index}.png", grey(8, 8, seed=index))
+        save_image(tmp_path / "sar" / f"{index}.png", grey(8, 8, seed=index))
     (tmp_path / "sar" / "broken.png").write_bytes(b"nothing")
     words = arguments(tmp_path / "sar", tmp_path / "out", True, checkpoint)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(REPO / "test.py")]

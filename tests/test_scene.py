@@ -1,6 +1,5 @@
 """Scenes: fused tiles against the plain sampler and an identity, restarts, georeference, and test.py on files and folders."""
 
-import argparse
 import json
 import shutil
 from types import SimpleNamespace
@@ -20,14 +19,14 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from cdiffset.confidence import variance_map
 from cdiffset.diffusion import sample
 from cdiffset.images import to_signed, to_uint8
-from cdiffset.inference.options import begin_reading
-from cdiffset.inference.translator import Translator, pad_to_multiple
+from cdiffset.inference.options import SamplingSettings, begin_reading
+from cdiffset.inference.translator import LoadedCheckpoint, Translator, load_checkpoint, pad_to_multiple
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.model import decode, encode
 from cdiffset.scenes import fusion as scene
-from cdiffset.scenes.fusion import Field, gather_team, map_strips, translate_scene, variance_strips
+from cdiffset.scenes.fusion import DiskArray, map_strips, translate_scene, variance_strips
 from cdiffset.scenes.geotiff import open_scene
-from cdiffset.scenes.options import radiometry_options
+from cdiffset.scenes.options import TileSettings
 from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions
 from cdiffset.scenes.tiles import blending_weights, fuse, make_grid, noise_field, strips
 
@@ -136,47 +135,36 @@ class Identity:
         return SimpleNamespace(prev_sample=prediction)
 
 
-@pytest.mark.parametrize("blend", ["latents", "pixels"])
 @pytest.mark.parametrize("size", [(131, 203), (65, 64), (9, 301)])
-def test_an_identity_model_returns_its_input(tmp_path, size, blend):
+def test_an_identity_model_returns_its_input(tmp_path, size):
     same = Identity()
-    options = argparse.Namespace(
-        seed=1, scheduler="ddim", timestep_spacing="leading", num_inference_steps=2, readout="midpoint", precision="fp32",
-        tile=64, overlap=24, batch_size=5, blend=blend, max_pixels=2**28, checkpoint="none",
-        ensemble=1, ensemble_output="first",
-    )  # fmt: skip
-    model = SimpleNamespace(
-        vae=same, unet=same, scheduler=same, prompt_embedding=torch.zeros(1, 2, 4), device=torch.device("cpu"), factor=4,
-        args=options, fingerprint="0", trained={},
-    )  # fmt: skip
+    checkpoint = LoadedCheckpoint(same, same, same, torch.zeros(1, 2, 4), torch.device("cpu"), "fp32", 4, {}, "0")
+    sampling = SamplingSettings(1, "ddim", "leading", 2, "midpoint", 1, "first")
+    model = SimpleNamespace(checkpoint=checkpoint, sampling=sampling, scheduler=same, variance_timesteps=(481,))
     pixels = RNG.integers(0, 256, size, dtype=np.uint8)
     sar, outputs = [save(tmp_path / "a.tif", pixels)], {"eo": tmp_path / "eo/a.tif"}
-    translate_scene(model, gather_team(model), sar, outputs, options, RadiometryOptions())
+    translate_scene(model, sar, outputs, TileSettings(64, 24), 5, RadiometryOptions())
     eo = read(tmp_path / "eo/a.tif")
     assert np.array_equal(eo[:3], np.stack([pixels] * 3)) and (eo[3] == 255).all()
 
 
 @pytest.mark.parametrize(
-    ("readout", "spacing", "blend"),
-    [("midpoint", "leading", "latents"), ("first", "leading", "latents"), ("early", "leading", "pixels"),
-     ("early", "trailing", "latents")],
-)  # fmt: skip
-def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout, spacing, blend):
+    ("readout", "spacing"), [("midpoint", "leading"), ("first", "leading"), ("early", "leading"), ("early", "trailing")]
+)
+def test_a_scene_of_one_tile_is_the_plain_sampler(checkpoints, tmp_path, readout, spacing):
     pixels = smooth(75, 98)
     given = words(
-        checkpoints[5], save(tmp_path / "a.tif", pixels), tmp_path, tile=128, readout=readout, timestep_spacing=spacing,
-        blend=blend,
+        checkpoints[5], save(tmp_path / "a.tif", pixels), tmp_path, tile=128, readout=readout, timestep_spacing=spacing
     )  # fmt: skip
-    args = command.check(command.make_parser().parse_args(given))
-    model = Translator(args, begin_reading(args, True), with_fingerprint=True)
     outputs = {kind: tmp_path / f"{kind}.tif" for kind in ("variance", "eo")}
-    translate_scene(model, gather_team(model), [tmp_path / "a.tif"], outputs, args, radiometry_options(args))
+    translator = translate_alone(given, tmp_path / "a.tif", outputs)
+    model = translator.checkpoint
     padded = pad_to_multiple(np.repeat(pixels[..., None], 3, -1).astype(np.float32), 4)
     with torch.no_grad():
         z_sar = encode(model.vae, torch.from_numpy(to_signed(padded)).permute(2, 0, 1)[None])
         noise = torch.from_numpy(noise_field(5, 4, slice(0, 19), slice(0, 25)))[None]
         z_eo, sigma2 = sample(
-            model.unet, model.scheduler, z_sar, noise, model.prompt_embedding, 3, VARIANCE_READOUTS[readout][0]
+            model.unet, translator.scheduler, z_sar, noise, model.prompt_embedding, 3, VARIANCE_READOUTS[readout][0]
         )
         eo = to_uint8(decode(model.vae, z_eo))[0, :75, :98]
     assert np.abs(read(outputs["eo"])[:3].astype(int) - eo.transpose(2, 0, 1)).max() <= 1
@@ -188,7 +176,7 @@ def test_variance_strips_have_no_seams_and_carry_nodata(tmp_path, monkeypatch):
     band = np.ones((118, 87), np.uint16)
     band[20:50, 11] = 0
     sigma2 = RNG.uniform(0.1, 2, (30, 22)).astype(np.float32)
-    field = Field(tmp_path / "field", (2, 30, 22))
+    field = DiskArray(tmp_path / "field", (2, 30, 22))
     field.write(0, np.stack([np.full_like(sigma2, np.nan), sigma2]))
     with open_scene(save(tmp_path / "a.tif", band, nodata=0)) as source:
         plain, sigma2_strips = Radiometry((1,), "single", "dn", ()), variance_strips(field, 4)
@@ -207,17 +195,13 @@ def test_the_batch_size_changes_no_more_than_the_last_bits(checkpoints, tmp_path
     np.testing.assert_allclose(*conf, rtol=1e-3, atol=1e-5)
 
 
-# Latents: 12 tiles encoded, 3 steps of 12, 12 decoded; killed while encoding, in the first and the last step, while decoding.
-# Pixels: 12 tiles encoded (and denoised), 12 decoded; killed in the first and the second row of 4, while decoding.
+# 12 tiles encoded, 3 steps of 12, 12 decoded; killed while encoding, in the first and the last step, while decoding.
 @pytest.mark.parametrize(
-    ("blend", "killed_at", "left", "said"),
-    [("latents", 5, 60, ""), ("latents", 15, 48, "step 0 of 3"), ("latents", 40, 24, "step 2 of 3")]
-    + [("latents", 55, 12, "step 3 of 3")]
-    + [("pixels", 3, 24, ""), ("pixels", 6, 20, "row 1 of 3 of tiles"), ("pixels", 20, 12, "row 3 of 3 of tiles")],
-)  # fmt: skip
-def test_a_killed_run_goes_on_to_the_same_bytes(checkpoints, tmp_path, monkeypatch, capsys, blend, killed_at, left, said):
+    ("killed_at", "left", "said"), [(5, 60, ""), (15, 48, "step 0 of 3"), (40, 24, "step 2 of 3"), (55, 12, "step 3 of 3")]
+)
+def test_a_killed_run_goes_on_to_the_same_bytes(checkpoints, tmp_path, monkeypatch, capsys, killed_at, left, said):
     sar = save(tmp_path / "a.tif", smooth(120, 130), **UTM)
-    assert command.main(words(checkpoints[5], sar, tmp_path / "whole", blend=blend)) == 0
+    assert command.main(words(checkpoints[5], sar, tmp_path / "whole")) == 0
     calls = []
 
     def counted(function):
@@ -232,35 +216,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(checkpoints, tmp_path, monkeypat
     for name in ("encode", "predict", "decode"):
         monkeypatch.setattr(scene, name, counted(getattr(scene, name)))
     with pytest.raises(KeyboardInterrupt):
-        command.main(words(checkpoints[5], sar, tmp_path / "again", blend=blend))
+        command.main(words(checkpoints[5], sar, tmp_path / "again"))
     assert not (tmp_path / "again/eo/a.tif").exists()
-    assert command.main(words(checkpoints[5], sar, tmp_path / "again", blend=blend)) == 0
+    assert command.main(words(checkpoints[5], sar, tmp_path / "again")) == 0
     assert len(calls) == killed_at + left
     assert ("goes on after " + said in capsys.readouterr().out) == bool(said)
     assert files(tmp_path / "whole") == files(tmp_path / "again")
     for name in files(tmp_path / "whole"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
-
-
-def test_a_killed_run_goes_on_with_the_batches_of_one_in_one_go(checkpoints, tmp_path, monkeypatch):
-    """Tiles may round otherwise in a batch of another size. 12 tiles in rows of 4, batches of 5, 5 and 2, two rows done."""
-    sar, batches = save(tmp_path / "a.tif", smooth(120, 130)), []
-
-    def seen(vae, pixels):
-        batches.append(pixels.clone())
-        if len(batches) == 6:
-            raise KeyboardInterrupt
-        return encode(vae, pixels)
-
-    monkeypatch.setattr(scene, "encode", seen)
-    settings = {"blend": "pixels", "batch_size": 5, "maps": False}
-    assert command.main(words(checkpoints[4], sar, tmp_path / "whole", **settings)) == 0
-    with pytest.raises(KeyboardInterrupt):
-        command.main(words(checkpoints[4], sar, tmp_path / "again", **settings))
-    assert command.main(words(checkpoints[4], sar, tmp_path / "again", **settings)) == 0
-    assert [len(batch) for batch in batches] == [5, 5, 2] + [5, 5, 2] + [5, 2]
-    assert all(torch.equal(a, b) for a, b in zip(batches[-2:], batches[1:3], strict=True))
-    assert (tmp_path / "whole/eo/a.tif").read_bytes() == (tmp_path / "again/eo/a.tif").read_bytes()
 
 
 def test_a_run_with_other_settings_does_not_go_on_from_the_one_killed(checkpoints, tmp_path, monkeypatch):
@@ -274,10 +237,10 @@ def test_a_run_with_other_settings_does_not_go_on_from_the_one_killed(checkpoint
 
 
 def test_a_field_keeps_rows_of_its_channels(tmp_path):
-    field, values = Field(tmp_path / "field", (3, 10, 7)), RNG.normal(size=(3, 10, 7)).astype(np.float32)
+    field, values = DiskArray(tmp_path / "field", (3, 10, 7)), RNG.normal(size=(3, 10, 7)).astype(np.float32)
     for top in (6, 0, 3):
         field.write(top, values[:, top : top + 4])
-    assert np.array_equal(Field(tmp_path / "field", (3, 10, 7)).read(slice(2, 9), slice(1, None)), values[1:, 2:9])
+    assert np.array_equal(DiskArray(tmp_path / "field", (3, 10, 7)).read(slice(2, 9), slice(1, None)), values[1:, 2:9])
     with pytest.raises(OSError, match="shorter"):
         field.read(slice(8, 12))
 
@@ -410,14 +373,18 @@ def test_what_training_never_saw_is_told_and_recorded(checkpoints, tmp_path, cap
     assert command.main([*words(checkpoint, sar, tmp_path / "again", num_inference_steps=1, gsd=2), "--resample-gsd"]) == 0
     assert "translated as 150 x 140 px" in (said := capsys.readouterr().out) and "WARNING: 10 m" not in said
     with pytest.raises(command.UserError, match="--stretch dataset: the checkpoint holds no statistics"):
-        translate_alone(checkpoints[5], sar, tmp_path / "other", stretch="dataset")
+        given = words(checkpoints[5], sar, tmp_path / "other", maps=False, stretch="dataset")
+        translate_alone(given, sar, {"eo": tmp_path / "other" / "eo.tif"})
 
 
-def translate_alone(checkpoint, sar, out, **options):
+def translate_alone(given, sar, outputs) -> Translator:
     """Without the command around it, which goes on with the next scene after an error."""
-    args = command.check(command.make_parser().parse_args(words(checkpoint, sar, out, maps=False, **options)))
-    model = Translator(args, begin_reading(args, True), with_fingerprint=True)
-    translate_scene(model, gather_team(model), [sar], {"eo": out / "eo.tif"}, args, radiometry_options(args))
+    settings = command.settings_of(command.make_parser().parse_args(given))
+    weights = begin_reading(settings.model, settings.machine, with_fingerprint=True)
+    checkpoint = load_checkpoint(settings.model, settings.machine, weights, with_fingerprint=True)
+    translator = Translator(checkpoint, settings.sampling, settings.machine.batch_size)
+    translate_scene(translator, [sar], outputs, settings.tiles, 1, settings.radiometry)
+    return translator
 
 
 def test_a_strip_of_65535_px_goes_through(checkpoints, tmp_path):

@@ -26,7 +26,16 @@ def broken_torchvision(tmp_path) -> Path:
     package.mkdir()
     (package / "__init__.py").write_text(BROKEN_IMPORT)
     (package / "_C.so").write_bytes(b"not a library")
+    installed(tmp_path, "torch", "2.13.0+cpu")
+    installed(tmp_path, "torchvision", "0.28.0")
     return tmp_path
+
+
+def installed(folder: Path, name: str, version: str) -> None:
+    """Have Python believe that this version is installed."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
 
 
 def test_a_torchvision_whose_library_does_not_load_becomes_importable(broken_torchvision):
@@ -38,8 +47,15 @@ def test_a_torchvision_whose_library_does_not_load_becomes_importable(broken_tor
 
 def test_a_torchvision_without_a_library_is_left_alone(broken_torchvision):
     (broken_torchvision / "torchvision" / "_C.so").unlink()
-    left = run("import cdiffset; cdiffset.mend_torchvision(); print(cdiffset._declared)", broken_torchvision)
+    left = run("import cdiffset; print(cdiffset._declared)", broken_torchvision)
     assert left.stdout.strip() == "None", left.stderr
+
+
+@pytest.mark.parametrize("versions", [("2.13.0+cpu", "0.28.0+cpu"), ("2.13.0", "0.28.0"), ("2.13.0+cu130", "0.28.0+cu130")])
+def test_where_the_two_fit_nothing_is_imported(tmp_path, versions):
+    for name, version in zip(("torch", "torchvision"), versions, strict=True):
+        installed(tmp_path, name, version)
+    assert run("import sys, cdiffset; print('torch' in sys.modules)", tmp_path).stdout.strip() == "False"
 
 
 def test_every_library_that_needs_torchvision_imports():

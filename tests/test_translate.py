@@ -354,6 +354,15 @@ def test_skip_existing_refuses_files_of_other_settings(translate, sar_dir, stage
     assert message in str(caught.value) and "leave out --skip-existing" in str(caught.value) and stamps(out) == before
 
 
+def test_the_record_holds_every_setting_that_changes_the_files(translate, sar_dir):
+    """Under names that never change: a folder's record is compared by them."""
+    out = translate(sar_dir, maps=False)
+    recorded = json.loads((out / "eo" / record.FILE_NAME).read_text())["settings"]
+    names = "weights base prompt prediction_type precision seed scheduler timestep_spacing num_inference_steps readout ensemble"
+    names += " ensemble_output tile overlap bands channels scale stretch despeckle nodata gsd resample_gsd"
+    assert recorded.keys() == set(names.split())
+
+
 def test_skip_existing_does_not_mind_where_the_checkpoint_lies_nor_how_many_images_go_together(
     translate, sar_dir, stage2, tmp_path
 ):
@@ -443,7 +452,7 @@ def test_a_file_whose_name_is_not_utf8_is_refused(stage2, tmp_path, capsys):
 
 def test_a_write_that_fails_leaves_nothing_half_done(translate, tmp_path, monkeypatch):
     save(tmp_path / "sar" / "x.png", grey(8, 8))
-    replace = command.write_png.__globals__["os"].replace
+    replace = os.replace
 
     def fail(source, target):
         if Path(target).parent.name == "eo" and Path(target).suffix == ".png":
@@ -474,8 +483,8 @@ def test_a_write_that_fails_leaves_nothing_half_done(translate, tmp_path, monkey
         ({"--checkpoint": "missing"}, "--checkpoint: there is no .*missing"),
         ({"--checkpoint": "sar"}, "--checkpoint: .*sar holds none of"),
         ({"--pretrained-model-name-or-path": "./missing"}, "pretrained_model_name_or_path: there is no folder"),
-        ({"--device": "cuda:77"}, "--device: 'cuda:77' is not to be had here"),
-        ({"--device": "teapot"}, "--device: 'teapot' is not to be had here"),
+        ({"--device": "cuda:77"}, "--device: 'cuda:77' is not available here"),
+        ({"--device": "teapot"}, "--device: 'teapot' is not available here"),
     ],
     ids=lambda value: " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -571,7 +580,7 @@ def test_a_device_out_of_memory_gets_half_as_many(translate, tmp_path, monkeypat
         return original(unet, vae, scheduler, sar, *rest, **named)
 
     original, limit = diffusion.translate, 1
-    monkeypatch.setattr(diffusion, "translate", limited)
+    monkeypatch.setattr("cdiffset.inference.ensemble.translate", limited)
     found = translate(tmp_path / "sar", "found", batch_size=4, ensemble=2)
     assert tried[:3] == [4, 2, 1] and set(tried[3:]) == {1} and len(tried) == 2 + 5 * 2
     assert "4 images together do not fit into the memory of cpu: from now on 2" in capsys.readouterr().out

@@ -40,7 +40,7 @@ def read_ahead(items: Sequence, read: Callable, threads: int) -> Iterator[Future
 
 
 class WriteBehind:
-    """`with WriteBehind(threads) as later: later(write, what, ...)` calls write(what, ...) in a thread.
+    """`with WriteBehind(threads) as write_behind: write_behind(write, what, ...)` calls write(what, ...) in a thread.
 
     At most twice as many calls wait as there are threads. The first error is raised by a later call, or at the end of the
     block. What was handed over is done at the end of the block, also where that ends by an error.
@@ -71,15 +71,15 @@ def batches_of_one_size(
     items: Sequence,
     read: Callable,  # item => images of one size, [H, W, 3] each
     factor: int,  # sizes are the same that are padded to the same multiple of it
-    batch_size: Callable[[int, int], int],  # padded height and width => images together; UserError: not to be done at all
+    batch_size: Callable[[int, int], int],  # padded height and width => images together; UserError: it cannot be done at all
     unreadable: list,
     what: str,
     threads: int = 1,
 ) -> Iterator[tuple[tuple[int, ...], tuple[tuple[np.ndarray, ...], ...]]]:
     """Read items into images, and batch those of one padded size => (indices of the items, images of each kind).
 
-    Items that `read` or `batch_size` refuses are told on stderr and go to `unreadable`. Where too much waits for company, the
-    largest group goes as it is.
+    Items that `read` or `batch_size` refuses are reported on stderr and go to `unreadable`. Where too many bytes wait for
+    images of their size, the largest group goes as it is.
     """
     waiting: dict[tuple[int, int], list[tuple[int, tuple[np.ndarray, ...]]]] = {}
     held = 0
@@ -114,7 +114,7 @@ def batches_of_one_size(
 
 @contextmanager
 def skip_too_long(item, source: Path, skipped: list) -> Iterator[None]:
-    """Within, an output of `source` whose name or path is too long is no error: it is told, and `item` goes to `skipped`."""
+    """Within, an output of `source` with too long a name or path is no error: it is reported, and `item` goes to `skipped`."""
     try:
         yield
     except OSError as error:

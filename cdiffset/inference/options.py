@@ -1,14 +1,22 @@
-"""The options that several commands share: model, sampling, machine. No heavy import, so that --help is quick."""
+"""What several commands have in common: the options of model, sampling and machine, and the settings that come of them.
+
+Commands turn the parsed options into these settings, checked and with nothing left open, and pass them on; nothing beyond a
+command's own file sees an `argparse.Namespace`. No heavy import, so that --help is quick.
+"""
 
 import argparse
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES
+from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES, Config
 from cdiffset.errors import UserError
 from cdiffset.images import MAX_PIXELS
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
+
+if TYPE_CHECKING:
+    from cdiffset.checkpoint import Weights  # imports PyTorch
 
 MAX_SEED = 2**63 - 1
 SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
@@ -18,7 +26,7 @@ MAX_FEW_STEPS = 50  # but by DDIM with leading spacing: the others' timesteps ma
 
 
 class Sampling(NamedTuple):
-    """What the result of sampling depends on, besides the noise."""
+    """What a preset decides."""
 
     scheduler: str
     timestep_spacing: str
@@ -33,6 +41,122 @@ PRESETS = {  # chosen by benchmarks/STEPS.md
 }
 
 
+# ------------------------------------------------------------------------------------------------------------- settings
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which networks, and how they were trained."""
+
+    checkpoint: Path  # of the U-Net, in any form of checkpoint.FORMS
+    base: str  # Stable Diffusion: Hub name or local folder
+    prompt: str
+    prediction_type: str  # of PREDICTION_TYPES
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """All that an EO image and its maps depend on besides the SAR, the model and rounding."""
+
+    seed: int  # of the noise, together with the image's content; of the first sample where there are several
+    scheduler: str  # of SCHEDULERS
+    timestep_spacing: str  # of TIMESTEP_SPACINGS
+    num_inference_steps: int
+    readout: str  # of VARIANCE_READOUTS
+    ensemble: int  # samples per image
+    ensemble_output: str  # of ENSEMBLE_OUTPUTS
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """Where it is computed, and in which portions."""
+
+    device: str | None  # as PyTorch names it; None: chosen by `device.choose_device`
+    precision: str  # fp32, fp16 or bf16, of the networks
+    batch_size: int | None  # images of one size computed together; None (auto): by their size and the free memory
+    compile: bool  # the U-Net
+    max_pixels: int  # images that claim more are skipped
+
+
+def model_settings(args: argparse.Namespace, config: Config | None = None) -> ModelSettings:
+    """What the command line says, else the checkpoint itself, else the configuration, else the defaults.
+
+    UserError where there are no weights: before the base model, which may be far away.
+    """
+    from cdiffset.checkpoint import find_weights, read_meta, recorded_base
+
+    checkpoint = Path(args.checkpoint).expanduser()
+    find_weights(checkpoint, "--checkpoint")
+    recorded = read_meta(checkpoint).get("config", asdict(config) if config else {})
+    base = args.pretrained_model_name_or_path or recorded_base(checkpoint) or recorded.get("pretrained_model_name_or_path")
+    prompt = next(text for text in (args.prompt, recorded.get("prompt"), DEFAULT_PROMPT) if text is not None)
+    prediction_type = args.prediction_type or recorded.get("prediction_type") or "epsilon"
+    return ModelSettings(checkpoint, base or DEFAULT_BASE, prompt, prediction_type)
+
+
+def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
+    """The preset's, where the command line leaves them open. UserError for values and combinations that there are not."""
+    if args.ensemble_output is not None and args.ensemble == 1:
+        raise UserError(
+            f"--ensemble-output {args.ensemble_output}: it chooses among samples, expected --ensemble of at least 2"
+        )
+    preset = PRESETS[args.preset][0]
+    scheduler, spacing = args.scheduler or preset.scheduler, args.timestep_spacing or preset.timestep_spacing
+    steps = preset.num_inference_steps if args.num_inference_steps is None else args.num_inference_steps
+    readout, output = args.readout or "midpoint", args.ensemble_output or "first"
+    settings = SamplingSettings(args.seed, scheduler, spacing, steps, readout, args.ensemble, output)
+    check_limits(settings, {"num_inference_steps": (1, 999), "ensemble": (1, None), "seed": (0, MAX_SEED)})
+    if (scheduler, spacing) != PAPER[:2] and steps > MAX_FEW_STEPS:
+        raise UserError(
+            f"--num-inference-steps: expected at most {MAX_FEW_STEPS} with {scheduler} {spacing}, found {steps}; more are for "
+            f"{PAPER.scheduler} {PAPER.timestep_spacing}"
+        )
+    return settings
+
+
+def machine_settings(args: argparse.Namespace) -> MachineSettings:
+    check_limits(args, {"max_pixels": (1, None)} | ({} if args.batch_size is None else {"batch_size": (1, None)}))
+    return MachineSettings(args.device, args.precision, args.batch_size, args.compile, args.max_pixels)
+
+
+def check_limits(settings: object, limits: dict[str, tuple[float, float | None]]) -> None:
+    """UserError where an attribute is outside of its (least, greatest) value; None: no limit."""
+    for name, (low, high) in limits.items():
+        value = getattr(settings, name)
+        if not value >= low or (high is not None and value > high):
+            allowed = f"at least {low}" + (f" and at most {high}" if high is not None else "")
+            raise UserError(f"--{name.replace('_', '-')}: expected {allowed}, found {value}")
+
+
+def recorded_settings(model: ModelSettings, machine: MachineSettings) -> dict[str, str]:
+    """What is computed by, for the record in an output folder."""
+    from cdiffset.checkpoint import find_weights, identity
+
+    weights = identity(find_weights(model.checkpoint, "--checkpoint"), "--checkpoint")
+    is_folder = (folder := Path(model.base).expanduser()).is_dir()
+    base = str(folder.resolve()) if is_folder else model.base  # however it is written
+    recorded = {"weights": weights, "base": base, "prompt": model.prompt, "prediction_type": model.prediction_type}
+    return recorded | {"precision": machine.precision}
+
+
+def calibrated_settings(sampling: SamplingSettings) -> dict:
+    """The settings that a calibration holds for: with others, the same σ² means another error."""
+    settings = {name: value for name, value in asdict(sampling).items() if name != "seed"}
+    return {"readout": sampling.readout} | settings  # first in messages
+
+
+def begin_reading(model: ModelSettings, machine: MachineSettings, with_fingerprint: bool = False) -> "Weights":
+    """Have threads read the checkpoint's weights, in the form that `translator.load_checkpoint` takes with these arguments.
+
+    To be called before that module is imported: its libraries take as long.
+    """
+    from cdiffset.checkpoint import Weights
+    from cdiffset.device import AS_STORED, form_of, keep_freed_memory
+
+    form = form_of(machine.device, machine.precision)
+    keep_freed_memory(form.device)
+    return Weights(model.checkpoint, "--checkpoint", AS_STORED if with_fingerprint else form)
+
+
+# -------------------------------------------------------------------------------------------------------------- options
 def add_translation_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     group = parser.add_argument_group("sampling")
@@ -75,8 +199,9 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="e.g. cuda, cuda:1, mps, cpu [cuda if there is one, of several processes each its own]")
 
 
-def batch_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def batch_size(text: str) -> int | None:
+    """None: auto."""
+    return None if text == "auto" else int(text)
 
 
 def add_eo_range(group) -> None:
@@ -95,99 +220,3 @@ def value_range(text: str) -> tuple[float, float]:
     if not 0 < high - low < math.inf:
         raise argparse.ArgumentTypeError(f"expected LOW,HIGH with LOW below HIGH, e.g. 0,1 or -1,1, found {text!r}")
     return low, high
-
-
-def check_translation_options(args: argparse.Namespace) -> None:
-    resolve_sampling(args)
-    if args.ensemble_output is not None and args.ensemble == 1:
-        raise UserError(
-            f"--ensemble-output {args.ensemble_output}: it chooses among samples, expected --ensemble of at least 2"
-        )
-    args.readout, args.ensemble_output = args.readout or "midpoint", args.ensemble_output or "first"
-    check_limits(args, {"num_inference_steps": (1, 999), "ensemble": (1, None)})
-    sampling = sampling_of(args)
-    if sampling[:2] != PAPER[:2] and sampling.num_inference_steps > MAX_FEW_STEPS:
-        raise UserError(
-            f"--num-inference-steps: expected at most {MAX_FEW_STEPS} with {sampling.scheduler} {sampling.timestep_spacing}, "
-            f"found {sampling.num_inference_steps}; more are for {PAPER.scheduler} {PAPER.timestep_spacing}"
-        )
-    check_model_options(args)
-
-
-def resolve_sampling(args: argparse.Namespace) -> None:
-    """Fill in from the preset what the command line leaves open."""
-    for name, value in PRESETS[args.preset][0]._asdict().items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
-
-def sampling_of(args: argparse.Namespace) -> Sampling:
-    return Sampling(*(getattr(args, name) for name in Sampling._fields))
-
-
-def check_model_options(args: argparse.Namespace) -> None:
-    batch_size = {} if args.batch_size == "auto" else {"batch_size": (1, None)}
-    check_limits(args, {**batch_size, "seed": (0, MAX_SEED), "max_pixels": (1, None)})
-    from cdiffset.checkpoint import find_weights
-
-    find_weights(Path(args.checkpoint).expanduser(), "--checkpoint")  # before the base model, which may be far away
-
-
-class ModelSettings(NamedTuple):
-    """What the model options come to: the command line's, else the checkpoint's own, else the defaults."""
-
-    base: str
-    prompt: str
-    prediction_type: str
-
-
-def model_settings(args: argparse.Namespace) -> ModelSettings:
-    from cdiffset.checkpoint import read_meta, recorded_base
-
-    trained = read_meta(args.checkpoint).get("config", {})
-    base = args.pretrained_model_name_or_path or recorded_base(args.checkpoint) or DEFAULT_BASE
-    prompt = next(text for text in (args.prompt, trained.get("prompt"), DEFAULT_PROMPT) if text is not None)
-    return ModelSettings(base, prompt, args.prediction_type or trained.get("prediction_type") or "epsilon")
-
-
-def recorded_settings(args: argparse.Namespace) -> dict:
-    """The model and machine options that change what is computed, for the record in an output folder."""
-    from cdiffset.checkpoint import find_weights, identity
-
-    weights = identity(find_weights(Path(args.checkpoint).expanduser(), "--checkpoint"), "--checkpoint")
-    settings = model_settings(args)
-    if (folder := Path(settings.base).expanduser()).is_dir():  # however it is written
-        settings = settings._replace(base=str(folder.resolve()))
-    return {"weights": weights, **settings._asdict(), "seed": args.seed, "precision": args.precision}
-
-
-def begin_reading(args: argparse.Namespace, with_fingerprint: bool = False):
-    """Have threads read the checkpoint's weights as translator.Model wants them => checkpoint.Weights.
-
-    To be called before that module is imported: its libraries take as long.
-    """
-    from cdiffset.checkpoint import Weights
-    from cdiffset.device import AS_STORED, form_of, keep_freed_memory
-
-    form = form_of(args)
-    keep_freed_memory(form.device)
-    return Weights(args.checkpoint, "--checkpoint", AS_STORED if with_fingerprint else form)
-
-
-def check_limits(args: argparse.Namespace, limits: dict[str, tuple]) -> None:
-    """UserError where an option is outside of its (least, greatest) value; None: no limit."""
-    for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        if not value >= low or (high is not None and value > high):
-            allowed = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-            raise UserError(f"--{name.replace('_', '-')}: expected {allowed}, found {value}")
-
-
-def calibrated_settings(args: argparse.Namespace) -> dict:
-    """The settings that a calibration holds for: with others, the same σ² means another error."""
-    return {
-        "readout": args.readout,
-        **sampling_of(args)._asdict(),
-        "ensemble": args.ensemble,
-        "ensemble_output": args.ensemble_output,
-    }

@@ -14,34 +14,35 @@ from cdiffset.errors import UserError
 FILE_NAME = ".settings.json"
 
 
-class Record:
-    """The record of one folder as it is there, and the settings of now: a mapping of names to JSON values."""
+class OutputRecord:
+    """The settings of this run beside the record that a folder has, if any.
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+    settings: a mapping of names to JSON values. With `skip_existing` UserError where the folder holds files of others.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], skip_existing: bool):
+        self.folder, self.settings, self.skip_existing = folder, json.loads(json.dumps(settings)), skip_existing
         self.is_written = False  # by this object, or found to be needless
-        self.since_ns = 0  # files last changed earlier do not count
-        self.is_there, self.changed = (folder / FILE_NAME).exists(), []
-        if self.is_there:
-            try:
-                kept = json.loads((folder / FILE_NAME).read_text())
-                before, self.since_ns = dict(kept["settings"]), int(kept["since_ns"])
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                self.changed = [f"{FILE_NAME} is damaged ({error})"]
-                return
-            names = [name for name in self.settings if name in before]  # an earlier version may not have had all of them
-            changed = [name for name in names if before[name] != self.settings[name]]
-            self.changed = [f"{name}: {shortened(before[name])} -> {shortened(self.settings[name])}" for name in changed]
-
-    def require_same(self) -> None:
-        """For --skip-existing: refuse a folder of other settings; a note where it does not say."""
-        if self.changed:
+        is_there, changes, self.since_ns = self.compare()
+        if skip_existing and changes:
             raise UserError(
-                f"{self.folder} holds files of other settings ({'; '.join(self.changed)}), which --skip-existing would keep: "
+                f"{folder} holds files of other settings ({'; '.join(changes)}), which --skip-existing would keep: "
                 f"choose another folder, or leave out --skip-existing to replace them"
             )
-        if not self.is_there and self.has_files():
-            print(f"note: {self.folder} has no record of how its files were made ({FILE_NAME}): they are kept as they are")
+        if skip_existing and not is_there and self.has_files():
+            print(f"note: {folder} has no record of how its files were made ({FILE_NAME}): they are kept as they are")
+
+    def compare(self) -> tuple[bool, list[str], int]:
+        """=> (whether the folder has a record, how its settings differ, since when files count in ns)."""
+        try:
+            content = json.loads((self.folder / FILE_NAME).read_text())
+            before, since_ns = dict(content["settings"]), int(content["since_ns"])
+        except (FileNotFoundError, NotADirectoryError):
+            return False, [], 0
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            return True, [f"{FILE_NAME} is damaged ({error})"], 0
+        names = [name for name, value in self.settings.items() if name in before and before[name] != value]
+        return True, [f"{name}: {shortened(before[name])} -> {shortened(self.settings[name])}" for name in names], since_ns
 
     def has_files(self) -> bool:
         return self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir())
@@ -53,8 +54,8 @@ class Record:
         except OSError:  # a name that is too long
             return False
 
-    def write(self, skip_existing: bool) -> None:
-        """Before any output: have the folder say the settings of now, once. A record of the same settings stays.
+    def write(self) -> None:
+        """Before any output: put the settings of this run into the folder, once. A record of the same settings stays.
 
         With `skip_existing` a folder that has files but no record gets none, since it could not hold for all of them.
         """
@@ -62,8 +63,8 @@ class Record:
             return
         self.is_written = True
         self.folder.mkdir(parents=True, exist_ok=True)
-        present = Record(self.folder, self.settings)  # another process of the same command may have written it meanwhile
-        if present.is_there and not present.changed or skip_existing and present.has_files():
+        is_there, changes, _ = self.compare()  # again: another process of the same command may have written it meanwhile
+        if is_there and not changes or self.skip_existing and self.has_files():
             return
         temporary = self.folder / f"{FILE_NAME}.{os.getpid()}"
         try:

@@ -1,21 +1,18 @@
 """SAR pixels in, EO pixels and maps out: everything between the reading and the writing of files."""
 
-import cdiffset.lean  # noqa: F401  first: it imports diffusers quickly
-
-# isort: split
-import argparse
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cdiffset import ranks
-from cdiffset.attention import share_prompt
-from cdiffset.checkpoint import Weights, meta_file, read_meta
+from cdiffset.checkpoint import Weights, meta_file, read_meta, recorded_base
 from cdiffset.confidence import confidence_map, variance_map
 from cdiffset.device import form_of, free_memory, without_instructions
 from cdiffset.diffusion import image_noise, predict
@@ -23,14 +20,14 @@ from cdiffset.errors import UserError
 from cdiffset.images import to_signed, to_uint8
 from cdiffset.inference.batching import batches_of_one_size, file_threads
 from cdiffset.inference.ensemble import ensemble, reduce_samples
-from cdiffset.inference.options import model_settings
-from cdiffset.inference.prompt_cache import cached_prompt
+from cdiffset.inference.options import MachineSettings, ModelSettings, SamplingSettings
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.model import (
     build_unet,
     check_base,
     check_prompt_width,
     decode,
+    embed_prompt,
     encode,
     load_scheduler,
     load_vae,
@@ -38,11 +35,166 @@ from cdiffset.model import (
     vae_factor,
 )
 
-PIXELS_TOGETHER = 4 * 256**2  # of a batch on a CPU: from there on, the U-Net of SD takes no less time per image
-MOST_TOGETHER = 64  # images of a batch on a GPU
-MEMORY_SHARE = 0.8  # of what is free
+CPU_BATCH_PX = 4 * 256**2  # of a batch on a CPU: from there on, the U-Net of SD takes no less time per image
+MAX_BATCH = 64  # images
+MEMORY_FRACTION = 0.8  # of what is free
+PROMPT_FILE, PROMPT_TENSOR = "prompt_embedding.safetensors", "prompt_embedding"  # beside checkpoint.json
 
 
+# ------------------------------------------------------------------------------------------------------------- the model
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """The networks of a checkpoint and its base, with what belongs to them, in the precision and on the device asked for."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler: DDIMScheduler  # the noise schedule and the prediction type
+    prompt_embedding: torch.Tensor  # [1, L, D]
+    device: torch.device
+    precision: str  # fp32, fp16 or bf16
+    factor: int  # px that a latent cell spans in each direction
+    meta: dict  # checkpoint.json; {} for weights of another origin
+    fingerprint: str | None  # of all that a calibration depends on; None: not asked for, as it takes seconds for a large model
+
+    def stack(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """Images [H, W, 3] in 0-255 => [B, 3, H', W'] in [-1, 1] on the device, padded to multiples of the VAE's factor."""
+        padded = np.stack([pad_to_multiple(pixels, self.factor) for pixels in images])  # [B,H',W',3]
+        return to_signed(torch.from_numpy(padded).permute(0, 3, 1, 2)).to(self.device)
+
+
+def load_checkpoint(
+    model: ModelSettings,
+    machine: MachineSettings,
+    weights: Weights,  # of `options.begin_reading`
+    needing_variance: Sequence[str] = (),  # options that a stage 1 checkpoint cannot serve
+    with_fingerprint: bool = False,
+) -> LoadedCheckpoint:
+    device, dtype, memory_format = form_of(machine.device, machine.precision)
+    vae = load_vae_of(model, weights.form.dtype)
+    latent_channels = vae.config.latent_channels
+    unet = build_unet(weights, model.base, latent_channels)
+    if needing_variance and unet.config.out_channels == latent_channels:
+        raise UserError(
+            f"{', '.join(needing_variance)}: {weights.file} is a stage 1 checkpoint ({latent_channels} output channels), "
+            f"a confidence takes one of stage 2 ({latent_channels + 1})"
+        )
+    prompt_embedding = load_prompt(model, unet.config.cross_attention_dim)
+    check_prompt_width(unet, prompt_embedding, model.base, "--checkpoint")
+    scheduler, found = load_scheduler(model.base, model.prediction_type), None
+    if with_fingerprint:
+        tensors = {"prompt": prompt_embedding, **vae.state_dict(prefix="vae."), **unet.state_dict()}
+        found = fingerprint(tensors, model.prediction_type)
+    unet, vae = (network.to(device, dtype, memory_format=memory_format) for network in (unet, vae))
+    if machine.compile:
+        unet.compile()
+    print(f"{weights.file} on {device}, {machine.precision}, base {model.base}, prompt {model.prompt!r}")
+    if note := without_instructions(device, machine.precision):
+        print(note)
+    embedding, meta = prompt_embedding.to(device, dtype), read_meta(model.checkpoint)
+    return LoadedCheckpoint(unet, vae, scheduler, embedding, device, machine.precision, vae_factor(vae), meta, found)
+
+
+def load_vae_of(model: ModelSettings, dtype: torch.dtype) -> AutoencoderKL:
+    """The base's VAE. Where the checkpoint names a base that is not here, the error says whose word that was."""
+    try:
+        check_base(model.base)
+        return load_vae(model.base, dtype)
+    except UserError as error:
+        if model.base != recorded_base(model.checkpoint):
+            raise
+        raise UserError(
+            f"base model {model.base!r}, recorded in {meta_file(model.checkpoint)}, is not here or not whole: give "
+            f"--pretrained-model-name-or-path ({error})"
+        ) from error
+
+
+def load_prompt(model: ModelSettings, width: int) -> torch.Tensor:
+    """The prompt's embedding [1, L, width], float32: as training saved it, where base and prompt are the checkpoint's own."""
+    meta, recorded = meta_file(model.checkpoint), read_meta(model.checkpoint).get("config", {})
+    is_own = (model.base, model.prompt) == (recorded_base(model.checkpoint), recorded.get("prompt"))
+    if not (meta and is_own and (file := meta.with_name(PROMPT_FILE)).is_file()):
+        return embed_prompt(model.base, model.prompt)
+    try:
+        embedding = load_file(file)[PROMPT_TENSOR]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"--checkpoint: {file} is damaged ({error}), take another checkpoint") from error
+    if embedding.shape[::2] != (1, width) or not embedding.isfinite().all():
+        raise UserError(f"--checkpoint: {file}: expected finite numbers [1, tokens, {width}], found {list(embedding.shape)}")
+    return embedding
+
+
+def fingerprint(tensors: dict[str, torch.Tensor], settings: str) -> str:
+    """SHA-256 over names, shapes and values: the same for the same model wherever its files lie."""
+    digest = hashlib.sha256(settings.encode())
+    for name in sorted(tensors):
+        values = tensors[name].detach().float().contiguous().numpy()
+        digest.update(f"{name} {values.shape}".encode())
+        digest.update(values.tobytes() if values.ndim == 0 else memoryview(values).cast("B"))
+    return digest.hexdigest()
+
+
+def pad_to_multiple(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """[H, W, 3] => [H', W', 3] with sides that are multiples of `factor`, continued by reflection below and to the right."""
+    height, width = pixels.shape[:2]
+    return np.pad(pixels, ((0, -height % factor), (0, -width % factor), (0, 0)), mode="reflect")
+
+
+# ----------------------------------------------------------------------------------------------------------- batch sizes
+class BatchSizes:
+    """How many images of a padded size are computed together: --batch-size, or what `auto` comes to."""
+
+    def __init__(self, checkpoint: LoadedCheckpoint, batch_size: int | None):
+        self.checkpoint, self.batch_size = checkpoint, batch_size
+        self.limit: int | None = None  # images of any size; None: memory has sufficed so far
+        self.chosen: dict[tuple[int, int], int] = {}  # by padded size
+
+    def __call__(self, height: int, width: int) -> int:
+        """UserError where not even one image fits into the memory."""
+        if (height, width) not in self.chosen:
+            self.chosen[height, width] = self.choose(height, width)
+        chosen = self.chosen[height, width]
+        return chosen if self.limit is None else min(chosen, self.limit)
+
+    def choose(self, height: int, width: int) -> int:
+        device, vae = self.checkpoint.device, self.checkpoint.vae
+        free, least = free_memory(device), decoder_bytes(vae, height, width)
+        if least > free:
+            raise UserError(
+                f"images of {width} x {height} px take more than {least / 2**30:.1f} GiB to decode, {free / 2**30:.1f} GiB are "
+                f"free: as GeoTIFF they would be translated in tiles (--tile)"
+            )
+        together = self.batch_size
+        if together is None:
+            if device.type == "cuda":
+                together = int(MEMORY_FRACTION * free / self.measured_bytes(height, width))
+            else:
+                together = CPU_BATCH_PX // (height * width)
+            together = max(1, min(MAX_BATCH, together))
+            tqdm.write(f"--batch-size auto: {together} together of {width} x {height} px")
+        # One by one through the VAE, which is exact, where its activations would crowd the memory. Never switched off again.
+        if together * least > free / 4:
+            vae.enable_slicing()
+        return together
+
+    @torch.no_grad()
+    def measured_bytes(self, height: int, width: int) -> int:
+        """Memory that one image takes on a CUDA device beyond the weights: the most of encoder, U-Net and decoder."""
+        device, unet, vae = self.checkpoint.device, self.checkpoint.unet, self.checkpoint.vae
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        latents = encode(vae, torch.zeros(1, 3, height, width, device=device)).to(unet.dtype)
+        predict(unet, latents, latents, torch.tensor(0, device=device), self.checkpoint.prompt_embedding)
+        decode(vae, latents.float())
+        return torch.cuda.max_memory_allocated(device) - before
+
+
+def decoder_bytes(vae: AutoencoderKL, height: int, width: int) -> int:
+    """A lower bound of what decoding one image takes: input and output of its widest layer at full size."""
+    widest = vae.config.block_out_channels[min(1, len(vae.config.block_out_channels) - 1)]
+    return 2 * widest * height * width * vae.dtype.itemsize
+
+
+# ----------------------------------------------------------------------------------------------------------- translation
 class Translation(NamedTuple):
     """What becomes of one SAR image, in its own size."""
 
@@ -57,107 +209,15 @@ class Translation(NamedTuple):
         return {name: getattr(self, name) for name in ("variance", "spread") if getattr(self, name) is not None}
 
 
-class Model:
-    """Networks, scheduler and prompt embedding of a checkpoint, loaded once, in the precision and on the device asked for."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,  # the model and machine options of options.py
-        weights: Weights,  # of `options.begin_reading`
-        needing_variance: Sequence[str] = (),  # options that a stage 1 checkpoint cannot serve
-        with_fingerprint: bool = False,  # `fingerprint`, else None: it takes seconds for a large model
-    ):
-        base, prompt, prediction_type = model_settings(args)
-        self.device, dtype, memory_format = form_of(args)
-        try:
-            check_base(base)
-            self.vae = load_vae(base, weights.form.dtype)
-        except UserError as error:
-            if args.pretrained_model_name_or_path or meta_file(args.checkpoint) is None:
-                raise
-            raise UserError(
-                f"base model {base!r}, recorded in {meta_file(args.checkpoint)}, is not here or not whole: give "
-                f"--pretrained-model-name-or-path ({error})"
-            ) from error
-        latent_channels = self.vae.config.latent_channels
-        self.unet = build_unet(weights, base, latent_channels)
-        if needing_variance and self.unet.config.out_channels == latent_channels:
-            raise UserError(
-                f"{', '.join(needing_variance)}: {weights.file} is a stage 1 checkpoint ({latent_channels} output channels), "
-                f"a confidence takes one of stage 2 ({latent_channels + 1})"
-            )
-        self.prompt_embedding = cached_prompt(
-            args.checkpoint, base, prompt, self.unet.config.cross_attention_dim, ranks.place()[0] == 0
-        )
-        check_prompt_width(self.unet, self.prompt_embedding, base, "--checkpoint")
-        self.scheduler = load_scheduler(base, prediction_type)
-        self.args, self.factor, self.fingerprint, self.trained = args, vae_factor(self.vae), None, read_meta(args.checkpoint)
-        if with_fingerprint:
-            tensors = {"prompt": self.prompt_embedding, **self.vae.state_dict(prefix="vae."), **self.unet.state_dict()}
-            self.fingerprint = fingerprint(tensors, prediction_type)
-        self.unet, self.vae = (net.to(self.device, dtype, memory_format=memory_format) for net in (self.unet, self.vae))
-        self.prompt_embedding = self.prompt_embedding.to(self.device, dtype)
-        share_prompt(self.unet, keep=True)
-        if args.compile:
-            self.unet.compile()
-        self.most, self.known_sizes = None, {}  # images that have turned out to fit; images together by padded size
-        print(f"{weights.file} on {self.device}, {args.precision}, base {base}, prompt {prompt!r}")
-        if note := without_instructions(self.device, args.precision):
-            print(note)
-
-    def stack(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """Images [H, W, 3] in 0-255 => [B, 3, H', W'] in [-1, 1] on the device, padded to multiples of the VAE's factor."""
-        padded = np.stack([pad_to_multiple(pixels, self.factor) for pixels in images])  # [B,H',W',3]
-        return to_signed(torch.from_numpy(padded).permute(0, 3, 1, 2)).to(self.device)
-
-    def images_together(self, height: int, width: int) -> int:
-        """How many images of a padded size are computed together: --batch-size, or what `auto` comes to.
-
-        UserError where not even one fits into the memory.
-        """
-        if (height, width) not in self.known_sizes:
-            self.known_sizes[height, width] = self.choose_batch_size(height, width)
-        known = self.known_sizes[height, width]
-        return known if self.most is None else min(known, self.most)
-
-    def choose_batch_size(self, height: int, width: int) -> int:
-        free, least = free_memory(self.device), decoder_bytes(self.vae, height, width)
-        if least > free:
-            raise UserError(
-                f"images of {width} x {height} px take more than {least / 2**30:.1f} GiB to decode, {free / 2**30:.1f} GiB are "
-                f"free: as GeoTIFF they would be translated in tiles (--tile)"
-            )
-        together = self.args.batch_size
-        if together == "auto":
-            if self.device.type == "cuda":
-                each = self.measured_bytes(height, width)
-                together = max(1, min(MOST_TOGETHER, int(MEMORY_SHARE * free / each)))
-            else:
-                together = max(1, min(MOST_TOGETHER, PIXELS_TOGETHER // (height * width)))
-            tqdm.write(f"--batch-size auto: {together} together of {width} x {height} px")
-        # One by one through the VAE, which is exact, where its activations would crowd the memory. Never switched off again.
-        if together * least > free / 4:
-            self.vae.enable_slicing()
-        return together
-
-    @torch.no_grad()
-    def measured_bytes(self, height: int, width: int) -> int:
-        """Memory that one image takes on a CUDA device beyond the weights: the most of encoder, U-Net and decoder."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        latents = encode(self.vae, torch.zeros(1, 3, height, width, device=self.device)).to(self.unet.dtype)
-        predict(self.unet, latents, latents, torch.tensor(0, device=self.device), self.prompt_embedding)
-        decode(self.vae, latents.float())
-        return torch.cuda.max_memory_allocated(self.device) - before
-
-
-class Translator(Model):
+class Translator:
     """Called with a batch of SAR images it returns their EO images and maps."""
 
-    def __init__(self, args: argparse.Namespace, *options, **more):
-        super().__init__(args, *options, **more)
-        self.scheduler = make_sampler(self.scheduler, args.scheduler, args.timestep_spacing)
-        print(f"{args.scheduler}, {args.timestep_spacing} timesteps, {args.num_inference_steps} steps")
+    def __init__(self, checkpoint: LoadedCheckpoint, sampling: SamplingSettings, batch_size: int | None):
+        self.checkpoint, self.sampling = checkpoint, sampling
+        self.scheduler = make_sampler(checkpoint.scheduler, sampling.scheduler, sampling.timestep_spacing)
+        self.batch_sizes = BatchSizes(checkpoint, batch_size)
+        self.variance_timesteps = VARIANCE_READOUTS[sampling.readout][0]
+        print(f"{sampling.scheduler}, {sampling.timestep_spacing} timesteps, {sampling.num_inference_steps} steps")
 
     def __call__(self, images: Sequence[np.ndarray], noise_of: Callable = image_noise) -> list[Translation]:
         """SAR images, float32 [H, W, 3] in 0-255, that have one size when padded => their translations.
@@ -165,64 +225,48 @@ class Translator(Model):
         noise_of(vae, seed, images) => the noise [B, C, h, w] that they start from.
         Where the device's memory does not hold as many as are to be computed together, half as many are, from then on.
         """
-        sar = self.stack(images)
-        seeds = range(self.args.seed, self.args.seed + self.args.ensemble)
-        noise = torch.stack([noise_of(self.vae, seed, images) for seed in seeds])  # [N,B,C,h,w]
+        sar = self.checkpoint.stack(images)
+        seeds = range(self.sampling.seed, self.sampling.seed + self.sampling.ensemble)
+        noise = torch.stack([noise_of(self.checkpoint.vae, seed, images) for seed in seeds])  # [N,B,C,h,w]
         while True:
-            together = self.images_together(*sar.shape[-2:])
+            together, device = self.batch_sizes(*sar.shape[-2:]), self.checkpoint.device
             try:
-                return self.translations(images, sar, noise, together)
+                return self.translate(images, sar, noise, together)
             except torch.OutOfMemoryError as error:
                 if together == 1:
                     size = f"{sar.shape[-1]} x {sar.shape[-2]} px"
-                    raise UserError(f"not even one image of {size} fits into the memory of {self.device}") from error
-            self.most = together // 2
-            tqdm.write(f"{together} images together do not fit into the memory of {self.device}: from now on {self.most}")
+                    raise UserError(f"not even one image of {size} fits into the memory of {device}") from error
+            self.batch_sizes.limit = together // 2
+            tqdm.write(f"{together} images together do not fit into the memory of {device}: from now on {together // 2}")
 
-    def translations(
+    def translate(
         self, images: Sequence[np.ndarray], sar: torch.Tensor, noise: torch.Tensor, together: int
     ) -> list[Translation]:
+        """Images in their own sizes, the same ones padded [B, 3, H', W'], their noise [N, B, C, h, w]."""
+        checkpoint, size = self.checkpoint, tuple(sar.shape[-2:])
         samples, sigma2, spread = ensemble(
-            self.unet, self.vae, self.scheduler, sar, noise, self.prompt_embedding, self.args.num_inference_steps,
-            VARIANCE_READOUTS[self.args.readout][0], together,
+            checkpoint.unet, checkpoint.vae, self.scheduler, sar, noise, checkpoint.prompt_embedding,
+            self.sampling.num_inference_steps, self.variance_timesteps, together,
         )  # [N,B,3,H',W'], [B,1,h,w], [B,1,H',W']  # fmt: skip
-        if not samples.isfinite().all():
-            raise UserError("the translation is not finite: this precision does not suit the checkpoint, try --precision fp32")
-        pictures = to_uint8(reduce_samples(samples, self.args.ensemble_output))
+        require_finite(samples, "translation")
+        eo = to_uint8(reduce_samples(samples, self.sampling.ensemble_output))  # [B,H',W',3]
         maps = {"variance": None, "confidence": None, "spread": spread}
         if sigma2 is not None:
-            maps["variance"] = variance_map(sigma2, tuple(sar.shape[-2:]))
-            maps["confidence"] = (confidence_map(sigma2.cpu(), tuple(sar.shape[-2:])) * 255).round().to(torch.uint8)
+            maps["variance"] = variance_map(sigma2, size)
+            maps["confidence"] = (confidence_map(sigma2.cpu(), size) * 255).round().to(torch.uint8)
         translations = []
         for index, (height, width) in enumerate(pixels.shape[:2] for pixels in images):
             cropped = {
                 name: None if values is None else values[index, 0, :height, :width].cpu().numpy()
                 for name, values in maps.items()
             }
-            translations.append(Translation(eo=pictures[index, :height, :width], **cropped))
+            translations.append(Translation(eo=eo[index, :height, :width], **cropped))
         return translations
 
 
-def pad_to_multiple(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """[H, W, 3] => [H', W', 3] with sides that are multiples of `factor`, continued by reflection below and to the right."""
-    height, width = pixels.shape[:2]
-    return np.pad(pixels, ((0, -height % factor), (0, -width % factor), (0, 0)), mode="reflect")
-
-
-def decoder_bytes(vae: AutoencoderKL, height: int, width: int) -> int:
-    """A lower bound of what decoding one image takes: input and output of its widest layer at full size."""
-    widest = vae.config.block_out_channels[min(1, len(vae.config.block_out_channels) - 1)]
-    return 2 * widest * height * width * vae.dtype.itemsize
-
-
-def fingerprint(tensors: dict[str, torch.Tensor], settings: str) -> str:
-    """SHA-256 over names, shapes and values: the same for the same model wherever its files lie."""
-    digest = hashlib.sha256(settings.encode())
-    for name in sorted(tensors):
-        values = tensors[name].detach().float().contiguous().numpy()
-        digest.update(f"{name} {values.shape}".encode())
-        digest.update(values.tobytes() if values.ndim == 0 else memoryview(values).cast("B"))
-    return digest.hexdigest()
+def require_finite(values: torch.Tensor, what: str) -> None:
+    if not values.isfinite().all():
+        raise UserError(f"the {what} is not finite: this precision does not suit the checkpoint, try --precision fp32")
 
 
 def translate_files(
@@ -230,10 +274,9 @@ def translate_files(
     items: Sequence,
     failed: list,  # takes the items that cannot be read
     read: Callable,  # item => (float32 [H, W, 3] in 0-255,)
-    noise_of: Callable = image_noise,  # (vae, seed, images) => the noise [B, C, h, w] that they start from
+    noise_of: Callable = image_noise,  # as for Translator
 ) -> Iterator[tuple[int, Translation]]:
     """Read and translate files => (index of the item, translation), in no fixed order; see `batches_of_one_size`."""
-    threads = file_threads(translator.device)
-    batches = batches_of_one_size(items, read, translator.factor, translator.images_together, failed, "translating", threads)
-    for indices, (images,) in batches:
+    threads, factor = file_threads(translator.checkpoint.device), translator.checkpoint.factor
+    for indices, (images,) in batches_of_one_size(items, read, factor, translator.batch_sizes, failed, "translating", threads):
         yield from zip(indices, translator(images, noise_of), strict=True)

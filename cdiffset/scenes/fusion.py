@@ -3,11 +3,8 @@
 Every tile of a step predicts from the same latents z_t of the whole scene, and the scene takes the weighted mean of the
 predictions, after MultiDiffusion (Bar-Tal et al., ICML 2023). Encoding and decoding are fused in the same way. As DDIM is
 linear in the prediction, no tile ever has a picture of its own, and there is nothing for seams to lie between.
-
-`--blend pixels` translates every tile by itself, from the same noise field, and blends the finished tiles: the plain way.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -16,32 +13,26 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from rasterio.windows import Window
 from tqdm import tqdm
 
 from cdiffset.calibration.calibration import Calibration
-from cdiffset.calibration.error_pictures import hatched
-from cdiffset.diffusion import predict, sample, variance_weights
+from cdiffset.diffusion import predict, variance_weights
 from cdiffset.errors import UserError
 from cdiffset.images import QUICKLOOK, hidden_beside, to_signed, to_uint8, written_whole
-from cdiffset.inference.batching import skip_too_long
-from cdiffset.inference.options import Sampling
-from cdiffset.inference.translator import Model, Translation, Translator, translate_files
-from cdiffset.inference.variance_readout import VARIANCE_READOUTS
+from cdiffset.inference.translator import LoadedCheckpoint, Translator, require_finite
 from cdiffset.losses import variance
-from cdiffset.model import decode, encode, vae_factor
+from cdiffset.model import decode, encode
 from cdiffset.scenes.geotiff import Scene, open_scene, write_cog, write_quicklook
+from cdiffset.scenes.options import TileSettings
 from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions, describe, measure, out_of_domain
 from cdiffset.scenes.resampling import gsd_of, resample_strips
-from cdiffset.scenes.sharing import Team
 from cdiffset.scenes.slider_page import write_swipe
 from cdiffset.scenes.tiles import Grid, fuse, make_grid, noise_field, strips
 
@@ -50,9 +41,9 @@ MARGIN = 3  # latent rows that bicubic interpolation may look at beyond its own
 
 
 # ------------------------------------------------------------------------------------------------------ latents on disk
-class Field:
-    """float32 [C, H, W] in a file, of which whole rows are read and written: by plain calls, so that memory and disk tell how
-    full they are (pages of a memory map count as the process's, and a full disk ends it by a signal)."""
+class DiskArray:
+    """float32 [C, H, W] in a file, of which whole rows are read and written: by plain calls, so that memory and disk are
+    reported as full as they are (pages of a memory map count as the process's, and a full disk ends it by a signal)."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int]):
         self.path, self.shape = path, shape
@@ -89,12 +80,12 @@ class Field:
 
 
 class Scratch:
-    """Fields in a folder, and how far they have come: a killed run goes on, unless it had other settings."""
+    """Arrays in a folder, and how far they have come: a killed run goes on, unless it had other settings."""
 
     def __init__(self, folder: Path, made_with: dict, shapes: dict[str, tuple[int, int, int]]):
         self.folder, self.state = folder, folder / "state.json"
         self.key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
-        self.done = None  # or how many stages (steps, rows of tiles) are on disk
+        self.done = None  # or how many denoising steps are on disk
         paths = {name: folder / f"{name}.f32" for name in shapes}
         sizes = {path: 4 * math.prod(shapes[name]) for name, path in paths.items()}
         if self.state.is_file() and all(path.is_file() and path.stat().st_size == size for path, size in sizes.items()):
@@ -106,83 +97,38 @@ class Scratch:
             size = sum(sizes.values())
             if shutil.disk_usage(folder).free < size:
                 raise UserError(f"{folder}: the latents take {size / 2**30:.1f} GiB of disk, less than that is free")
-        self.fields = {name: Field(paths[name], shape) for name, shape in shapes.items()}
+        self.arrays = {name: DiskArray(paths[name], shape) for name, shape in shapes.items()}
 
     def finish(self, done: int, *names: str) -> None:
-        """Up to `done` everything is on disk, the last of it in the fields named."""
+        """Up to `done` everything is on disk, the last of it in the arrays named."""
         for name in names:
-            self.fields[name].flush()
+            self.arrays[name].flush()
         with written_whole(self.state) as temporary:
             temporary.write_text(json.dumps({"key": self.key, "done": done}))
         self.done = done
 
 
 # ------------------------------------------------------------------------------------------------------- tiles, computed
-# What is done to a batch of tiles: (model, index of the step, float32 tensors [B, ...]) => tensor [B, ...].
-def encode_tiles(model: Model, _: int, pixels: torch.Tensor) -> torch.Tensor:
-    return encode(model.vae, pixels)
-
-
-def predict_tiles(model: Model, index: int, z_sar: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
-    """=> prediction [B, C, h, w], and from a stage 2 U-Net σ² below it."""
-    dtype = model.unet.dtype
-    timestep, prompt = model.scheduler.timesteps[index], model.prompt_embedding.to(dtype)
-    prediction, raw = predict(model.unet, z_sar.to(dtype), z_t.to(dtype), timestep, prompt)
-    return prediction.float() if raw is None else torch.cat([prediction.float(), variance(raw)], dim=1)
-
-
-def translate_tiles(model: Model, _: int, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Each tile by itself => EO latent with σ² below it, [B, C + 1, h, w]; σ² is 0 from a stage 1 U-Net."""
-    steps, read = model.args.num_inference_steps, VARIANCE_READOUTS[model.args.readout][0]
-    z_eo, sigma2 = sample(model.unet, model.scheduler, encode(model.vae, pixels), noise, model.prompt_embedding, steps, read)
-    return torch.cat([z_eo, torch.zeros_like(z_eo[:, :1]) if sigma2 is None else sigma2.float()], dim=1)
-
-
-def decode_tiles(model: Model, _: int, latents: torch.Tensor) -> torch.Tensor:
-    return decode(model.vae, latents)
-
-
-STAGES = (encode_tiles, predict_tiles, translate_tiles, decode_tiles)
-
-
-def gather_team(model: Model) -> Team:
-    """All processes of the launch, each with its own copy of the model."""
-    model.scheduler.set_timesteps(model.args.num_inference_steps)
-
-    @torch.no_grad()
-    def work(stage: int, index: int, *arrays: np.ndarray) -> np.ndarray:
-        tensors = (torch.from_numpy(array).to(model.device) for array in arrays)
-        return STAGES[stage](model, index, *tensors).float().cpu().numpy()
-
-    return Team(work)
-
-
 @dataclass
 class Tiles:
-    """The tiles of a scene, and who computes them. They have numbers, in the order of the grid."""
+    """The tiles of a scene, which have numbers in the order of the grid, and how they are computed."""
 
-    team: Team
-    batch_size: int
     grid: Grid  # of latent cells
+    batch_size: int
+    device: torch.device
     bar: tqdm
 
-    def run(self, stage: Callable, read: Callable, index: int = 0, first: int = 0, cost: int = 1) -> Iterator[np.ndarray]:
-        """read(number) => arrays; then what `stage` makes of them, tile by tile from number `first` on.
-
-        Batches are the same ones whatever the number of processes. `cost`: what a tile moves the bar by.
-        """
+    def run(self, compute: Callable, read: Callable) -> Iterator[np.ndarray]:
+        """read(number) => arrays; then, tile by tile, what `compute` makes of them as batched tensors on the device."""
         count = len(self.grid.windows())
-        batches = [range(k, min(k + self.batch_size, count)) for k in range(first, count, self.batch_size)]
-        for turn in range(0, len(batches), self.team.size):
-            together = batches[turn : turn + self.team.size]
-            inputs = [[np.stack(arrays) for arrays in zip(*map(read, batch), strict=True)] for batch in together]
-            for batch, outputs in zip(together, self.team.share(STAGES.index(stage), index, inputs), strict=True):
-                if not np.isfinite(outputs).all():
-                    raise UserError(
-                        "the translation is not finite: this precision does not suit the checkpoint, try --precision fp32"
-                    )
-                yield from outputs
-                self.bar.update(len(batch) * cost)
+        for start in range(0, count, self.batch_size):
+            numbers = range(start, min(start + self.batch_size, count))
+            arrays = [np.stack(each) for each in zip(*map(read, numbers), strict=True)]
+            with torch.no_grad():
+                outputs = compute(*(torch.from_numpy(array).to(self.device) for array in arrays)).float().cpu()
+            require_finite(outputs, "translation")
+            yield from outputs.numpy()
+            self.bar.update(len(numbers))
 
     def window(self, number: int, factor: int = 1) -> tuple[slice, slice]:
         """Rows and columns of a tile, on a grid `factor` times as fine."""
@@ -191,27 +137,23 @@ class Tiles:
         return tuple(slice(factor * k, factor * (k + side)) for k, side in zip(starts, self.grid.tile, strict=True))
 
 
-class Translated(NamedTuple):
-    """A scene in latents."""
-
-    z_eo: Callable[[int], tuple[np.ndarray]]  # a tile's number => its EO latent [C, th, tw]
-    sigma2: Field  # whose last channel it is
-
-
 # ------------------------------------------------------------------------------------------------------ latents fused
 TURNS = ("z_even", "z_odd")  # steps take turns with two files of z_t and, below it, the σ² read so far
 
 
-def fuse_latents(model: Model, tiles: Tiles, read_pixels: Callable, scratch: Scratch) -> Translated:
-    """All tiles of a step predict from the latents of the whole scene; the scene takes the mean of the predictions."""
-    steps = model.args.num_inference_steps
+def fuse_latents(translator: Translator, tiles: Tiles, read_pixels: Callable, scratch: Scratch) -> DiskArray:
+    """All tiles of a step predict from the latents of the whole scene; the scene takes the mean of the predictions.
+
+    => the scene's EO latent and, as the last channel, σ².
+    """
+    steps = translator.sampling.num_inference_steps
+    translator.scheduler.set_timesteps(steps)
     if scratch.done is None:
-        encode_scene(model, tiles, read_pixels, scratch)
+        encode_scene(translator, tiles, read_pixels, scratch)
     for index in range(scratch.done, steps):
-        denoise_step(model, tiles, scratch, index)
+        denoise_step(translator, tiles, scratch, index)
         scratch.finish(index + 1, TURNS[(index + 1) % 2])
-    final = scratch.fields[TURNS[steps % 2]]
-    return Translated(windows_of(tiles, final, slice(0, -1)), final)
+    return scratch.arrays[TURNS[steps % 2]]
 
 
 def latent_shapes(channels: int, grid: Grid) -> dict[str, tuple[int, int, int]]:
@@ -219,86 +161,56 @@ def latent_shapes(channels: int, grid: Grid) -> dict[str, tuple[int, int, int]]:
     return {"z_sar": (channels, *size)} | dict.fromkeys(TURNS, (channels + 1, *size))
 
 
-def windows_of(tiles: Tiles, *parts) -> Callable[[int], tuple[np.ndarray, ...]]:
-    """Fields, each followed by the slice of its channels => reader of a tile of each; a row of tiles is read at once."""
-    fields = list(zip(parts[::2], parts[1::2], strict=True))
+def windows_of(tiles: Tiles, *parts: tuple[DiskArray, slice]) -> Callable[[int], tuple[np.ndarray, ...]]:
+    """Arrays, each with the slice of its channels => reader of a tile of each; a row of tiles is read at once."""
 
     @lru_cache(maxsize=1)
-    def band(start: int, stop: int) -> list[np.ndarray]:
-        return [field.read(slice(start, stop), channels) for field, channels in fields]
+    def read_rows(start: int, stop: int) -> list[np.ndarray]:
+        return [array.read(slice(start, stop), channels) for array, channels in parts]
 
     def read(number: int) -> tuple[np.ndarray, ...]:
         rows, columns = tiles.window(number)
-        return tuple(values[:, :, columns] for values in band(rows.start, rows.stop))
+        return tuple(values[:, :, columns] for values in read_rows(rows.start, rows.stop))
 
     return read
 
 
-def encode_scene(model: Model, tiles: Tiles, read_pixels: Callable, scratch: Scratch) -> None:
+def encode_scene(translator: Translator, tiles: Tiles, read_pixels: Callable, scratch: Scratch) -> None:
     """SAR pixels => z_sar; and the noise that z_t starts from."""
-    z_sar, z_t, width = scratch.fields["z_sar"], scratch.fields[TURNS[0]], tiles.grid.width
-    sigma = float(model.scheduler.init_noise_sigma)
-    for top, strip in strips(fuse(tiles.grid, tiles.run(encode_tiles, read_pixels)), width):
+    z_sar, z_t, width = scratch.arrays["z_sar"], scratch.arrays[TURNS[0]], tiles.grid.width
+    sigma = float(translator.scheduler.init_noise_sigma)
+    for top, strip in strips(fuse(tiles.grid, tiles.run(partial(encode, translator.checkpoint.vae), read_pixels)), width):
         z_sar.write(top, strip)
-        noise = noise_field(model.args.seed, len(strip), slice(top, top + strip.shape[1]), slice(0, width)) * sigma
+        rows, columns = slice(top, top + strip.shape[1]), slice(0, width)
+        noise = noise_field(translator.sampling.seed, len(strip), rows, columns) * sigma
         z_t.write(top, np.concatenate([noise, np.zeros_like(noise[:1])]))
     scratch.finish(0, "z_sar", TURNS[0])
 
 
-def denoise_step(model: Model, tiles: Tiles, scratch: Scratch, index: int) -> None:
+def denoise_step(translator: Translator, tiles: Tiles, scratch: Scratch, index: int) -> None:
     """One step of the scheduler, from one file into the other."""
-    z_sar, old, new = scratch.fields["z_sar"], scratch.fields[TURNS[index % 2]], scratch.fields[TURNS[(index + 1) % 2]]
-    channels, timestep = len(z_sar), model.scheduler.timesteps[index]
-    weights = variance_weights(VARIANCE_READOUTS[model.args.readout][0], model.scheduler.timesteps.tolist())
+    z_sar, old, new = scratch.arrays["z_sar"], scratch.arrays[TURNS[index % 2]], scratch.arrays[TURNS[(index + 1) % 2]]
+    channels, scheduler = len(z_sar), translator.scheduler
+    timestep = scheduler.timesteps[index]
+    weights = variance_weights(translator.variance_timesteps, scheduler.timesteps.tolist())
     weight = weights.get(index, 0.0) / max(sum(weights.values()), 1.0)
-    read = windows_of(tiles, z_sar, slice(None), old, slice(0, channels))
-    for top, strip in strips(fuse(tiles.grid, tiles.run(predict_tiles, read, index)), tiles.grid.width):
+    predictions = tiles.run(
+        partial(predict_tiles, translator.checkpoint, timestep), windows_of(tiles, (z_sar, slice(None)), (old, slice(channels)))
+    )
+    for top, strip in strips(fuse(tiles.grid, predictions), tiles.grid.width):
         before = old.read(slice(top, top + strip.shape[1]))
         prediction, z_t = (torch.from_numpy(values[None, :channels]) for values in (strip, before))
-        before[:channels] = model.scheduler.step(prediction, timestep, z_t).prev_sample[0].numpy()
+        before[:channels] = scheduler.step(prediction, timestep, z_t).prev_sample[0].numpy()
         if weight and len(strip) > channels:
             before[channels] += weight * strip[channels]
         new.write(top, before)
 
 
-# ------------------------------------------------------------------------------------------------------ pixels blended
-def blend_pixels(model: Model, tiles: Tiles, read_pixels: Callable, scratch: Scratch) -> Translated:
-    """Every tile by itself; a row of tiles once finished is kept."""
-    own, sigma2 = scratch.fields["tiles"], scratch.fields["sigma2"]
-    steps, (height, _) = model.args.num_inference_steps, tiles.grid.tile
-    channels, across = len(own) - 1, len(tiles.grid.lefts)
-
-    def read(number: int) -> tuple[np.ndarray, np.ndarray]:
-        return (*read_pixels(number), noise_field(model.args.seed, channels, *tiles.window(number)))
-
-    first = first_tile(scratch, tiles.grid, tiles.batch_size)
-    for number, tile in enumerate(tiles.run(translate_tiles, read, first=first, cost=steps + 1), start=first):
-        own.write(number * height, tile)
-        if (number + 1) % across == 0:
-            scratch.finish((number + 1) // across, "tiles")
-
-    def tile_of(number: int, channels: slice) -> np.ndarray:
-        return own.read(slice(number * height, (number + 1) * height), channels)
-
-    every = range(len(tiles.grid.windows()))
-    for top, strip in strips(fuse(tiles.grid, (tile_of(number, slice(-1, None)) for number in every)), tiles.grid.width):
-        sigma2.write(top, strip)
-    return Translated(lambda number: (tile_of(number, slice(0, -1)),), sigma2)
-
-
-def first_tile(scratch: Scratch, grid: Grid, batch_size: int) -> int:
-    """Where a killed run goes on: with a batch as in a run in one go, since rounding may depend on how many share one."""
-    done = (scratch.done or 0) * len(grid.lefts)
-    return done - done % batch_size
-
-
-def tile_shapes(channels: int, grid: Grid) -> dict[str, tuple[int, int, int]]:
-    """Tiles one below the other, their σ² as the last channel."""
-    height, width = grid.tile
-    return {"tiles": (channels + 1, len(grid.windows()) * height, width), "sigma2": (1, grid.height, grid.width)}
-
-
-BLENDS = {"latents": (fuse_latents, latent_shapes), "pixels": (blend_pixels, tile_shapes)}
+def predict_tiles(checkpoint: LoadedCheckpoint, timestep: torch.Tensor, z_sar: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, h, w] twice => prediction [B, C, h, w], and from a stage 2 U-Net σ² as one more channel."""
+    unet, dtype = checkpoint.unet, checkpoint.unet.dtype
+    prediction, raw = predict(unet, z_sar.to(dtype), z_t.to(dtype), timestep, checkpoint.prompt_embedding.to(dtype))
+    return prediction.float() if raw is None else torch.cat([prediction.float(), variance(raw)], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------- reading, writing
@@ -311,10 +223,10 @@ def read_padded(scene: Scene, radiometry: Radiometry, rows: slice, columns: slic
     return np.pad(pixels, beyond, mode="reflect")
 
 
-def decoded_strips(model: Model, tiles: Tiles, z_eo: Callable) -> Iterator[tuple[int, np.ndarray]]:
-    """EO latents => (first row, uint8 [3, n, W']), the VAE's tiles fused."""
-    grid = tiles.grid.times(model.factor)
-    pieces = fuse(grid, tiles.run(decode_tiles, z_eo))
+def decoded_strips(checkpoint: LoadedCheckpoint, tiles: Tiles, latents: DiskArray) -> Iterator[tuple[int, np.ndarray]]:
+    """EO latents, all but the last channel => (first row, uint8 [3, n, W']), the VAE's tiles fused."""
+    grid, z_eo = tiles.grid.times(checkpoint.factor), windows_of(tiles, (latents, slice(0, -1)))
+    pieces = fuse(grid, tiles.run(partial(decode, checkpoint.vae), z_eo))
     eight_bit = ((rows, columns, to_uint8(torch.from_numpy(piece)).transpose(2, 0, 1)) for rows, columns, piece in pieces)
     yield from strips(eight_bit, grid.width)
 
@@ -358,7 +270,7 @@ def map_strips(
         yield top, np.where(valid, np.stack([band(maps) for band in bands]), np.nan).astype(np.float32)
 
 
-def variance_strips(sigma2: Field, factor: int) -> Iterator[tuple[int, np.ndarray]]:
+def variance_strips(sigma2: DiskArray, factor: int) -> Iterator[tuple[int, np.ndarray]]:
     """σ² [.., h, w], the last channel => (first row, [1, n, factor w]): bicubic within its range.
 
     As `uncertainty.variance_map`.
@@ -380,10 +292,10 @@ def variance_strips(sigma2: Field, factor: int) -> Iterator[tuple[int, np.ndarra
         yield first * factor, strip.clamp(low, high).numpy()
 
 
-def maps_of(kind: str, known: Calibration | None) -> dict[tuple[str, str], MapOf]:
+def maps_of(kind: str, calibration: Calibration | None) -> dict[tuple[str, str], MapOf]:
     """The bands of a map: (name, unit) => what makes it of the maps of a translation."""
     variance = {("variance", "1"): lambda maps: maps["variance"]}
-    expected = {} if known is None else {("expected error, 8-bit units", "DN"): known.expected_error}
+    expected = {} if calibration is None else {("expected error, 8-bit units", "DN"): calibration.expected_error}
     match kind:
         case "confidence":
             return variance | expected
@@ -399,7 +311,7 @@ def maps_of(kind: str, known: Calibration | None) -> dict[tuple[str, str], MapOf
 
 # ------------------------------------------------------------------------------------------------------ a scene's outputs
 @dataclass(frozen=True)
-class Look:
+class SceneInfo:
     """How a scene is read, and what its outputs say of it."""
 
     radiometry: Radiometry
@@ -409,195 +321,136 @@ class Look:
     warnings: list[str]  # what is far from the training images
 
 
-def look_at(model: Model, scene: Scene, args: argparse.Namespace, options: RadiometryOptions) -> Look:
+def inspect(scene: Scene, translator: Translator, tiles: TileSettings, options: RadiometryOptions) -> SceneInfo:
     """Measure a scene, and print what was found."""
-    radiometry, notes = measure(scene, options, model.trained)
-    warnings = out_of_domain(scene, radiometry, options.gsd, model.trained)
+    checkpoint = translator.checkpoint
+    radiometry, notes = measure(scene, options, checkpoint.meta)
+    warnings = out_of_domain(scene, radiometry, options.gsd, checkpoint.meta)
     lines = [describe(scene, radiometry), *(f"note: {note}" for note in notes), *(f"WARNING: {each}" for each in warnings)]
     tqdm.write("\n".join(f"{scene.name}: {line}" for line in lines))
-    names = ("seed", *Sampling._fields, "readout", "ensemble", "ensemble_output", "precision", "tile", "overlap", "blend")
     settings = {
-        "checkpoint": model.fingerprint, **{name: getattr(args, name) for name in names},
-        "prediction_type": model.scheduler.config.prediction_type, "radiometry": asdict(radiometry),
+        "checkpoint": checkpoint.fingerprint, **asdict(translator.sampling), "precision": checkpoint.precision, **asdict(tiles),
+        "prediction_type": translator.scheduler.config.prediction_type, "radiometry": asdict(radiometry),
     }  # fmt: skip
     gsd = (options.gsd, options.gsd) if options.gsd else gsd_of(scene)
-    return Look(radiometry, settings, gsd, scene.acquired(), warnings)
+    return SceneInfo(radiometry, settings, gsd, scene.acquired(), warnings)
 
 
-def facts_of(scene: Scene, look: Look) -> dict[str, str]:
+def facts_of(scene: Scene, info: SceneInfo) -> dict[str, str]:
     """What a person wants to know of a scene's translation, for the page."""
     crs, gcps = scene.crs or scene.gcps[1], scene.gcps[0]
     georeference = "GCPs" if gcps else "RPCs" if scene.rpcs is not None and crs is None else "geotransform"
     named = crs.to_string() if crs else "none"
-    radiometry, settings = look.radiometry, look.settings
+    radiometry, settings = info.radiometry, info.settings
     channels = [f"{k} ({name})" if (name := scene.descriptions[k - 1]) else str(k) for k in radiometry.indexes]
     stretch = ", ".join(f"{low:.4g} to {high:.4g}" for low, high in radiometry.limits)
     facts = {
         "scene": ", ".join(path.name for path in scene.paths),
         "size": f"{scene.width} x {scene.height} px",
         "CRS": f"{named if len(named) < 40 else crs.to_dict().get('proj', named)} ({georeference})" if crs else georeference,
-        "GSD": " x ".join(dict.fromkeys(f"{each:.3g}" for each in look.gsd)) + " m" if look.gsd else None,
-        "acquired": look.acquired,
+        "GSD": " x ".join(dict.fromkeys(f"{each:.3g}" for each in info.gsd)) + " m" if info.gsd else None,
+        "acquired": info.acquired,
         "bands": f"{', '.join(channels)}, as {radiometry.channels}",
         "scale and stretch": f"{radiometry.scale}, {stretch} => 0 to 255",
         "sampling": f"{settings['scheduler']} {settings['timestep_spacing']}, {settings['num_inference_steps']} steps, "
         f"seed {settings['seed']}, {settings['precision']}",
-        "tiles": f"{settings['tile']} px, {settings['overlap']} px overlap, fused in {settings['blend']}",
+        "tiles": f"{settings['tile']} px, {settings['overlap']} px overlap",
         "checkpoint": settings["checkpoint"],
-        "far from the training images": "; ".join(look.warnings),
+        "far from the training images": "; ".join(info.warnings),
     }
     return {name: value for name, value in facts.items() if value}
 
 
-def tags_of(scene: Scene, look: Look) -> dict[str, str]:
-    units = [scene.units[k - 1] for k in look.radiometry.indexes]
+def tags_of(scene: Scene, info: SceneInfo) -> dict[str, str]:
+    units = [scene.units[k - 1] for k in info.radiometry.indexes]
     optional = {
-        "CDIFFSET_ACQUIRED": look.acquired,
-        "CDIFFSET_GSD_M": look.gsd and " ".join(f"{each:.6g}" for each in look.gsd),
+        "CDIFFSET_ACQUIRED": info.acquired,
+        "CDIFFSET_GSD_M": info.gsd and " ".join(f"{each:.6g}" for each in info.gsd),
         "CDIFFSET_SOURCE_UNITS": ", ".join(units) if all(units) else None,
-        "CDIFFSET_OUT_OF_DOMAIN": "; ".join(look.warnings),
+        "CDIFFSET_OUT_OF_DOMAIN": "; ".join(info.warnings),
     }
-    others = {name: value for name, value in look.settings.items() if name not in ("checkpoint", "radiometry")}
+    others = {name: value for name, value in info.settings.items() if name not in ("checkpoint", "radiometry")}
     return {
         "TIFFTAG_SOFTWARE": f"C-DiffSET, torch {torch.__version__}, diffusers {diffusers.__version__}",
         "CDIFFSET_SOURCE": ", ".join(path.name for path in scene.paths),
-        "CDIFFSET_CHECKPOINT": look.settings["checkpoint"],
-        "CDIFFSET_STRETCH": json.dumps(look.settings["radiometry"]),
+        "CDIFFSET_CHECKPOINT": info.settings["checkpoint"],
+        "CDIFFSET_STRETCH": json.dumps(info.settings["radiometry"]),
         "CDIFFSET_SETTINGS": json.dumps(others),
     } | {name: value for name, value in optional.items() if value}
 
 
 def write_map(
-    path: Path, scratch: Path, scene: Scene, look: Look, translated: Iterator, names: Sequence[str], bands: dict
+    path: Path, scratch: Path, scene: Scene, info: SceneInfo, translated: Iterator, names: Sequence[str], bands: dict
 ) -> None:
     """A float32 GeoTIFF of maps; translated, names: as for `map_strips`; bands: `maps_of`."""
-    maps = map_strips(scene, look.radiometry, translated, names, list(bands.values()))
+    maps = map_strips(scene, info.radiometry, translated, names, list(bands.values()))
     titles, units = zip(*bands, strict=True)
-    write_cog(path, scratch, scene, titles, units, "float32", maps, tags_of(scene, look))
+    write_cog(path, scratch, scene, titles, units, "float32", maps, tags_of(scene, info))
 
 
-def write_picture(path: Path, scratch: Path, scene: Scene, look: Look, translated: Iterator) -> None:
+def write_picture(path: Path, scratch: Path, scene: Scene, info: SceneInfo, translated: Iterator) -> None:
     """An RGBA GeoTIFF of strips [3, n, W'] in 0-255."""
-    pictures = eo_strips(scene, look.radiometry, translated)
+    pictures = eo_strips(scene, info.radiometry, translated)
     titles, units = ("red", "green", "blue", "alpha"), ("DN", "DN", "DN", "")
-    write_cog(path, scratch, scene, titles, units, "uint8", pictures, tags_of(scene, look))
+    write_cog(path, scratch, scene, titles, units, "uint8", pictures, tags_of(scene, info))
 
 
-def write_views(outputs: dict[str, Path], scene: Scene, look: Look) -> None:
+def write_views(outputs: dict[str, Path], scene: Scene, info: SceneInfo) -> None:
     """What is there to look at: a quicklook and the page with the slider."""
     write_quicklook(outputs["eo"].with_suffix(QUICKLOOK), outputs["eo"])
-    write_swipe(outputs, scene, look.radiometry, facts_of(scene, look), look.gsd and look.gsd[1])
+    write_swipe(outputs, scene, info.radiometry, facts_of(scene, info), info.gsd and info.gsd[1])
 
 
 def scratch_folder(outputs: dict[str, Path]) -> Path:
     return hidden_beside(outputs["eo"], "scene")
 
 
-# ------------------------------------------------------------------------------------------------------- scenes of one tile
-class WholeScenes:
-    """Scenes that fit into one tile: read and written as scenes, translated in batches as images, from the noise of places."""
-
-    def __init__(self, translator: Translator, args: argparse.Namespace, options: RadiometryOptions, known: Calibration | None):
-        self.translator, self.args, self.options, self.known = translator, args, options, known
-        self.files: Sequence[Sequence[Path]] = []
-        self.looks: dict[Sequence[Path], Look] = {}
-        self.skipped: list[Sequence[Path]] = []
-
-    def translate(self, files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, Translation]]:
-        """Files of each scene => (index, its translation on the grid that is translated), in no fixed order."""
-        self.files = files
-        yield from translate_files(self.translator, files, self.skipped, self.read, place_noise)
-
-    def read(self, files: Sequence[Path]) -> tuple[np.ndarray]:
-        """=> float32 [H, W, 3] in 0-255."""
-        with open_scene(files, self.args.max_pixels) as scene:
-            look = self.looks[files] = look_at(self.translator, scene, self.args, self.options)
-            height, width = look.radiometry.size(scene)
-            pixels, _ = look.radiometry.read(scene, Window(0, 0, width, height))
-        return (np.ascontiguousarray(np.moveaxis(pixels, 0, -1)),)
-
-    def write(self, index: int, translation: Translation, outputs: dict[str, Path]) -> None:
-        with skip_too_long(self.files[index], self.files[index][0], self.skipped):
-            self.write_all(index, translation, outputs)
-
-    def write_all(self, index: int, translation: Translation, outputs: dict[str, Path]) -> None:
-        files, maps = self.files[index], translation.uncertainties
-        look, scratch = self.looks.pop(files), scratch_folder(outputs)
-        scratch.mkdir(parents=True, exist_ok=True)
-        with open_scene(files, self.args.max_pixels) as scene:
-            for kind, path in outputs.items():
-                if kind in ("eo", "overlay"):
-                    picture = self.overlay(translation) if kind == "overlay" else translation.eo
-                    write_picture(path, scratch, scene, look, iter([(0, np.moveaxis(picture, -1, 0))]))
-                else:
-                    stacked = iter([(0, np.stack(list(maps.values())))])
-                    write_map(path, scratch, scene, look, stacked, list(maps), maps_of(kind, self.known))
-            write_views(outputs, scene, look)
-        shutil.rmtree(scratch)
-
-    def overlay(self, translation: Translation) -> np.ndarray:
-        return hatched(translation.eo, self.known.expected_error(translation.uncertainties), self.args.overlay_threshold)
-
-
-def place_noise(vae: AutoencoderKL, seed: int, images: Sequence[np.ndarray]) -> torch.Tensor:
-    """The noise [B, C, h, w] of scenes that start at place 0, 0; `diffusion.image_noise` is its counterpart."""
-    factor = vae_factor(vae)
-    shapes = [[slice(0, -(-side // factor)) for side in pixels.shape[:2]] for pixels in images]
-    return torch.from_numpy(np.stack([noise_field(seed, vae.config.latent_channels, *shape) for shape in shapes]))
-
-
 # -------------------------------------------------------------------------------------------------------- one fused scene
 def translate_scene(
-    model: Model,
-    team: Team,
+    translator: Translator,
     files: Sequence[Path],
     outputs: dict[str, Path],
-    args: argparse.Namespace,
+    settings: TileSettings,
+    batch_size: int,  # tiles computed together
     options: RadiometryOptions,
-    known: Calibration | None = None,
+    calibration: Calibration | None = None,
 ) -> None:
     """Translate a raster, or one for each polarisation, into GeoTIFFs on its own grid, the EO image last.
 
-    outputs: "eo", and "confidence" (σ² and, given the Calibration `known`, the expected error), "variance" or "error".
+    outputs: "eo", and "confidence" (σ² and, given a calibration, the expected error), "variance" or "error".
     Continues where an earlier run was killed.
     """
-    started = time.monotonic()
-    translate, shapes_of = BLENDS[args.blend]
-    with open_scene(files, args.max_pixels) as scene:
-        look = look_at(model, scene, args, options)
-        radiometry = look.radiometry
-        height, width = (-(-side // model.factor) for side in radiometry.size(scene))
-        grid = make_grid(height, width, args.tile // model.factor, args.overlap // model.factor)
+    started, checkpoint = time.monotonic(), translator.checkpoint
+    factor, channels = checkpoint.factor, checkpoint.vae.config.latent_channels
+    with open_scene(files, options.max_pixels) as scene:
+        info = inspect(scene, translator, settings, options)
+        height, width = (-(-side // factor) for side in info.radiometry.size(scene))
+        grid = make_grid(height, width, settings.tile // factor, settings.overlap // factor)
         origin = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-        shapes = shapes_of(model.vae.config.latent_channels, grid)
-        folder = scratch_folder(outputs)
-        scratch = Scratch(folder, {"origin": origin, "grid": grid, "settings": look.settings}, shapes)
-        megapixels = scene.height * scene.width / 1e6
-        with progress(scratch, args, grid, megapixels, outputs["eo"].name) as bar:
-            tiles = Tiles(team, args.batch_size, grid, bar)
+        made_with = {"origin": origin, "grid": grid, "settings": info.settings}
+        scratch = Scratch(scratch_folder(outputs), made_with, latent_shapes(channels, grid))
+        bar = progress(scratch.done, translator.sampling.num_inference_steps, grid, scene, outputs["eo"].name)
+        tiles = Tiles(grid, batch_size, checkpoint.device, bar)
 
-            def read_pixels(number: int) -> tuple[np.ndarray]:
-                return (to_signed(read_padded(scene, radiometry, *tiles.window(number, model.factor))),)
+        def read_pixels(number: int) -> tuple[np.ndarray]:
+            return (to_signed(read_padded(scene, info.radiometry, *tiles.window(number, factor))),)
 
+        with bar:
             try:
-                translated = translate(model, tiles, read_pixels, scratch)
-                write_fused(model, scene, look, tiles, translated, outputs, known, folder)
+                latents = fuse_latents(translator, tiles, read_pixels, scratch)
+                for kind, path in outputs.items():
+                    if kind != "eo":
+                        sigma2 = variance_strips(latents, factor)
+                        write_map(path, scratch.folder, scene, info, sigma2, ["variance"], maps_of(kind, calibration))
+                write_picture(outputs["eo"], scratch.folder, scene, info, decoded_strips(checkpoint, tiles, latents))
+                write_views(outputs, scene, info)
             except UserError:  # the same again would end the same way
-                shutil.rmtree(folder)
+                shutil.rmtree(scratch.folder)
                 raise
-            megapixels *= 1 - bar.initial / bar.total
-    shutil.rmtree(folder)
+        megapixels = bar.megapixels * (1 - bar.initial / bar.total)
+    shutil.rmtree(scratch.folder)
     seconds = time.monotonic() - started
     print(f"{files[0]}: {megapixels:.1f} Mpx in {seconds:.1f} s, {megapixels / seconds:.3f} Mpx/s, into {outputs['eo']}")
-
-
-def write_fused(model, scene, look, tiles, translated, outputs, known, folder: Path) -> None:
-    for kind, path in outputs.items():
-        if kind != "eo":
-            sigma2 = variance_strips(translated.sigma2, model.factor)
-            write_map(path, folder, scene, look, sigma2, ["variance"], maps_of(kind, known))
-    write_picture(outputs["eo"], folder, scene, look, decoded_strips(model, tiles, translated.z_eo))
-    write_views(outputs, scene, look)
 
 
 class Progress(tqdm):
@@ -612,15 +465,12 @@ class Progress(tqdm):
         return numbers | {"postfix": f"{done / max(numbers['elapsed'], 1e-3):.3f} Mpx/s"}
 
 
-def progress(scratch: Scratch, options: argparse.Namespace, grid: Grid, megapixels: float, name: str) -> Progress:
-    """The bar, set to what an earlier run has done."""
-    steps, count, done = options.num_inference_steps, len(grid.windows()), scratch.done
-    if options.blend == "latents":
-        stages, unit = (0 if done is None else count * (done + 1)), f"step {done} of {steps}"
-    else:
-        stages, unit = first_tile(scratch, grid, options.batch_size) * (steps + 1), f"row {done} of {len(grid.tops)} of tiles"
-    bar = Progress(total=count * (steps + 2), initial=stages, desc=name, unit="tile", mininterval=1)
-    bar.megapixels = megapixels
+def progress(done: int | None, steps: int, grid: Grid, scene: Scene, name: str) -> Progress:
+    """The bar over encoding, steps and decoding, set to what an earlier run has done: `done` steps, None: nothing."""
+    count = len(grid.windows())
+    initial = 0 if done is None else count * (done + 1)
+    bar = Progress(total=count * (steps + 2), initial=initial, desc=name, unit="tile", mininterval=1)
+    bar.megapixels = scene.height * scene.width / 1e6
     if done is not None:
-        bar.write(f"{name}: goes on after {unit}")
+        bar.write(f"{name}: goes on after step {done} of {steps}")
     return bar

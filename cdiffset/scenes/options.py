@@ -1,16 +1,21 @@
 """The options of scenes: tiles, and how the numbers of a SAR file are read. No heavy import, so that --help is quick."""
 
 import argparse
+from dataclasses import dataclass
 
 from cdiffset.errors import UserError
 from cdiffset.inference.options import check_limits
 from cdiffset.scenes.radiometry import CHANNELS, SCALES, RadiometryOptions
 
 TILE, OVERLAP = 1024, 128  # px
-BLENDS = {
-    "latents": "their predictions, at every denoising step",
-    "pixels": "finished tiles, each translated by itself from the scene's noise",
-}
+
+
+@dataclass(frozen=True)
+class TileSettings:
+    """The tiles that scenes are fused of, in px of the grid that is translated."""
+
+    tile: int  # side, a multiple of 64
+    overlap: int  # at least, a multiple of 8
 
 
 def add_scene_options(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +26,8 @@ def add_scene_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--tile", type=int, help=f"px, a multiple of 64; larger scenes are fused of tiles [{TILE}]")
     group.add_argument("--overlap", type=int, help=f"of tiles, px, a multiple of 8, at most half a tile [{OVERLAP}]")
-    group.add_argument(
-        "--blend", choices=BLENDS, help="what of the tiles is fused [latents]: "
-        + "; ".join(f"{name}: {meaning}" for name, meaning in BLENDS.items())
-    )  # fmt: skip
     add_radiometry_options(group, "[the checkpoint's, else ")
-    group.add_argument("--gsd", type=metres, metavar="METRES", help="per pixel of the scene [what the file tells]")
+    group.add_argument("--gsd", type=metres, metavar="METRES", help="per pixel of the scene [what the file says]")
     group.add_argument(
         "--resample-gsd", type=metres, nargs="?", const=True, metavar="METRES", help="translate at the GSD of the "
         "checkpoint's training images, or at this one; results come back on the scene's own grid [no resampling]"
@@ -63,7 +64,7 @@ def add_radiometry_options(group, default: str = "[") -> None:
 
 
 def metres(text: str) -> float:
-    """A length of more than 0; argparse tells a ValueError as a mistake on the command line."""
+    """A length of more than 0; argparse reports a ValueError as a mistake on the command line."""
     if not 0 < float(text) < 1e5:
         raise ValueError
     return float(text)
@@ -71,7 +72,7 @@ def metres(text: str) -> float:
 
 def scene_options_given(args: argparse.Namespace) -> list[str]:
     """The scene options on the command line, which have any file translated as a scene."""
-    tiles = [f"--{name}" for name in ("tile", "overlap", "blend") if getattr(args, name) is not None]
+    tiles = [f"--{name}" for name in ("tile", "overlap") if getattr(args, name) is not None]
     return tiles + radiometry_options(args).given()
 
 
@@ -79,12 +80,11 @@ def radiometry_options(args: argparse.Namespace) -> RadiometryOptions:
     return RadiometryOptions(**{name: getattr(args, name) for name in RadiometryOptions.__dataclass_fields__})
 
 
-def check_scene_options(args: argparse.Namespace) -> None:
-    """Fill in defaults, check limits."""
-    for name, default in (("tile", TILE), ("overlap", None), ("blend", "latents")):
-        if getattr(args, name) is None:
-            setattr(args, name, min(OVERLAP, args.tile // 2) if name == "overlap" else default)
-    check_limits(args, {"tile": (64, None), "overlap": (0, args.tile // 2)})
+def tile_settings(args: argparse.Namespace) -> TileSettings:
+    tile = TILE if args.tile is None else args.tile
+    settings = TileSettings(tile, min(OVERLAP, tile // 2) if args.overlap is None else args.overlap)
+    check_limits(settings, {"tile": (64, None), "overlap": (0, tile // 2)})
     for name, step in (("tile", 64), ("overlap", 8)):
-        if getattr(args, name) % step:
-            raise UserError(f"--{name}: expected a multiple of {step}, found {getattr(args, name)}")
+        if getattr(settings, name) % step:
+            raise UserError(f"--{name}: expected a multiple of {step}, found {getattr(settings, name)}")
+    return settings

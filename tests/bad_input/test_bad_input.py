@@ -865,7 +865,10 @@ PROGRAMS += ["data/data_split.py", "data/simulate.py"]
 
 
 def python(code: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    for name in ("torch", "torchvision"):  # builds that fit each other; others are mended first, which imports PyTorch
+        (cwd / f"{name}-9.dist-info").mkdir()
+        (cwd / f"{name}-9.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 9\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(cwd), str(REPO)])}
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
