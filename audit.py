@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         audit_report.choose_kept(findings, args.drop_share, args.max_score)
         audit_report.write_table(args.output / "audit.csv", findings)
         audit_report.write_contact_sheet(args.output / "contact_sheet.html", findings, args.top)
-        kept_list = args.output / f"kept_{args.which}.txt"  # feeders tell the split from the list's name
+        kept_list = args.output / f"kept_{args.which}.txt"  # feeders take the split from the list's name
         audit_report.write_kept_list(kept_list, feeder, root, findings)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error

@@ -118,7 +118,7 @@ def find_pairs(args: argparse.Namespace) -> list:
 def split(count: int, seed: int) -> dict[str, np.ndarray]:
     """Indices of `count` images for each of PARTS: disjoint, none empty, every image used."""
     order = np.random.default_rng(seed).permutation(count)
-    ends = np.cumsum([max(1, int(count * share)) for share in list(PARTS.values())[1:]])
+    ends = np.cumsum([max(1, int(count * fraction)) for fraction in list(PARTS.values())[1:]])
     intervals, judged, fitted = np.split(order, ends)
     return {"fit": np.sort(fitted), "intervals": np.sort(intervals), "judge": np.sort(judged)}
 

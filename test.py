@@ -49,22 +49,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Translate SAR images to EO images, with confidence maps.", allow_abbrev=False)
     group = parser.add_argument_group("files")
     group.add_argument("--sar-dir", type=Path, required=True, help="folder of SAR images and scenes, recursive, or one file")
+    group.add_argument("--output-dir", type=Path, required=True, help="EO images, 8-bit PNG, same relative paths; scenes .tif")
     group.add_argument(
-        "--output-dir", type=Path, required=True, help="EO images, 8-bit PNG, same relative paths; of scenes .tif"
-    )
-    group.add_argument(
-        "--conf-dir",
-        type=Path,
-        help="confidence maps, 8-bit PNG, each image on its own scale; of scenes variance, float32 TIFF",
+        "--conf-dir", type=Path, help="confidence maps, 8-bit PNG, each on its own scale; of scenes variance, float32 TIFF"
     )
     group.add_argument("--variance-dir", type=Path, help="variance maps, float32 TIFF, on one scale for all images")
     group.add_argument(
         "--spread-dir", type=Path, help="standard deviation over the samples of --ensemble, float32 TIFF, 8-bit EO units"
     )
     group.add_argument(
-        "--error-dir",
-        type=Path,
-        help="expected error by the calibration: float32 TIFF, 8-bit EO units, and PNG in colours from 0 to 64",
+        "--error-dir", type=Path, help="expected error, calibrated: float32 TIFF, 8-bit EO units, and PNG in colours of 0 to 64"
     )
     group.add_argument("--overlay-dir", type=Path, help="EO images, hatched where the expected error is above the threshold")
     group.add_argument("--overlay-threshold", type=float, metavar="X", help="for --overlay-dir, in 8-bit EO units (0-255)")

@@ -127,7 +127,7 @@ def check_limits(settings: object, limits: dict[str, tuple[float, float | None]]
 
 
 def recorded_settings(model: ModelSettings, machine: MachineSettings) -> dict[str, str]:
-    """What is computed by, for the record in an output folder."""
+    """Model and precision, for the record in an output folder."""
     from cdiffset.checkpoint import find_weights, identity
 
     weights = identity(find_weights(model.checkpoint, "--checkpoint"), "--checkpoint")
