@@ -54,7 +54,8 @@ def without_instructions(device: torch.device, precision: str) -> str | None:
     """A note where a CPU has to convert to compute in bf16 or fp16, which takes several times as long as float32."""
     if device.type != "cpu" or precision not in ("bf16", "fp16"):
         return None
-    if any(has and precision in name for name, has in torch.cpu.get_capabilities().items()):
+    capabilities = getattr(torch.cpu, "get_capabilities", lambda: {precision: True})  # which PyTorch before 2.11 cannot say
+    if any(has and precision in name for name, has in capabilities().items()):
         return None
     return f"note: this CPU has no instructions for {precision}, float32 is several times faster on it"
 

@@ -45,11 +45,13 @@ def test_freed_memory_is_used_again_without_being_cleared_by_the_system():
 )  # fmt: skip
 def test_a_precision_that_the_cpu_only_imitates_is_told(monkeypatch, has, device, precision, noted):
     names = ("avx512_f", "f16c", "avx512_bf16", "amx_bf16", "avx512_fp16")  # as PyTorch calls them
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: name in ("avx512_f", "f16c", *has) for name in names})
+    found = {name: name in ("avx512_f", "f16c", *has) for name in names}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     note = without_instructions(torch.device(device), precision)
     assert (f"no instructions for {precision}" in note) if noted else note is None
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="before PyTorch 2.11 a CPU's instructions are not known")
 def test_pytorch_knows_these_names():
     assert {"avx512_bf16", "amx_bf16", "avx512_fp16"} <= torch.cpu.get_capabilities().keys() or platform.machine() != "x86_64"
 
