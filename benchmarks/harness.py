@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -216,12 +215,6 @@ class Parts:
             totals[name] = totals.get(name, 0.0) + between(before, after)
         return totals
 
-    @contextmanager
-    def part(self, name: str, device: str) -> Iterator[None]:
-        before = now(device)
-        yield
-        self.spans.append((name, before, now(device)))
-
     def watch(self, owner, function: str, name: str, on_cpu: bool = False, done: Callable = lambda *_: None) -> None:
         """Time every call of a function of a module or class, also where a module of this process has imported it.
 
@@ -230,8 +223,9 @@ class Parts:
         original, device = getattr(owner, function), "cpu" if on_cpu else self.device
 
         def timed(*args, **options):
-            with self.part(name, device):
-                result = original(*args, **options)
+            before = now(device)
+            result = original(*args, **options)
+            self.spans.append((name, before, now(device)))
             done(*args)
             return result
 
@@ -267,11 +261,16 @@ def watched(command: list[str], log: Path, device: str = "cpu", pause_s: float =
     log.parent.mkdir(parents=True, exist_ok=True)
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **hidden, **environ}
-    with open(log, "w") as said:
-        process = subprocess.Popen([sys.executable, *command], stdout=said, stderr=said, cwd=REPO, env=environment)
-        while process.poll() is None:
-            yield process.pid
-            time.sleep(pause_s)
+    with (
+        open(log, "w") as said,
+        subprocess.Popen([sys.executable, *command], stdout=said, stderr=said, cwd=REPO, env=environment) as process,
+    ):
+        try:
+            while process.poll() is None:
+                yield process.pid
+                time.sleep(pause_s)
+        finally:
+            process.kill()  # where the caller has stopped; nothing else where it has ended by itself
     if process.returncode:
         raise UserError(f"exit code {process.returncode}: {last_words(log)}; see {os.path.relpath(log)}")
 
@@ -300,7 +299,7 @@ def run_worker(script: str, job: dict, folder: Path, processes: int = 1, **envir
 
     With several `processes`, torchrun starts as many of it.
     """
-    remove(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     write_json(folder / "job.json", job)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     for _ in watched([*launcher, script, "--worker", str(folder)], folder / "log.txt", job["device"], **environ):
@@ -380,6 +379,12 @@ def summarise(results: dict[str, list[dict]]) -> list[dict]:
     return rows
 
 
+def psnr(a: np.ndarray, b: np.ndarray, peak: float = 255) -> float:
+    """Of all values together, dB; inf where they are equal."""
+    error = np.mean((np.asarray(a, np.float64) - np.asarray(b)) ** 2)
+    return float(10 * np.log10(peak**2 / error)) if error else float("inf")
+
+
 def utilisation(row: dict, flop_per_image: float, precision: str, ceiling: dict[str, float]) -> str:
     return f"{row['images_per_s']['median'] * flop_per_image / ceiling[precision]:.0%} of {precision}"
 
@@ -413,10 +418,13 @@ def arms_table(title: str, rows: list[dict], columns: dict[str, Callable[[dict],
     """A row for each arm; what has no number failed."""
     cells = []
     for row in rows:
-        if row.keys() <= {"name", "failed", "parts"}:
-            cells.append([row["name"], f"failed: {row['failed'][-1]}", *["–"] * (len(columns) - 1)])
-        else:
-            cells.append([row["name"], *(column(row) for column in columns.values())])
+        has_failed = row.keys() <= {"name", "failed", "parts"}
+        shown = (
+            [f"failed: {row['failed'][-1]}", *["–"] * (len(columns) - 1)]
+            if has_failed
+            else [of(row) for of in columns.values()]
+        )
+        cells.append([row["name"], *shown])
     return table([title, *columns], cells)
 
 
@@ -435,29 +443,36 @@ def shown(numbers: dict[str, float] | None, unit: str = "") -> str:
 
 
 def report(args: argparse.Namespace, ceiling: dict[str, float], text: str, **record) -> None:
-    """Print the tables under what was run where, and keep both where that was asked for."""
-    record = {
-        "benchmark": args.benchmark, "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": machine(args.device), "versions": versions(),
+    """Print the tables under what was run where; keep them and the numbers where that was asked for."""
+    run = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "machine": machine(args.device),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         "command": shlex.join(["python", f"benchmarks/{args.benchmark}.py", *args.argv]),
-        "device": args.device, "architecture": args.architecture, "ceiling_flops_per_s": ceiling, **record,
+        "measured matrix multiplication": ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in ceiling.items()) + " TFLOP/s",
     }  # fmt: skip
-    measured = ", ".join(f"{name} {value / 1e12:.3g}" for name, value in ceiling.items())
-    lines = [
-        f"## {record['benchmark']}: {record['date']}", "", f"- machine: {record['machine']}",
-        f"- versions: {', '.join(f'{name} {number}' for name, number in record['versions'].items())}",
-        f"- command: `{record['command']}`", f"- measured matrix multiplication: {measured} TFLOP/s", "", text, "",
-    ]  # fmt: skip
-    print("\n" + "\n".join(lines))
+    lines = "\n".join(f"- {name}: {f'`{said}`' if name == 'command' else said}" for name, said in run.items() if name != "date")
+    text = f"\n## {args.benchmark}: {run['date']}\n\n{lines}\n\n{text}\n"
+    print(text)
     if args.json:
-        write_json(args.json, record)
+        write_json(args.json, {"benchmark": args.benchmark, **run, "ceiling_flops_per_s": ceiling, **record})
     if args.keep:
-        with open(RESULTS, "a") as file:
-            file.write("\n" + "\n".join(lines))
+        with open(RESULTS, "a", encoding="utf-8") as file:
+            file.write(text)
 
 
-def remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def report_arms(
+    args: argparse.Namespace,
+    ceiling: dict[str, float],
+    results: dict[str, list[dict]],  # of `alternate`
+    how: str,  # what was measured, in words
+    columns: dict[str, Callable[[dict], str]],  # of a row of `summarise`
+    parts: str | None = None,  # what the seconds of the parts are per
+) -> int:
+    """Report what `alternate` measured => 1 where any arm failed."""
+    rows = summarise(results)
+    tables = [arms_table(args.benchmark, rows, columns), *([parts_table(f"seconds per {parts}", rows)] if parts else [])]
+    report(args, ceiling, "\n\n".join([how, *tables]), results=results)
+    return 1 if any(row["failed"] for row in rows) else 0
 
 
 def write_json(path: Path, record) -> None:
@@ -489,6 +504,7 @@ def parse(parser: Parser, argv: list[str] | None, script: str) -> argparse.Names
     args.work_dir = args.work_dir.resolve()
     args.models = args.work_dir / args.architecture
     args.on_gpu = args.device == "cuda" and not args.quick
+    args.memory = "peak_gpu_gib" if args.device == "cuda" else "peak_ram_gib"
     return args
 
 

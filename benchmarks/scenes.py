@@ -2,29 +2,26 @@
 
     python benchmarks/scenes.py seams --checkpoint work_dir/demo/stage2/best --output work_dir/seams
     python benchmarks/scenes.py memory
-    python benchmarks/scenes.py bookkeeping [--base BASE]
+    python benchmarks/scenes.py bookkeeping
 
 `seams` simulates a scene with known truth (data/simulate.py), or takes --sar and --eo, two GeoTIFFs on one grid, and translates
 it in tiles of two sizes; finished translations in --output are kept. `memory` translates large float32 scenes by networks that
-cost next to nothing and watches the process. `bookkeeping` times all but the networks, and with --base a full-size U-Net.
+cost next to nothing and watches the process. `bookkeeping` times them: what is left is reading, fusing, stepping and writing.
 """
 
 import argparse
-import io
 import json
 import re
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.harness import DEMO_BASE, memory_mib, table, watched, words, write_json
+from benchmarks.harness import DEMO_BASE, memory_mib, psnr, table, watched, words, write_json
 
 # isort: split
 import rasterio
@@ -32,9 +29,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from rasterio.windows import Window
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-import test
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import to_signed, without_georeference, write_png
 from cdiffset.scenes.tiles import make_grid
@@ -85,14 +80,19 @@ def simulate(args: argparse.Namespace, sar: Path) -> np.ndarray:
 def translate(args, sar: Path, tile: int, overlap: int, seed: int) -> tuple[np.ndarray, float]:
     """=> (EO uint8 [3, H, W], seconds), from an earlier run where there is one."""
     folder = args.output / f"{tile}_{overlap}_{seed}_{args.num_inference_steps}_{args.size}"
-    timing = folder / "timing.json"
-    if not timing.is_file():
-        options = {"sar_dir": sar.resolve(), "output_dir": (folder / "eo").resolve(), "tile": tile, "overlap": overlap}
-        options |= {"checkpoint": args.checkpoint, "seed": seed, "num_inference_steps": args.num_inference_steps}
-        for _ in watched(["test.py", *words(options)], folder / "log.txt", args.device):
-            pass
-        write_json(timing, float(re.search(r"Mpx in ([\d.]+) s", (folder / "log.txt").read_text())[1]))
-    return read(folder / "eo" / f"{sar.stem}.tif")[:3], json.loads(timing.read_text())
+    if not (folder / "timing.json").is_file():
+        files = {"sar_dir": sar, "output_dir": folder / "eo", "checkpoint": Path(args.checkpoint)}
+        options = {name: path.resolve() for name, path in files.items()} | {"tile": tile, "overlap": overlap}
+        options |= {"seed": seed, "num_inference_steps": args.num_inference_steps}
+        write_json(folder / "timing.json", seconds_of(options, folder / "log.txt", args.device))
+    return read(folder / "eo" / f"{sar.stem}.tif")[:3], json.loads((folder / "timing.json").read_text())
+
+
+def seconds_of(options: dict, log: Path, device: str = "cpu") -> float:
+    """Translate one scene in a process of its own => seconds, the loading of the model left out."""
+    for _ in watched(["test.py", *words(options)], log, device):
+        pass
+    return float(re.search(r"Mpx in ([\d.]+) s", log.read_text())[1])
 
 
 def read(path: Path) -> np.ndarray:
@@ -124,10 +124,6 @@ def borders(grid, axis: int) -> set[int]:
 
 def rms(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(((a.astype(np.float64) - b) ** 2).mean()))
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(20 * np.log10(255 / rms(a, b)))
 
 
 def figure(path: Path, sar: np.ndarray, truth: np.ndarray, alone: np.ndarray, fused: np.ndarray, tile: int) -> None:
@@ -202,62 +198,21 @@ def write_noise(path: Path, size: int) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- bookkeeping
 def bookkeeping(args: argparse.Namespace) -> str:
-    """=> a table of what a tile costs besides the networks."""
-    passed = {tile: time_unet(args, tile // 8) for tile in args.tiles} if args.base else {}
-    rows, begun = [], stub_networks()
+    """=> a table of what a tile costs besides the networks, theirs next to nothing included."""
+    rows = []
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         options = scene_options(Path(folder), args) | {"scale": "dn"}
         for tile in args.tiles:
             write_noise(options["sar_dir"], 4 * tile)
-            _, few, many = (time_scene(options | {"tile": tile}, steps, begun) for steps in (1, 1, 51))  # the first warms up
+            few, many = (
+                seconds_of(options | {"tile": tile, "output_dir": f"{folder}/{tile}_{steps}", "num_inference_steps": steps},
+                           Path(folder) / "log.txt")
+                for steps in (1, 51)
+            )  # fmt: skip
             tiles = len(make_grid(4 * tile, 4 * tile, tile, args.overlap).windows())
             step, once = (many - few) / 50 / tiles * 1000, (few - (many - few) / 50) / tiles * 1000
-            share = [f"{passed[tile]:.0f}", f"{(50 * step + once) / (50 * passed[tile]):.2%}"] if passed else ["–", "–"]
-            rows.append([f"{tile}, {args.overlap}", f"{step:.2f}", f"{once:.1f}", *share])
-    columns = "tile, overlap [px]", "each step [ms a tile]", "once [ms a tile]", "U-Net pass [ms a tile]", "share at 50 steps"
-    return table(columns, rows)
-
-
-def stub_networks() -> list[float]:
-    """From here on all networks of this process cost next to nothing => the points in time at which images are encoded."""
-    begun = []
-
-    def encode(_, pixels: torch.Tensor):
-        begun.append(time.monotonic())
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixel_unshuffle(pixels[:, :1], 8)[:, :4]))
-
-    def decode(_, latents: torch.Tensor):
-        return SimpleNamespace(sample=pixel_shuffle(latents[:, :1].repeat(1, 192, 1, 1), 8))
-
-    def forward(_, latents: torch.Tensor, *__, **___):
-        return SimpleNamespace(sample=latents.new_zeros(len(latents), 5, *latents.shape[2:]))
-
-    AutoencoderKL.encode, AutoencoderKL.decode, UNet2DConditionModel.forward = encode, decode, forward
-    return begun
-
-
-def time_scene(options: dict, steps: int, begun: list[float]) -> float:
-    """Seconds of test.py from the first tile encoded to the end."""
-    begun.clear()
-    with redirect_stdout(io.StringIO()):
-        output = options["sar_dir"].parent / f"eo_{options['tile']}_{steps}"
-        test.main(words(options | {"output_dir": output, "num_inference_steps": steps}))
-    return time.monotonic() - begun[0]
-
-
-@torch.no_grad()
-def time_unet(args: argparse.Namespace, side: int) -> float:
-    """Milliseconds of one pass of the base's U-Net, patched to 8 channels in and 5 out, random weights, on one tile."""
-    config = UNet2DConditionModel.load_config(args.base, subfolder="unet") | {"in_channels": 8, "out_channels": 5}
-    dtype, times = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision], []
-    with torch.device(args.device):
-        unet = UNet2DConditionModel.from_config(config).eval().to(dtype, memory_format=torch.channels_last)
-        latents, prompt = torch.zeros(1, 8, side, side), torch.zeros(1, 8, config["cross_attention_dim"])
-    for _ in range(3):
-        started = time.monotonic()
-        unet(latents.to(dtype), 500, encoder_hidden_states=prompt.to(dtype)).sample.cpu()
-        times.append(time.monotonic() - started)
-    return min(times) * 1000
+            rows.append([f"{tile}, {args.overlap}", f"{step:.2f}", f"{once:.1f}"])
+    return table(["tile, overlap [px]", "each step [ms a tile]", "once [ms a tile]"], rows)
 
 
 def make_parser() -> Parser:
@@ -283,13 +238,10 @@ def make_parser() -> Parser:
     two.add_argument("--tile", type=int, default=1024, help="px [1024]")
     two.add_argument("--num-inference-steps", type=int, default=2, help="[2]")
     three.add_argument("--tiles", type=int, nargs="+", default=[512, 1024], help="px [512 1024]")
-    three.add_argument("--base", help="base whose U-Net is timed, built with random weights from its configuration")
-    three.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of that U-Net [bf16]")
     for each, measure in ((one, seams), (two, memory), (three, bookkeeping)):
         each.set_defaults(measure=measure)
         each.add_argument("--overlap", type=int, default=128, help="px [128]")
-    for each in (one, three):
-        each.add_argument("--device", default="cpu", help="cpu or cuda, of the networks [cpu]")
+    one.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
     for each in (two, three):
         each.add_argument("--scratch", type=Path, help="folder for temporary scenes, up to some GB [the system's]")
     return parser

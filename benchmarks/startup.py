@@ -7,6 +7,7 @@ One image, few steps, so that it is the start that counts. Every arm runs once b
 cache then.
 """
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -52,21 +53,19 @@ def main(argv: list[str] | None = None) -> int:
             base: models.base, "checkpoint": models.checkpoint, "sar_dir": images / "sar", "output_dir": folder / "eo",
             "num_inference_steps": args.steps, "device": args.device, **options,
         }  # fmt: skip
-        harness.remove(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         return first_image([script, *harness.words(command)], folder / "eo/00000.png", args.device, folder / "log.txt")
 
     ceiling = harness.matmul_ceiling(args.device)
     results = harness.alternate(args, arms, one, args.rounds + 1)
     results = {name: rounds[1:] for name, rounds in results.items()}  # the first one warmed up
-    rows = harness.summarise(results)
     columns = {
         "to the first image [s]": lambda row: shown(row["first_image_s"]),
         "to the reference": lambda row: shown(harness.ratio(results[row["name"]], results[REFERENCE], "first_image_s"), "×"),
         "to the end [s]": lambda row: shown(row["end_s"]),
     }
     how = f"One image of {args.size} px, {args.steps} DDIM steps, page cache warm."
-    harness.report(args, ceiling, f"{how}\n\n{harness.arms_table('start-up', rows, columns)}", rows=rows, results=results)
-    return 1 if any(row["failed"] for row in rows) else 0
+    return harness.report_arms(args, ceiling, results, how, columns)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
     python benchmarks/steps.py    # after `make demo`; minutes on two CPU cores
 
 translates the same images by every sampling, each from the same noise, judges picture and σ² against the truth and against the
-paper's sampling, and writes STEPS.md and steps.png into --output. The presets of
-cdiffset/inference/options.py are chosen by it.
+paper's sampling, prints the tables of STEPS.md and writes steps.png into --output. STEPS.md says what the columns mean; the
+presets of cdiffset/inference/options.py are chosen by them.
 """
 
-import argparse
 import sys
 import time
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from tqdm import tqdm
 
 from benchmarks.measures import TEST, Scenes, draw_scenes, read_simulation
 from cdiffset.confidence import variance_map
-from cdiffset.config import MIDPOINT
 from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.evaluation.uncertainty import auroc, spearman
@@ -66,11 +64,6 @@ def gradient_energy(images: torch.Tensor) -> float:
     return float(images.diff(dim=-1).square().mean() + images.diff(dim=-2).square().mean())
 
 
-def psnr_between(images: torch.Tensor, others: torch.Tensor) -> float:
-    """PSNR [dB] of all pixels together, images in [-1, 1]; inf where they are equal."""
-    return float(-10 * torch.log10(((images - others) / 2).square().mean()))
-
-
 def measures(result: Result, paper: Result, scenes: Scenes, metrics: PairMetrics) -> dict[str, float]:
     eo = scenes.eo
     of_image = {name: float(np.mean(values)) for name, values in metrics(result.eo, eo)["standard"].items()}
@@ -80,7 +73,7 @@ def measures(result: Result, paper: Result, scenes: Scenes, metrics: PairMetrics
     return {
         **{name: of_image[name] for name in ("psnr", "ssim", "lpips") if name in of_image},
         "detail": gradient_energy(result.eo) / gradient_energy(eo),
-        "to_paper": psnr_between(result.eo, paper.eo),
+        "to_paper": harness.psnr(result.eo, paper.eo, peak=2),
         "auroc": auroc(score, scenes.masks["sar_only"], ~scenes.discrepant),
         "spearman": spearman(score, error),
         "map_to_paper": spearman(result.sigma2.numpy(), paper.sigma2.numpy()),
@@ -122,38 +115,13 @@ def table(header: str, rows: dict[str, dict[str, float]]) -> str:
     return harness.table([header, *columns], cells)
 
 
-def report(rows: dict, args: argparse.Namespace, absent: dict[str, str]) -> str:
+def tables(rows: dict, steps: tuple[int, ...]) -> str:
     named = {name: " ".join(map(str, sampling)) for name, (sampling, _) in PRESETS.items()}
     presets = {f"`{name}`: {named[name]}": rows[sampling] for name, (sampling, _) in PRESETS.items() if sampling in rows}
-    presets["paper, other noise"] = rows["other noise"]
-    missing = "".join(f"\n{name.upper()} is missing: {reason} (`--lpips`)." for name, reason in absent.items())
-    parts = [
-        f"""# Fewer steps
-
-Written by `python benchmarks/steps.py` on {harness.machine(args.device)} (torch {torch.__version__}).
-`{args.checkpoint}`, the first {args.images} images of `{args.data}/test`, batches of {args.batch_size}, fp32. An image starts
-from the same noise in every sampling.{missing}
-
-- A sampling is a scheduler, its timestep spacing and its steps. A step is one pass of the U-Net, and nearly all of the time.
-- **PSNR, SSIM, LPIPS**: against the true EO, standard convention. PSNR is no quality here: the fewer the steps, the nearer the
-  result is to the mean of all that may be true, which is blurred and has the highest PSNR of all.
-- **Detail**: gradient energy (mean squared difference of neighbouring pixels) over that of the true EO; 1 is as sharp as the
-  truth. Noise counts as detail, too.
-- **PSNR to the paper's**: of the result against that of the paper's sampling ({" ".join(map(str, PAPER))}), all pixels
-  together. The row "other noise" says how far two results of the paper's own sampling are apart.
-- **AUROC SAR-only, Spearman**: of σ², read as by `--readout midpoint`, upsampled bicubically.
-- **σ² map, σ² level**: rank correlation with the paper's σ² over all latent cells, and the ratio of the geometric means. σ² is
-  read at timestep {MIDPOINT}, interpolated between the steps beside it; where all steps lie on one side, the nearest is read.
-- **s/image**: of the whole translation, measured once. "paper" and "paper, other noise" are the same work: what they differ by
-  is what the machine's other work changes.
-- Leading spacing gives the U-Net a timestep below the noisiest, yet starts from pure noise: the fewer the steps, the more that
-  is off. Trailing spacing starts where the noise is pure (Lin et al., WACV 2024).""",
-        "## Presets\n\n" + table("sampling", presets),
-        "## All samplings",
-    ]
+    parts = ["## Presets", table("sampling", presets | {"paper, other noise": rows["other noise"]}), "## All samplings"]
     for name in SCHEDULERS:
         for spacing in TIMESTEP_SPACINGS:
-            chosen = {str(n): rows[Sampling(name, spacing, n)] for n in args.steps if Sampling(name, spacing, n) in rows}
+            chosen = {str(n): rows[Sampling(name, spacing, n)] for n in steps if Sampling(name, spacing, n) in rows}
             parts += [f"### {name}, {spacing}", table("steps", chosen)]
     return "\n\n".join(parts) + "\n"
 
@@ -212,11 +180,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--checkpoint: {args.checkpoint} is of stage 1, expected one of stage 2, with a variance")
     scenes = draw_scenes(simulation, TEST, range(args.images), seed)
     rows = measure_all(model, scenes, args.steps, args.batch_size, metrics)
-    text = report(rows, args, metrics.absent)
-    with written_whole(args.output / "STEPS.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
     figure(rows, args.steps, args.output / "steps.png")
-    print(text)
+    where = f"On {harness.machine(args.device)} (torch {torch.__version__})"
+    how = f"{where}: {args.checkpoint}, {args.images} images of {args.data}/test"
+    missing = "".join(f"\n{name.upper()} is missing: {reason} (--lpips)." for name, reason in metrics.absent.items())
+    print(f"{how}, batches of {args.batch_size}, fp32.{missing}\n\n{tables(rows, args.steps)}")
     return 0
 
 

@@ -12,6 +12,7 @@ An iteration is a whole optimizer step of stage 2 with the loss value on record.
 import argparse
 import os
 import re
+import shutil
 import statistics
 import sys
 from contextlib import suppress
@@ -164,15 +165,10 @@ def compare_speed(args: argparse.Namespace) -> int:
         return harness.run_worker(__file__, job, folder, processes, **threads)
 
     results = harness.alternate(args, list(arms), one, args.rounds)
-    rows = harness.summarise(results)
-    memory = "peak_gpu_gib" if args.device == "cuda" else "peak_ram_gib"
 
-    def to_baseline(key: str, divisor: float = 1):
-        def ratio(row: dict) -> str:
-            baseline = f"{arms[row['name']][0]}: 1 process" if several else REFERENCE
-            return shown(harness.ratio(results[row["name"]], results[baseline], key, divisor), "" if several else "×")
-
-        return ratio
+    def ratio(row: dict, key: str, unit: str = "×", processes: int = 1) -> str:
+        baseline = f"{arms[row['name']][0]}: 1 process" if several else REFERENCE
+        return shown(harness.ratio(results[row["name"]], results[baseline], key, processes), unit)
 
     def utilisation(row: dict) -> str:
         settings = ROWS[row["name"]]
@@ -180,19 +176,24 @@ def compare_speed(args: argparse.Namespace) -> int:
         precision = "bf16" if settings.get("mixed_precision", "no") != "no" else "fp32"
         return harness.utilisation(row, flop, precision, ceiling)
 
-    columns = {"images/s": lambda row: shown(row["images_per_s"])}
     if several:
-        columns["scaling efficiency"] = lambda row: to_baseline("images_per_s", arms[row["name"]][1])(row)
-        columns["peak memory of each process [GiB]"] = lambda row: shown(row[memory])
+        columns = {
+            "images/s": lambda row: shown(row["images_per_s"]),
+            "scaling efficiency": lambda row: ratio(row, "images_per_s", "", arms[row["name"]][1]),
+            "peak memory of each process [GiB]": lambda row: shown(row[args.memory]),
+        }
     else:
-        columns |= {"to the reference": to_baseline("images_per_s"), "peak memory [GiB]": lambda row: shown(row[memory])}
-        columns |= {"memory to the reference's": to_baseline(memory), "FLOP utilisation": utilisation}
+        columns = {
+            "images/s": lambda row: shown(row["images_per_s"]),
+            "to the reference": lambda row: ratio(row, "images_per_s"),
+            "peak memory [GiB]": lambda row: shown(row[args.memory]),
+            "memory to the reference's": lambda row: ratio(row, args.memory),
+            "FLOP utilisation": utilisation,
+        }
     each = "".join(f", {key}={value} for each process" for key, value in threads.items())
     count = f"{args.iterations} iterations after {args.warmup} of warm-up"
-    text = f"Batch {args.batch_size} of {args.size} px{each}, {count}, stage 2."
-    tables = harness.arms_table("training", rows, columns), harness.parts_table("seconds per iteration", rows)
-    harness.report(args, ceiling, "\n\n".join([text, *tables]), flop=flops, rows=rows, results=results)
-    return 1 if any(row["failed"] for row in rows) else 0
+    how = f"Batch {args.batch_size} of {args.size} px{each}, {count}, stage 2."
+    return harness.report_arms(args, ceiling, results, how, columns, "iteration")
 
 
 # ------------------------------------------------------------------------------------------------------------- loss curves
@@ -206,39 +207,37 @@ def compare_curves(args: argparse.Namespace) -> int:
     plain = [f"defaults, seed {seed}" for seed in CURVE_SEEDS]
     arms = {name: (seed, {}) for name, seed in zip(plain, CURVE_SEEDS, strict=True)}
     arms |= {name: (CURVE_SEEDS[0], ROWS[name]) for name in args.rows if ROWS[name]}
-    means, failed = {}, False
-    for name, (seed, settings) in arms.items():
-        folder = harness.folder_of(args, f"curve of {name}", 0)
+
+    def one(name: str, round_: int) -> dict:
+        (seed, settings), folder = arms[name], harness.folder_of(args, f"curve of {name}", round_)
         job = {
             "work_dir": str(folder / "run"), "base": str(DEMO_BASE), "images": str(images), "size": 64, "batch_size": 8,
             "workers": 0, "seed": seed, "settings": {**with_cache(settings, args.models / "curve_latents"), "log_iter": 1},
         }  # fmt: skip
-        try:
-            means[name] = window_means(losses_of(job, folder, iterations, args.device))
-            print(f"{name}: mean loss of the last {CURVE_WINDOW}: {means[name][-1]:.4f}", flush=True)
-        except UserError as error:
-            failed = True
-            print(f"{name}: failed: {error}", flush=True)
-    if not all(name in means for name in plain):
-        return 1
+        means = window_means(losses_of(job, folder, iterations, args.device))
+        return {"last": means[-1], "means": means}
+
+    results = harness.alternate(args, list(arms), one, 1)
+    means = {name: result["means"] for name, (result,) in results.items() if "means" in result}
+    if failed := [name for name in plain if name not in means]:
+        raise UserError(f"{', '.join(failed)}: failed, and there is no spread of the seeds without it")
     spread = [max(window) - min(window) for window in zip(*(means[name] for name in plain), strict=True)]
     rows = []
     for name, windows in means.items():
         deviations = [abs(mine - theirs) for mine, theirs in zip(windows, means[plain[0]], strict=True)]
         within = all(mine <= most for mine, most in zip(deviations, spread, strict=True))
-        failed |= not within
         rows.append([name, *(f"{mean:.4f}" for mean in windows), f"{max(deviations):.4f}", "yes" if within else "no"])
     ends = [f"to {CURVE_WINDOW * (k + 1)}" for k in range(len(spread))]
     columns = ["mean loss", *ends, f"largest deviation from seed {CURVE_SEEDS[0]}", "within the seeds' spread"]
     how = f"The demo's base, batch 8 of 64 px. Spread of the {len(plain)} seeds in each window: "
     text = how + ", ".join(f"{value:.4f}" for value in spread) + f".\n\n{harness.table(columns, rows)}"
-    harness.report(args, harness.matmul_ceiling(args.device), text, curves=means)
-    return 1 if failed else 0
+    harness.report(args, harness.matmul_ceiling(args.device), text, results=results)
+    return 0 if len(means) == len(arms) and all(row[-1] == "yes" for row in rows) else 1
 
 
 def losses_of(job: dict, folder: Path, iterations: int, device: str) -> list[float]:
     """Train, in a process of its own => the loss of each iteration, from the run's log."""
-    harness.remove(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     for _ in harness.watched(["main.py", *command_line(job, iterations)], folder / "log.txt", device):
         pass
     log = (Path(job["work_dir"]) / "train_log.txt").read_text(encoding="utf-8")

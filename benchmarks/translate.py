@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
+from PIL import Image
 
 from benchmarks import harness
 from benchmarks.harness import REFERENCE, Parts, now, shown
@@ -84,16 +85,10 @@ def translate_project(job: dict, parts: Parts, image_is_written, unet_has_run) -
 
 
 # -------------------------------------------------------------------------------------------------------------- all of them
-def psnr(folder: Path, truth: Path) -> float:
-    """Of the 8-bit files that both folders have, over all their pixels together, dB; 130 where they are the same."""
-    from PIL import Image
-
-    pairs = [(folder / path.name, path) for path in sorted(truth.glob("*.png")) if (folder / path.name).is_file()]
-    if not pairs:
-        return math.nan
-    images = [[np.asarray(Image.open(path), np.float64) for path in pair] for pair in pairs]
-    error = np.mean([np.mean((mine - theirs) ** 2) for mine, theirs in images])
-    return 10 * math.log10(255**2 / max(error, 255**2 / 1e13))
+def psnr_of_files(folder: Path, truth: Path) -> float:
+    """Of the 8-bit files that both folders have, over all their pixels together, dB."""
+    names = sorted({path.name for path in folder.glob("*.png")} & {path.name for path in truth.glob("*.png")})
+    return harness.psnr(*(np.stack([np.asarray(Image.open(each / name)) for name in names]) for each in (folder, truth)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,11 +115,11 @@ def main(argv: list[str] | None = None) -> int:
         job = {"name": name, "device": args.device, "images": count, "batch_size": batch_size, **vars(models)}
         result = harness.run_worker(__file__, {**job, "sar_dir": str(images / "sar"), "output_dir": str(folder / "eo")}, folder)
         if name.startswith("paper"):
-            result["psnr_db"] = psnr(folder / "eo", harness.folder_of(args, REFERENCE, round_) / "eo")
+            truth = harness.folder_of(args, REFERENCE, round_) / "eo"
+            result["psnr_db"] = psnr_of_files(folder / "eo", truth) if truth.is_dir() else math.nan
         return result
 
     results = harness.alternate(args, arms, one, args.rounds)
-    rows, memory = harness.summarise(results), "peak_gpu_gib" if args.device == "cuda" else "peak_ram_gib"
 
     def utilisation(row: dict) -> str:
         flop = flops["encode"] + row["unet_passes_per_image"]["median"] * flops["unet"] + flops["decode"]
@@ -135,16 +130,14 @@ def main(argv: list[str] | None = None) -> int:
         "to the reference": lambda row: shown(harness.ratio(results[row["name"]], results[REFERENCE], "images_per_s"), "×"),
         "U-Net passes": lambda row: shown(row["unet_passes_per_image"]),
         "PSNR to the reference's": lambda row: shown(row.get("psnr_db"), " dB"),
-        "peak memory [GiB]": lambda row: shown(row[memory]),
+        "peak memory [GiB]": lambda row: shown(row[args.memory]),
         "FLOP utilisation": utilisation,
     }
-    text = (
+    how = (
         f"{args.size} px. The reference translates {args.reference_images} images one by one, DDIM-50; "
         f"the others {args.images} in batches of {args.batch_size}."
     )
-    tables = harness.arms_table("translation", rows, columns), harness.parts_table("seconds per image", rows)
-    harness.report(args, ceiling, "\n\n".join([text, *tables]), flop=flops, rows=rows, results=results)
-    return 1 if any(row["failed"] for row in rows) else 0
+    return harness.report_arms(args, ceiling, results, how, columns, "image")
 
 
 if __name__ == "__main__":
