@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -445,7 +444,7 @@ def shown(numbers: dict[str, float] | None, unit: str = "") -> str:
 def report(args: argparse.Namespace, ceiling: dict[str, float], text: str, **record) -> None:
     """Print the tables under what was run where; keep them and the numbers where that was asked for."""
     run = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "machine": machine(args.device),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "machine": machine(args.device),
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         "command": shlex.join(["python", f"benchmarks/{args.benchmark}.py", *args.argv]),
         "measured matrix multiplication": ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in ceiling.items()) + " TFLOP/s",
