@@ -11,7 +11,6 @@ All variants of a seed see the same batches, noise and timesteps for as many ite
 The loss is the project's own (cdiffset/diffusion.py); the loop is a plain one over latents that are encoded once.
 """
 
-import argparse
 import copy
 import json
 import os
@@ -27,19 +26,19 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import cdiffset  # noqa: F401  first: it mends torchvision
+from benchmarks.harness import DEMO_BASE, REPO, Model, machine
 
 # isort: split
 import torch
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
-from benchmarks.discrepancy_report import Results, figure, read_maps, report, write_compact_png
-from benchmarks.measures import Judge, draw_scenes, judge_unet
+from benchmarks.discrepancy_report import Results, figure, report
+from benchmarks.measures import TEST, TRAIN, draw_scenes, judge
 from cdiffset.config import DEFAULT_PROMPT
 from cdiffset.device import keep_freed_memory
 from cdiffset.diffusion import predict, target_of, training_loss
-from cdiffset.errors import UserError, run
+from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import written_whole
 from cdiffset.losses import variance
 from cdiffset.model import (
@@ -55,7 +54,6 @@ from cdiffset.model import (
 )
 from data.simulate import Simulation
 
-REPO = Path(__file__).parents[1]
 SCENE_SEED = 0
 FIGURE_FROM = 32  # the held-out scenes that the figure chooses from
 
@@ -162,13 +160,17 @@ def trained_at(level: str, size: Size) -> str:
     return level if size.train_levels else "standard"
 
 
+def scenes_of(level: str, size: Size) -> Simulation:
+    return replace(LEVELS[level], size=size.scene_px)
+
+
 # --------------------------------------------------------------------------------------------------------------------- training
 @torch.no_grad()
 def encode_scenes(base: str, simulation: Simulation, count: int, device: str) -> torch.Tensor:
     """Training scenes => latents [count, 2, C, h, w], SAR and EO, float32, by a VAE in bfloat16 as in mixed precision."""
     vae, chunks = load_vae(base, torch.bfloat16).to(device), []
     for start in tqdm(range(0, count, 64), desc="simulating and encoding", unit="batch", mininterval=5):
-        scenes = draw_scenes(simulation, "train", range(start, min(start + 64, count)), SCENE_SEED)
+        scenes = draw_scenes(simulation, TRAIN, range(start, min(start + 64, count)), SCENE_SEED)
         pair = [encode(vae, pixels.to(device)).cpu() for pixels in (scenes.sar, scenes.eo)]
         chunks.append(torch.stack(pair, 1))
     return torch.cat(chunks)
@@ -180,10 +182,6 @@ def load_latents(output: Path, base: str, level: str, size: Size, device: str) -
         with written_whole(file) as temporary:
             torch.save(encode_scenes(base, scenes_of(level, size), size.train, device), temporary)
     return torch.load(file, weights_only=True)
-
-
-def scenes_of(level: str, size: Size) -> Simulation:
-    return replace(LEVELS[level], size=size.scene_px)
 
 
 def start_unet(base: str, variant: Variant, folder: Path | None):
@@ -218,8 +216,12 @@ def cdiff_weights(scheduler, sigma2: torch.Tensor) -> torch.Tensor:
     return weights / weights.mean()
 
 
-def weighted_mse(unet, scheduler, z_sar, z_eo, noise, timesteps, prompt_embedding, weights: torch.Tensor):
-    """The control: MSE with a weight for each timestep [1000], shared by all cells of a latent => scalar."""
+def project_loss(unet, z_sar, z_eo, noise, timesteps, *, scheduler, prompt_embedding, beta) -> torch.Tensor:
+    return training_loss(unet, scheduler, z_sar, z_eo, noise, timesteps, prompt_embedding, beta)[0]
+
+
+def weighted_mse(unet, z_sar, z_eo, noise, timesteps, *, scheduler, prompt_embedding, weights: torch.Tensor) -> torch.Tensor:
+    """The control: MSE with a weight for each timestep [1000], shared by all cells of a latent."""
     prediction, _ = predict(unet, z_sar, scheduler.add_noise(z_eo, noise, timesteps), timesteps, prompt_embedding)
     squared = (target_of(scheduler, z_eo, noise, timesteps) - prediction.float()) ** 2
     return (weights.to(squared.device)[timesteps][:, None, None, None] * squared).mean()
@@ -260,9 +262,10 @@ def train_job(job: Job, output: Path, base: str, size: Size, device: str) -> Non
     if variant.weighted_like:
         like = load_unet(str(earlier[variant.weighted_like]), base, latents.shape[2], "weighted_like")[0].to(device)
         sigma2 = expected_sigma2(like.eval(), scheduler, latents, prompt)
-        loss_of = partial(weighted_loss, scheduler, prompt, cdiff_weights(scheduler, sigma2))
+        loss_of = partial(weighted_mse, weights=cdiff_weights(scheduler, sigma2))
     else:
-        loss_of = partial(project_loss, scheduler, prompt, variant.beta)
+        loss_of = partial(project_loss, beta=variant.beta)
+    loss_of = partial(loss_of, scheduler=scheduler, prompt_embedding=prompt)
     seed = 1000 * job.seed + (2 if variant.start else 1)  # a stage 2 sees other batches than the stage 1 before it
     average = train(unet, loss_of, latents, size, iterations_of(variant, size), seed, device)
     temporary = folder / "unet.part"
@@ -277,31 +280,20 @@ def iterations_of(variant: Variant, size: Size) -> int:
     return size.stage1 + size.stage2 if variant.confidence else size.stage1
 
 
-def project_loss(scheduler, prompt, beta, unet, z_sar, z_eo, noise, timesteps) -> torch.Tensor:
-    return training_loss(unet, scheduler, z_sar, z_eo, noise, timesteps, prompt, beta)[0]
-
-
-def weighted_loss(scheduler, prompt, weights, unet, z_sar, z_eo, noise, timesteps) -> torch.Tensor:
-    return weighted_mse(unet, scheduler, z_sar, z_eo, noise, timesteps, prompt, weights)
-
-
 # ---------------------------------------------------------------------------------------------------------------------- judging
 def judge_job(job: Job, output: Path, base: str, size: Size, device: str) -> None:
     """Judge a trained variant on the held-out scenes => result.json and maps.npz in its folder, unless they are there."""
     folder, variant = job.folder(output), VARIANTS[job.variant]
     if (folder / "result.json").is_file() or job.variant not in JUDGED:
         return
-    scenes = draw_scenes(scenes_of(job.level, size), "test", range(size.test), SCENE_SEED)
-    prompt = embed_prompt(base, variant.prompt).to(device)
-    use = dict(
-        num_inference_steps=size.steps, batch_size=32, audit_timesteps=size.audit_timesteps, audit_draws=size.audit_draws
-    )
-    judge = Judge(load_vae(base).to(device), load_scheduler(base, "epsilon"), prompt, **use)
+    scenes = draw_scenes(scenes_of(job.level, size), TEST, range(size.test), SCENE_SEED)
+    vae, prompt = load_vae(base).to(device), embed_prompt(base, variant.prompt).to(device)
     trained = replace(job, level=trained_at(job.level, size)).folder(output)
-    unet, _ = load_unet(str(trained), base, judge.vae.config.latent_channels, "judge")
-    thorough = job.variant in ("mse", "cdiff") and job.level == "standard"
+    unet = load_unet(str(trained), base, vae.config.latent_channels, "judge")[0].to(device).eval()
+    thorough = job.variant in AT_EVERY_LEVEL and job.level == "standard"
     with torch.autocast(torch.device(device).type, torch.bfloat16):
-        numbers, maps = judge_unet(judge, unet.to(device).eval(), scenes, size.samples if thorough else 1, thorough)
+        model = Model(unet, vae, load_scheduler(base, "epsilon"), prompt)
+        numbers, maps = judge(model, scenes, size, size.samples if thorough else 1, thorough)
     if thorough:
         with written_whole(folder / "maps.npz") as temporary:
             np.savez_compressed(temporary, **{name: values[:FIGURE_FROM].astype(np.float32) for name, values in maps.items()})
@@ -348,32 +340,19 @@ def read_results(output: Path) -> Results:
     return results
 
 
-def machine() -> str:
-    """The processor that computes, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    file = Path("/proc/cpuinfo")  # Linux; elsewhere Python knows the name
-    lines = file.read_text().splitlines() if file.is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def heading(name: str, size: Size) -> str:
+def heading(name: str, size: Size, device: str) -> str:
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "numpy", "scipy"))
-    scenes = {level: {key: f"{key} {value:g}" for key, value in asdict(LEVELS[level]).items()} for level in LEVELS}
-    standard = scenes["standard"]
-    levels = [
-        f"{level}: {', '.join(text for key, text in described.items() if text != standard[key])}"
-        for level, described in scenes.items()
-        if level != "standard"
-    ]
+    standard = asdict(STANDARD)
+    changed = {level: {k: v for k, v in asdict(each).items() if v != standard[k]} for level, each in LEVELS.items()}
+    described = {level: ", ".join(f"{k} {v:g}" for k, v in values.items()) for level, values in changed.items()}
+    others = "; ".join(f"{level}: {text}" for level, text in described.items() if text)
     return f"""# The discrepancy benchmark
 
 Written by `python benchmarks/discrepancy.py --size {name}`
-on {machine()} (Python {platform.python_version()}, {versions}).
+on {machine(device)} (Python {platform.python_version()}, {versions}).
 
 - Scenes: `data/simulate.py`, seed {SCENE_SEED}, {size.scene_px} px, {size.train} for training and {size.test} held out.
-- Standard level: {", ".join(standard[key] for key in standard if key != "size")}. Others: {"; ".join(levels)}.
+- Standard level: {", ".join(f"{k} {v:g}" for k, v in standard.items() if k != "size")}. Others: {others}.
 - Training: {size.stage1} iterations of stage 1 and {size.stage2} of stage 2, their sum for every variant.
 - Each stage: batch {size.batch_size}, AdamW, learning rate {size.learning_rate:g} with a cosine schedule, bf16, average of the
   weights {size.ema_decay:g}; seeds {", ".join(map(str, size.seeds))}.
@@ -381,57 +360,54 @@ on {machine()} (Python {platform.python_version()}, {versions}).
 - Audit: timesteps {", ".join(map(str, size.audit_timesteps))}, {size.audit_draws} draws of noise."""
 
 
-def write_report(output: Path, name: str, size: Size) -> None:
+def write_report(output: Path, name: str, size: Size, device: str) -> None:
     """DISCREPANCY.md, results.json and, once both are judged, the figure of MSE and C-Diff, into the output folder."""
     results = read_results(output)
     if not results:
         raise UserError(f"--output: {output} holds no results yet: run without --report-only first")
     judged = {variant: VARIANTS[variant].label for variant in JUDGED}
     how_trained = f"Trained on scenes of {'the same' if size.train_levels else 'the standard'} level."
-    text = report(results, judged, list(LEVELS), list(AT_EVERY_LEVEL), heading(name, size), how_trained)
+    text = report(results, judged, list(LEVELS), AT_EVERY_LEVEL, heading(name, size, device), how_trained)
     record = [numbers for seeds in results.values() for _, numbers in sorted(seeds.items())]
     for file, content in (("DISCREPANCY.md", text), ("results.json", json.dumps(record, indent=2) + "\n")):
         with written_whole(output / file) as temporary:
             temporary.write_text(content, encoding="utf-8")
-    maps = {variant: Job("standard", size.seeds[0], variant).folder(output) / "maps.npz" for variant in ("mse", "cdiff")}
+    maps = {variant: Job("standard", size.seeds[0], variant).folder(output) / "maps.npz" for variant in AT_EVERY_LEVEL}
     if all(file.is_file() for file in maps.values()):
-        scenes = draw_scenes(scenes_of("standard", size), "test", range(min(FIGURE_FROM, size.test)), SCENE_SEED)
+        scenes = draw_scenes(scenes_of("standard", size), TEST, range(min(FIGURE_FROM, size.test)), SCENE_SEED)
         with written_whole(output / "figure.png") as temporary:
-            write_compact_png(temporary, figure(scenes, {variant: read_maps(file) for variant, file in maps.items()}))
+            figure(scenes, {variant: dict(np.load(file)) for variant, file in maps.items()}).save(
+                temporary, "PNG", optimize=True
+            )
     print(text)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="The discrepancy benchmark.", allow_abbrev=False)
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description="The discrepancy benchmark.", allow_abbrev=False)
     parser.add_argument(
         "--size", choices=SIZES, required=True, help="small: 2 CPU cores; large: a GPU; tiny: a check of the command"
     )
     parser.add_argument("--output", type=Path, help="folder of the run [work_dir/benchmarks/discrepancy/SIZE]")
-    parser.add_argument("--base", default=str(REPO / "assets/demo_base"), help="base model, name or folder [the demo's]")
+    parser.add_argument("--base", default=str(DEMO_BASE), help="base model, name or folder [the demo's]")
     others = [level for level in LEVELS if level != "standard"]
     listed = f"difficulties beside the standard one: any of {', '.join(map(repr, others))} [all]"
     parser.add_argument("--levels", nargs="*", choices=others, default=others, metavar="LEVEL", help=listed)
     parser.add_argument("--workers", type=int, help="variants trained at once [the CPU's cores; 1 on a GPU]")
     parser.add_argument("--report-only", action="store_true", help="write the report of what has been judged so far")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     check_base(args.base)
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: expected at least 1, found {args.workers}")
     size, device = SIZES[args.size], "cuda" if torch.cuda.is_available() else "cpu"
     output = args.output or REPO / "work_dir/benchmarks/discrepancy" / args.size
-    settings = {"size": asdict(size), "base": args.base, "levels": {name: asdict(level) for name, level in LEVELS.items()}}
-    check_settings(output, settings)
+    check_settings(output, {"size": asdict(size), "base": args.base, "levels": {name: asdict(e) for name, e in LEVELS.items()}})
     if not args.report_only:
         for level in dict.fromkeys(trained_at(level, size) for level in ("standard", *args.levels)):
             load_latents(output, args.base, level, size, device)
         workers = args.workers or (1 if device == "cuda" else os.cpu_count() or 1)
         do_job = partial(run_job, output=output, base=args.base, size=size, device=device)
         run_all(all_jobs(size, args.levels), workers, do_job)
-    write_report(output, args.size, size)
+    write_report(output, args.size, size, device)
     return 0
 
 

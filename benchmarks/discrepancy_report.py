@@ -1,8 +1,7 @@
 """The discrepancy benchmark's tables and figure, from the results of its jobs."""
 
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -10,13 +9,16 @@ from PIL import Image
 from scipy.stats import t as student_t
 
 import utils
+from benchmarks.harness import table
 from benchmarks.measures import APPEARS, Scenes
 
 Results = dict[tuple[str, str], dict[int, dict]]  # (level, variant) -> seed -> numbers
+Columns = dict[str, tuple[str, int]]  # title -> (path of keys to a number of a seed, digits shown)
 SCALE = 2  # a 64 px scene is shown at 128 px
 FIGURE_SCENES = 5
 
 
+# ------------------------------------------------------------------------------------------------------------------- statistics
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % confidence interval (Student's t over the seeds); NaN from a single seed."""
     n = len(values)
@@ -24,104 +26,34 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
-def cell(values: list[float], digits: int = 3) -> str:
+def cell(values: list[float | None], digits: int = 3) -> str:
     if not values or any(value is None for value in values):
         return "–"
     mean, half = interval(values)
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]) + "\n"
-
-
-def at(*keys: str) -> Callable[[dict], float | None]:
-    """Numbers of a seed => the value at a path of keys, None where there is none."""
-
-    def look(numbers: dict):
-        for key in keys:
+def over_seeds(results: Results, level: str, variant: str, path: str) -> list[float | None]:
+    """The number at a path of keys ("picture/psnr") of each seed, None where there is none."""
+    values = []
+    for _, numbers in sorted(results.get((level, variant), {}).items()):
+        for key in path.split("/"):
             numbers = numbers.get(key) if isinstance(numbers, dict) else None
-        return numbers
-
-    return look
-
-
-def over_seeds(results: Results, level: str, variant: str, value: Callable) -> list:
-    return [value(numbers) for _, numbers in sorted(results.get((level, variant), {}).items())]
+        values.append(numbers)
+    return values
 
 
-def variant_table(results: Results, level: str, labels: dict[str, str], columns: dict[str, tuple[Callable, int]]) -> str:
-    """A row per variant that has results at this level, a column per measure."""
-    rows = [
-        [label, *(cell(over_seeds(results, level, name, value), digits) for value, digits in columns.values())]
-        for name, label in labels.items()
-        if results.get((level, name))
-    ]
-    return markdown(["variant", *columns], rows)
+def cells(results: Results, level: str, variant: str, columns: Iterable[tuple[str, int]]) -> list[str]:
+    return [cell(over_seeds(results, level, variant, path), digits) for path, digits in columns]
 
 
-PICTURE = {
-    "PSNR [dB] ↑": (at("picture", "psnr"), 2), "SSIM ↑": (at("picture", "ssim"), 3),
-    "PSNR outside ↑": (at("picture", "psnr_outside"), 2), "PSNR inside": (at("picture", "psnr_inside"), 2),
-    "hallucination rate ↓": (at("picture", "drawn_sar_only"), 3),
-    "drawn, of objects in both ↑": (at("picture", "drawn_both"), 3), "drawn, of EO-only": (at("picture", "drawn_eo_only"), 3),
-}  # fmt: skip
-EARLY, BRIGHTNESS = "σ² early", "SAR brightness"
-CONFIDENCE = {
-    "σ² AUROC movable / permanent ↑": (at("maps", EARLY, "auroc_movable"), 3),
-    "σ² AUROC SAR-only ↑": (at("maps", EARLY, "auroc_sar_only"), 3), "σ² AP SAR-only ↑": (at("maps", EARLY, "ap_sar_only"), 3),
-    "σ² AUSE ↓": (at("maps", EARLY, "ause"), 3), "σ² ENCE ↓": (at("maps", EARLY, "ence"), 3),
-    "audit AUROC ↑": (at("audit", "auroc_all"), 3), "audit AP ↑": (at("audit", "ap_all"), 3),
-}  # fmt: skip
-READOUT = {
-    "U-Net passes": ("passes", 0), "AUROC movable / permanent ↑": ("auroc_movable", 3),
-    "AUROC SAR-only ↑": ("auroc_sar_only", 3), "AP SAR-only ↑": ("ap_sar_only", 3),
-    "AUROC EO-only": ("auroc_eo_only", 3), "Spearman with the error ↑": ("spearman", 3),
-    "AUSE ↓": ("ause", 3), "ENCE ↓": ("ence", 3),
-}  # fmt: skip
-AUDIT = {
-    "AUROC all ↑": "auroc_all", "AUROC SAR-only ↑": "auroc_sar_only", "AUROC EO-only ↑": "auroc_eo_only", "AP all ↑": "ap_all",
-    "AP SAR-only ↑": "ap_sar_only", "AP EO-only ↑": "ap_eo_only",
-}  # fmt: skip
-
-
-def readout_table(results: Results, variant: str) -> str:
-    """A row per map of a variant at the standard level, in the order of the AUROC of movable against permanent structures."""
-    seeds = results.get(("standard", variant), {})
-    names = {name: None for numbers in seeds.values() for name in numbers["maps"]}
-    key = {name: np.mean([numbers["maps"][name]["auroc_movable"] for numbers in seeds.values()]) for name in names}
-    rows = []
-    for name in sorted(names, key=lambda name: -key[name]):
-        values = {
-            column: over_seeds(results, "standard", variant, at("maps", name, measure))
-            for column, (measure, _) in READOUT.items()
-        }
-        first, *others = READOUT
-        rows.append([name, str(values[first][0]), *(cell(values[column], READOUT[column][1]) for column in others)])
-    return markdown(["map", *READOUT], rows)
-
-
-AT_TIMESTEP = {
-    "AUROC movable / permanent": "auroc_movable", "AUROC SAR-only": "auroc_sar_only", "AUROC EO-only": "auroc_eo_only",
-}  # fmt: skip
-
-
-def timestep_table(results: Results, variant: str) -> str:
-    """AUROC of σ² by the step of sampling at which it is read, at about eight of the steps."""
-    seeds = results.get(("standard", variant), {})
-    timesteps = list(next(iter(seeds.values()))["by_timestep"])
-    shown = timesteps[:: max(1, len(timesteps) // 8)]
-    rows = []
-    for label, measure in AT_TIMESTEP.items():
-        cells = [cell(over_seeds(results, "standard", variant, at("by_timestep", timestep, measure)), 2) for timestep in shown]
-        rows.append([label, *cells])
-    return markdown(["σ² at timestep", *shown], rows)
-
-
-def difference(results: Results, better: str, worse: str, value: Callable) -> list[float]:
+def difference(results: Results, better: str, worse: str, path: str) -> list[float]:
     """Of each seed that both have: what `better` has more than `worse`, at the standard level."""
-    ours, theirs = results.get(("standard", better), {}), results.get(("standard", worse), {})
-    return [value(ours[seed]) - value(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    ours, theirs = (
+        dict(zip(sorted(results.get(("standard", name), {})), over_seeds(results, "standard", name, path), strict=True))
+        for name in (better, worse)
+    )
+    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def verdict(values: list[float], sign: int = 1) -> str:
@@ -134,6 +66,42 @@ def verdict(values: list[float], sign: int = 1) -> str:
     return "supported" if mean * sign > 0 else "contradicted"
 
 
+# ----------------------------------------------------------------------------------------------------------------------- tables
+EARLY, BRIGHTNESS = "σ² early", "SAR brightness"
+PICTURE: Columns = {
+    "PSNR [dB] ↑": ("picture/psnr", 2), "SSIM ↑": ("picture/ssim", 3), "PSNR outside ↑": ("picture/psnr_outside", 2),
+    "PSNR inside": ("picture/psnr_inside", 2), "hallucination rate ↓": ("picture/drawn_sar_only", 3),
+    "drawn, of objects in both ↑": ("picture/drawn_both", 3), "drawn, of EO-only": ("picture/drawn_eo_only", 3),
+}  # fmt: skip
+CONFIDENCE: Columns = {
+    "σ² AUROC movable / permanent ↑": (f"maps/{EARLY}/auroc_movable", 3),
+    "σ² AUROC SAR-only ↑": (f"maps/{EARLY}/auroc_sar_only", 3), "σ² AP SAR-only ↑": (f"maps/{EARLY}/ap_sar_only", 3),
+    "σ² AUSE ↓": (f"maps/{EARLY}/ause", 3), "σ² ENCE ↓": (f"maps/{EARLY}/ence", 3), "audit AUROC ↑": ("audit/auroc_all", 3),
+    "audit AP ↑": ("audit/ap_all", 3),
+}  # fmt: skip
+AUDIT: Columns = {
+    "AUROC all ↑": ("audit/auroc_all", 3), "AUROC SAR-only ↑": ("audit/auroc_sar_only", 3),
+    "AUROC EO-only ↑": ("audit/auroc_eo_only", 3), "AP all ↑": ("audit/ap_all", 3),
+    "AP SAR-only ↑": ("audit/ap_sar_only", 3), "AP EO-only ↑": ("audit/ap_eo_only", 3),
+}  # fmt: skip
+LEVEL: Columns = {
+    "PSNR [dB] ↑": ("picture/psnr", 2), "PSNR inside": ("picture/psnr_inside", 2),
+    "hallucination rate ↓": ("picture/drawn_sar_only", 3), "drawn, of objects in both ↑": ("picture/drawn_both", 3),
+    "brightness AUROC movable": (f"maps/{BRIGHTNESS}/auroc_movable", 3),
+    "σ² AUROC movable ↑": (f"maps/{EARLY}/auroc_movable", 3), "σ² AUROC SAR-only ↑": (f"maps/{EARLY}/auroc_sar_only", 3),
+    "audit AUROC ↑": ("audit/auroc_all", 3),
+}  # fmt: skip
+READOUT = {
+    "AUROC movable / permanent ↑": "auroc_movable", "AUROC SAR-only ↑": "auroc_sar_only", "AP SAR-only ↑": "ap_sar_only",
+    "AUROC EO-only": "auroc_eo_only", "Spearman with the error ↑": "spearman", "AUSE ↓": "ause", "ENCE ↓": "ence",
+}  # fmt: skip
+AT_TIMESTEP = {
+    "AUROC movable / permanent": "auroc_movable", "AUROC SAR-only": "auroc_sar_only", "AUROC EO-only": "auroc_eo_only",
+}  # fmt: skip
+MEAN_PICTURE = {
+    "PSNR [dB] ↑": ("psnr", 2), "PSNR inside": ("psnr_inside", 2), "PSNR outside ↑": ("psnr_outside", 2),
+    "hallucination rate ↓": ("drawn_sar_only", 3), "drawn, of objects in both ↑": ("drawn_both", 3),
+}  # fmt: skip
 CLAIMS = [  # claim, measure, its unit's digits, variants compared, sign claimed
     ("C-Diff translates better than stage 1 alone", "psnr", 2, "cdiff", "mse", 1),
     ("… inside the discrepancies", "psnr_inside", 2, "cdiff", "mse", 1),
@@ -151,89 +119,114 @@ CLAIMS = [  # claim, measure, its unit's digits, variants compared, sign claimed
 ]  # fmt: skip
 
 
+def variant_table(results: Results, labels: dict[str, str], columns: Columns) -> str:
+    """A row per variant, a column per measure, at the standard level."""
+    return table(
+        ["variant", *columns],
+        [[label, *cells(results, "standard", name, columns.values())] for name, label in labels.items()],
+    )
+
+
+def level_table(results: Results, levels: list[str], labels: dict[str, str]) -> str:
+    rows = [
+        [level, label, len(seeds), *cells(results, level, name, LEVEL.values())]
+        for level in levels
+        for name, label in labels.items()
+        if (seeds := results.get((level, name)))
+    ]
+    return table(["level", "variant", "seeds", *LEVEL], rows)
+
+
+def readout_table(results: Results, variant: str) -> str:
+    """A row per map of a variant at the standard level, in the order of the AUROC of movable against permanent structures."""
+    first = next(iter(results["standard", variant].values()))["maps"]
+    order = {name: np.mean(over_seeds(results, "standard", variant, f"maps/{name}/auroc_movable")) for name in first}
+    rows = []
+    for name in sorted(first, key=lambda name: -order[name]):
+        columns = [(f"maps/{name}/{measure}", 3) for measure in READOUT.values()]
+        rows.append([name, first[name]["passes"], *cells(results, "standard", variant, columns)])
+    return table(["map", "U-Net passes", *READOUT], rows)
+
+
+def timestep_table(results: Results, variant: str) -> str:
+    """AUROC of σ² by the step of sampling at which it is read, at about eight of the steps."""
+    timesteps = list(next(iter(results["standard", variant].values()))["by_timestep"])
+    shown = timesteps[:: max(1, len(timesteps) // 8)]
+    rows = []
+    for label, measure in AT_TIMESTEP.items():
+        columns = [(f"by_timestep/{timestep}/{measure}", 2) for timestep in shown]
+        rows.append([label, *cells(results, "standard", variant, columns)])
+    return table(["σ² at timestep", *shown], rows)
+
+
+def mean_picture_table(results: Results) -> str:
+    rows = []
+    for variant, label in (("mse", "MSE"), ("cdiff", "C-Diff")):
+        for output, key in (("one sample", "picture"), ("mean of all samples", "picture_of_mean")):
+            columns = [(f"{key}/{measure}", digits) for measure, digits in MEAN_PICTURE.values()]
+            rows.append([label, output, *cells(results, "standard", variant, columns)])
+    return table(["loss", "output", *MEAN_PICTURE], rows)
+
+
 def claims_table(results: Results) -> str:
     rows = []
     for claim, measure, digits, better, worse, sign in CLAIMS:
-        values = difference(results, better, worse, at("picture", measure))
-        rows.append(
-            [claim, measure.replace("drawn_sar_only", "hallucination rate"), cell(values, digits), verdict(values, sign)]
-        )
-    return markdown(["claim", "difference in", "mean ± 95 % interval", "verdict"], rows)
+        values = difference(results, better, worse, f"picture/{measure}")
+        name = "hallucination rate" if measure == "drawn_sar_only" else measure
+        rows.append([claim, name, cell(values, digits), verdict(values, sign)])
+    return table(["claim", "difference in", "mean ± 95 % interval", "verdict"], rows)
 
 
 def targets_table(results: Results) -> str:
     """What the benchmark set out to reach, and what it reached: means over the seeds."""
 
-    def movable(name: str) -> float:
-        return mean(at("maps", name, "auroc_movable"))
-
-    def mean(value: Callable) -> float:
-        return float(np.mean(over_seeds(results, "standard", "cdiff", value)))
+    def mean(path: str) -> float:
+        return float(np.mean(over_seeds(results, "standard", "cdiff", path)))
 
     maps = next(iter(results["standard", "cdiff"].values()))["maps"]
-    best = max((name for name in maps if name != BRIGHTNESS), key=movable)
-    single = max((name for name in maps if name.startswith("σ²") and "noises" not in name), key=movable)
-    gain = difference(results, "cdiff", "mse", at("picture", "psnr"))
+    movable = {name: mean(f"maps/{name}/auroc_movable") for name in maps}
+    best = max((name for name in maps if name != BRIGHTNESS), key=movable.get)
+    single = max((name for name in maps if name.startswith("σ²") and "noises" not in name), key=movable.get)
+    gain = difference(results, "cdiff", "mse", "picture/psnr")
     reached = [  # target, bound, value, whether larger is better
-        ("AUROC movable / permanent of the SAR's brightness", 0.60, movable(BRIGHTNESS), False),
-        (f"… of the best readout: {best}", 0.80, movable(best), True),
-        (f"… of the best σ² of a single sample: {single}", 0.80, movable(single), True),
-        ("audit AUROC, all discrepancies", 0.95, mean(at("audit", "auroc_all")), True),
+        ("AUROC movable / permanent of the SAR's brightness", 0.60, movable[BRIGHTNESS], False),
+        (f"… of the best readout: {best}", 0.80, movable[best], True),
+        (f"… of the best σ² of a single sample: {single}", 0.80, movable[single], True),
+        ("audit AUROC, all discrepancies", 0.95, mean("audit/auroc_all"), True),
         ("PSNR of C-Diff minus that of MSE [dB]", 0.0, float(np.mean(gain)) if gain else math.nan, True),
     ]
     rows = []
     for target, bound, value, larger in reached:
         met = "reached" if (value >= bound if larger else value <= bound) else "missed"
         rows.append([target, f"{'≥' if larger else '≤'} {bound:.2f}", f"{value:.3f}", "–" if math.isnan(value) else met])
-    return markdown(["target", "bound", "mean over the seeds", "verdict"], rows)
-
-
-def level_table(results: Results, levels: list[str], labels: dict[str, str]) -> str:
-    columns = {
-        "PSNR [dB] ↑": (at("picture", "psnr"), 2), "PSNR inside": (at("picture", "psnr_inside"), 2),
-        "hallucination rate ↓": (at("picture", "drawn_sar_only"), 3),
-        "drawn, of objects in both ↑": (at("picture", "drawn_both"), 3),
-        "brightness AUROC movable": (at("maps", BRIGHTNESS, "auroc_movable"), 3),
-        "σ² AUROC movable ↑": (at("maps", EARLY, "auroc_movable"), 3),
-        "σ² AUROC SAR-only ↑": (at("maps", EARLY, "auroc_sar_only"), 3),
-        "audit AUROC ↑": (at("audit", "auroc_all"), 3),
-    }  # fmt: skip
-    rows = []
-    for level in levels:
-        for name, label in labels.items():
-            if seeds := results.get((level, name)):
-                cells = [cell(over_seeds(results, level, name, value), digits) for value, digits in columns.values()]
-                rows.append([level, label, str(len(seeds)), *cells])
-    return markdown(["level", "variant", "seeds", *columns], rows)
+    return table(["target", "bound", "mean over the seeds", "verdict"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- figure
-def figure(scenes: Scenes, maps: dict[str, dict[str, np.ndarray]]) -> np.ndarray:
-    """A row per scene, those with the most discrepant pixels. maps: of judge_unet, by variant ("mse", "cdiff")."""
-    discrepant = scenes.masks["sar_only"].sum((1, 2)) + scenes.masks["eo_only"].sum((1, 2))
-    chosen = np.argsort(-discrepant, kind="stable")[:FIGURE_SCENES]
+def figure(scenes: Scenes, maps: dict[str, dict[str, np.ndarray]]) -> Image.Image:
+    """A row per scene, those with the most discrepant pixels. maps: of measures.judge, by variant ("mse", "cdiff").
+
+    With a palette: a figure of many panels is a third of its size then.
+    """
+    chosen = np.argsort(-scenes.discrepant.sum((1, 2)), kind="stable")[:FIGURE_SCENES]
     truth = torch.full_like(scenes.eo, -1)
     for name, colour in (("sar_only", (1.0, -0.3, -0.5)), ("eo_only", (-0.5, 0.1, 1.0))):
         truth = torch.where(torch.from_numpy(scenes.masks[name])[:, None], torch.tensor(colour)[:, None, None], truth)
     cdiff = maps["cdiff"]
     spread = next(name for name in cdiff if name.startswith("spread"))
-    columns = {"SAR": scenes.sar, "EO": scenes.eo} | {
-        title: torch.from_numpy(maps[name]["generated"]) for title, name in (("MSE", "mse"), ("C-Diff", "cdiff"))
-    }
-    for title, name in (
-        ("variance, early", EARLY),
-        ("variance, midpoint", "σ² midpoint"),
-        ("spread", spread),
-        ("audit", "audit"),
-    ):
-        columns[title] = torch.from_numpy(stretched(cdiff[name]))[:, None]
-    columns["only SAR / EO"] = truth
+    shown = {"variance, early": EARLY, "variance, midpoint": "σ² midpoint", "spread": spread, "audit": "audit"}
+    columns = {
+        "SAR": scenes.sar, "EO": scenes.eo, "MSE": torch.from_numpy(maps["mse"]["generated"]),
+        "C-Diff": torch.from_numpy(cdiff["generated"]),
+        **{title: torch.from_numpy(stretched(cdiff[name]))[:, None] for title, name in shown.items()}, "only SAR / EO": truth,
+    }  # fmt: skip
     rows = []
     for place, scene in enumerate(chosen):
         enlarged = [column[scene].repeat_interleave(SCALE, 1).repeat_interleave(SCALE, 2) for column in columns.values()]
         rows.append(utils.panel(enlarged, list(columns) if place == 0 else None))
     spacer = np.full((4, rows[0].shape[1], 3), 255, np.uint8)
-    return np.concatenate([piece for row in rows for piece in (row, spacer)][:-1])
+    pixels = np.concatenate([piece for row in rows for piece in (row, spacer)][:-1])
+    return Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE)
 
 
 def stretched(maps: np.ndarray) -> np.ndarray:
@@ -242,20 +235,10 @@ def stretched(maps: np.ndarray) -> np.ndarray:
     return np.clip((maps - low) / max(high - low, 1e-12), 0, 1).astype(np.float32)
 
 
-def read_maps(file: Path) -> dict[str, np.ndarray]:
-    with np.load(file) as arrays:
-        return dict(arrays)
-
-
-def write_compact_png(path: Path, pixels: np.ndarray) -> None:
-    """With a palette: a figure of many panels is a third of its size then."""
-    Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-
-
 # ----------------------------------------------------------------------------------------------------------------------- report
 DEFINITIONS = f"""
 All numbers are of held-out scenes. A cell is the mean over the training seeds with the half-width of its 95 % interval
-(Student's t); the scenes are the same for all seeds, so the intervals tell how much the training's randomness matters, not the
+(Student's t); the scenes are the same for all seeds, so the intervals show how much the training's randomness matters, not the
 choice of scenes.
 
 - **PSNR, SSIM**: standard convention, per image; PSNR inside and outside the discrepancies pools the pixels of all scenes.
@@ -281,22 +264,21 @@ no more is known than that the difference lies in it. Each row is one test at 95
 
 
 def report(
-    results: Results, judged: dict[str, str], levels: list[str], at_levels: list[str], heading: str, how_trained: str
+    results: Results, judged: dict[str, str], levels: list[str], at_levels: Iterable[str], heading: str, how_trained: str
 ) -> str:
     """The whole report. judged: {variant: label}, of the standard level; at_levels: the variants of the other levels, of which
     `how_trained` says what they were trained on.
     """
-    parts = [heading, DEFINITIONS]
     labels = {name: label for name, label in judged.items() if results.get(("standard", name))}
-    if results.get(("standard", "cdiff")):
+    parts = [heading, DEFINITIONS]
+    if "cdiff" in labels:
         parts += ["## Targets", targets_table(results)]
     parts += [
-        "## Claims", CLAIMS_NOTE,
-        claims_table(results),
-        "## Pictures", variant_table(results, "standard", labels, PICTURE),
+        "## Claims", CLAIMS_NOTE, claims_table(results),
+        "## Pictures", variant_table(results, labels, PICTURE),
         "## Confidence", "σ² is read early: its mean over the first quarter of the steps.",
-        variant_table(results, "standard", labels, CONFIDENCE),
-        "## Audit", variant_table(results, "standard", labels, audit_columns()),
+        variant_table(results, labels, CONFIDENCE),
+        "## Audit", variant_table(results, labels, AUDIT),
     ]  # fmt: skip
     for name in ("cdiff", "mse"):
         if name in labels:
@@ -306,20 +288,3 @@ def report(
         parts += ["Mean picture of the samples, for comparison:", mean_picture_table(results)]
     parts += ["## Difficulty", how_trained, level_table(results, levels, {name: judged[name] for name in at_levels})]
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def audit_columns() -> dict[str, tuple[Callable, int]]:
-    return {column: (at("audit", measure), 3) for column, measure in AUDIT.items()}
-
-
-def mean_picture_table(results: Results) -> str:
-    columns = {"PSNR [dB] ↑": ("psnr", 2), "PSNR inside": ("psnr_inside", 2), "PSNR outside ↑": ("psnr_outside", 2),
-               "hallucination rate ↓": ("drawn_sar_only", 3), "drawn, of objects in both ↑": ("drawn_both", 3)}  # fmt: skip
-    rows = []
-    for variant, label in (("mse", "MSE"), ("cdiff", "C-Diff")):
-        for output, key in (("one sample", "picture"), ("mean of all samples", "picture_of_mean")):
-            looked = [
-                (over_seeds(results, "standard", variant, at(key, measure)), digits) for measure, digits in columns.values()
-            ]
-            rows.append([label, output, *(cell(values, digits) for values, digits in looked)])
-    return markdown(["loss", "output", *columns], rows)

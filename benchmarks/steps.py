@@ -3,11 +3,10 @@
     python benchmarks/steps.py    # after `make demo`; minutes on two CPU cores
 
 translates the same images by every sampling, each from the same noise, judges picture and σ² against the truth and against the
-paper's sampling, and writes STEPS.md and steps.png into --output. The presets of
-cdiffset/inference/options.py are chosen by it.
+paper's sampling, prints the tables of STEPS.md and writes steps.png into --output. STEPS.md says what the columns mean; the
+presets of cdiffset/inference/options.py are chosen by them.
 """
 
-import argparse
 import sys
 import time
 from dataclasses import dataclass
@@ -16,38 +15,24 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import cdiffset  # noqa: F401  first: it mends torchvision
+from benchmarks import harness
+from benchmarks.harness import Model, load_checkpoint
 
 # isort: split
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.audit import Model, as_batch, load
-from benchmarks.discrepancy import machine
-from benchmarks.discrepancy_report import markdown
+from benchmarks.measures import TEST, Scenes, draw_scenes, read_simulation
 from cdiffset.confidence import variance_map
-from cdiffset.config import MIDPOINT
 from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.evaluation.uncertainty import auroc, spearman
-from cdiffset.images import list_images, read_eo, read_sar, to_uint8, written_whole
+from cdiffset.images import to_uint8, written_whole
 from cdiffset.inference.options import PAPER, PRESETS, SCHEDULERS, TIMESTEP_SPACINGS, Sampling
 from cdiffset.model import make_sampler
 from utils import PairMetrics
 
 STEPS = (1, 2, 4, 5, 8, 10, 20, 25, 50)
-DEMO = Path("data/demo/test")
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """N pairs and what is known about them."""
-
-    sar: torch.Tensor  # [N,3,H,W] in [-1,1]
-    eo: torch.Tensor  # [N,3,H,W] in [-1,1]
-    sar_only: np.ndarray  # [N,H,W]: pixels of objects that only the SAR shows
-    clean: np.ndarray  # [N,H,W]: pixels without any discrepancy
 
 
 @dataclass(frozen=True)
@@ -57,16 +42,6 @@ class Result:
     eo: torch.Tensor  # [N,3,H,W] in [-1,1]
     sigma2: torch.Tensor  # [N,1,h,w]
     seconds: float  # per image
-
-
-def read_pairs(args: argparse.Namespace, device: str) -> Pairs:
-    names = list_images(args.sar_dir)[: args.images]
-    sar, eo = (
-        as_batch([read(folder / name) for name in names], device)
-        for folder, read in ((args.sar_dir, read_sar), (args.eo_dir, read_eo))
-    )
-    masks = [np.stack([np.array(Image.open(folder / name)) > 0 for name in names]) for folder in args.mask_dirs]
-    return Pairs(sar, eo, masks[0], ~(masks[0] | masks[1]))
 
 
 def sampled(model: Model, sampling: Sampling, sar: torch.Tensor, batch_size: int, seed: int, bar: tqdm) -> Result:
@@ -89,45 +64,37 @@ def gradient_energy(images: torch.Tensor) -> float:
     return float(images.diff(dim=-1).square().mean() + images.diff(dim=-2).square().mean())
 
 
-def psnr_between(images: torch.Tensor, others: torch.Tensor) -> float:
-    """PSNR [dB] of all pixels together, images in [-1, 1]; inf where they are equal."""
-    return float(-10 * torch.log10(((images - others) / 2).square().mean()))
-
-
-def measures(result: Result, paper: Result, pairs: Pairs, metrics: PairMetrics) -> dict[str, float]:
-    eo = pairs.eo.cpu()
+def measures(result: Result, paper: Result, scenes: Scenes, metrics: PairMetrics) -> dict[str, float]:
+    eo = scenes.eo
     of_image = {name: float(np.mean(values)) for name, values in metrics(result.eo, eo)["standard"].items()}
     error = (result.eo - eo).abs().mean(1).numpy()
     score = variance_map(result.sigma2, tuple(eo.shape[-2:]))[:, 0].numpy()
-    ratio = result.sigma2.double().log().mean() - paper.sigma2.double().log().mean()
+    level = result.sigma2.double().log().mean() - paper.sigma2.double().log().mean()
     return {
         **{name: of_image[name] for name in ("psnr", "ssim", "lpips") if name in of_image},
         "detail": gradient_energy(result.eo) / gradient_energy(eo),
-        "to_paper": psnr_between(result.eo, paper.eo),
-        "auroc": auroc(score, pairs.sar_only, pairs.clean),
+        "to_paper": harness.psnr(result.eo, paper.eo, peak=2),
+        "auroc": auroc(score, scenes.masks["sar_only"], ~scenes.discrepant),
         "spearman": spearman(score, error),
         "map_to_paper": spearman(result.sigma2.numpy(), paper.sigma2.numpy()),
-        "level": float(ratio.exp()),
+        "level": float(level.exp()),
         "seconds": result.seconds,
     }
 
 
-def measure_all(model: Model, pairs: Pairs, steps: tuple[int, ...], batch_size: int, metrics: PairMetrics) -> dict:
+def measure_all(model: Model, scenes: Scenes, steps: tuple[int, ...], batch_size: int, metrics: PairMetrics) -> dict:
     """=> {Sampling: measures}, and under "other noise" the paper's sampling from other noise."""
     samplings = [Sampling(name, spacing, n) for name in SCHEDULERS for spacing in TIMESTEP_SPACINGS for n in steps]
-    samplings = [PAPER, *(each for each in samplings if each != PAPER)]
-    passes = 1 + 2 * PAPER.num_inference_steps + sum(each.num_inference_steps for each in samplings[1:])
-    with tqdm(total=passes * -(-len(pairs.sar) // batch_size), unit="pass", mininterval=1) as bar:
-        sampled(model, Sampling("ddim", "trailing", 1), pairs.sar, batch_size, 0, bar)  # warms up
-        rows = {}
+    samplings = [each for each in samplings if each != PAPER]
+    sar, rows = scenes.sar.to(model.prompt_embedding.device), {}
+    passes = 1 + 2 * PAPER.num_inference_steps + sum(each.num_inference_steps for each in samplings)
+    with tqdm(total=passes * -(-len(sar) // batch_size), unit="pass", mininterval=1) as bar:
+        sampled(model, Sampling("ddim", "trailing", 1), sar, batch_size, 0, bar)  # warms up
+        paper = sampled(model, PAPER, sar, batch_size, 0, bar)
+        rows[PAPER] = measures(paper, paper, scenes, metrics)
+        rows["other noise"] = measures(sampled(model, PAPER, sar, batch_size, 1, bar), paper, scenes, metrics)
         for sampling in samplings:
-            bar.set_description(" ".join(map(str, sampling)))
-            result = sampled(model, sampling, pairs.sar, batch_size, 0, bar)
-            if sampling == PAPER:
-                paper = result
-                other = sampled(model, PAPER, pairs.sar, batch_size, 1, bar)
-                rows["other noise"] = measures(other, paper, pairs, metrics)
-            rows[sampling] = measures(result, paper, pairs, metrics)
+            rows[sampling] = measures(sampled(model, sampling, sar, batch_size, 0, bar), paper, scenes, metrics)
     return rows
 
 
@@ -145,41 +112,16 @@ def table(header: str, rows: dict[str, dict[str, float]]) -> str:
     cells = [
         [label, *(f"{row[key]:{form}}".replace("inf", "–") for key, form in columns.values())] for label, row in rows.items()
     ]
-    return markdown([header, *columns], cells)
+    return harness.table([header, *columns], cells)
 
 
-def report(rows: dict, args: argparse.Namespace, pairs: Pairs, absent: dict[str, str]) -> str:
+def tables(rows: dict, steps: tuple[int, ...]) -> str:
     named = {name: " ".join(map(str, sampling)) for name, (sampling, _) in PRESETS.items()}
     presets = {f"`{name}`: {named[name]}": rows[sampling] for name, (sampling, _) in PRESETS.items() if sampling in rows}
-    presets["paper, other noise"] = rows["other noise"]
-    missing = "".join(f"\n{name.upper()} is missing: {reason} (`--lpips`)." for name, reason in absent.items())
-    parts = [
-        f"""# Fewer steps
-
-Written by `python benchmarks/steps.py` on {machine()} (torch {torch.__version__}).
-`{args.checkpoint}`, the first {len(pairs.sar)} images of `{args.sar_dir}`, {pairs.eo.shape[-1]} px, batches of
-{args.batch_size}, fp32. An image starts from the same noise in every sampling.{missing}
-
-- A sampling is a scheduler, its timestep spacing and its steps. A step is one pass of the U-Net, and nearly all of the time.
-- **PSNR, SSIM, LPIPS**: against the true EO, standard convention. PSNR is no quality here: the fewer the steps, the nearer the
-  result is to the mean of all that may be true, which is blurred and has the highest PSNR of all.
-- **Detail**: gradient energy (mean squared difference of neighbouring pixels) over that of the true EO; 1 is as sharp as the
-  truth. Noise counts as detail, too.
-- **PSNR to the paper's**: of the result against that of the paper's sampling ({" ".join(map(str, PAPER))}), all pixels
-  together. The row "other noise" says how far two results of the paper's own sampling are apart.
-- **AUROC SAR-only, Spearman**: of σ², read as by `--readout midpoint`, upsampled bicubically.
-- **σ² map, σ² level**: rank correlation with the paper's σ² over all latent cells, and the ratio of the geometric means. σ² is
-  read at timestep {MIDPOINT}, interpolated between the steps beside it; where all steps lie on one side, the nearest is read.
-- **s/image**: of the whole translation, measured once. "paper" and "paper, other noise" are the same work: what they differ by
-  is what the machine's other work changes.
-- Leading spacing tells the U-Net a timestep below the noisiest, yet starts from pure noise: the fewer the steps, the more that
-  is off. Trailing spacing starts where the noise is pure (Lin et al., WACV 2024).""",
-        "## Presets\n\n" + table("sampling", presets),
-        "## All samplings",
-    ]
+    parts = ["## Presets", table("sampling", presets | {"paper, other noise": rows["other noise"]}), "## All samplings"]
     for name in SCHEDULERS:
         for spacing in TIMESTEP_SPACINGS:
-            chosen = {str(n): rows[Sampling(name, spacing, n)] for n in args.steps if Sampling(name, spacing, n) in rows}
+            chosen = {str(n): rows[Sampling(name, spacing, n)] for n in steps if Sampling(name, spacing, n) in rows}
             parts += [f"### {name}, {spacing}", table("steps", chosen)]
     return "\n\n".join(parts) + "\n"
 
@@ -216,46 +158,33 @@ def figure(rows: dict, steps: tuple[int, ...], path: Path) -> None:
         drawing.savefig(temporary, dpi=80, format="png")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Measure what fewer steps cost.", allow_abbrev=False)
     parser.add_argument("--checkpoint", default="work_dir/demo/stage2/best", help="of stage 2 [the demo's]")
-    parser.add_argument("--sar-dir", type=Path, default=DEMO / "sar", help="images of one size [the demo's]")
-    parser.add_argument("--eo-dir", type=Path, default=DEMO / "eo", help="the true EO, same names [the demo's]")
-    masks = [DEMO / "mask_sar_only", DEMO / "mask_eo_only"]
-    parser.add_argument(
-        "--mask-dirs", type=Path, nargs=2, default=masks, metavar=("SAR_ONLY", "EO_ONLY"), help="same names [the demo's]"
-    )
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder of data/simulate.py [data/demo]")
     parser.add_argument(
         "--steps", type=int, nargs="+", default=STEPS, help=f"step counts, 1 to 50 [{' '.join(map(str, STEPS))}]"
     )
-    parser.add_argument("--images", type=int, help="the first so many [all]")
+    parser.add_argument("--images", type=int, help="of the held-out ones the first so many [all]")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lpips", action="store_true", help="LPIPS as well; its VGG network is fetched once")
     parser.add_argument("--output", type=Path, default=Path("work_dir/benchmarks/steps"), help="folder [%(default)s]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    for folder in (args.sar_dir, args.eo_dir, *args.mask_dirs):
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}: make the demo's by `make demo`, or give others (--help)")
+    args = parser.parse_args(argv)
     if not all(1 <= n <= 50 for n in args.steps) or args.batch_size < 1 or (args.images is not None and args.images < 1):
         raise UserError("expected --steps of 1 to 50, --batch-size and --images of at least 1")
-    model, pairs, metrics = (
-        load(args.checkpoint, args.device),
-        read_pairs(args, args.device),
-        PairMetrics(args.device, args.lpips),
-    )
+    simulation, seed, count = read_simulation(args.data)
+    args.images = min(args.images or count, count)
+    model, metrics = load_checkpoint(args.checkpoint, args.device), PairMetrics(args.device, args.lpips)
     if model.unet.config.out_channels == model.vae.config.latent_channels:
         raise UserError(f"--checkpoint: {args.checkpoint} is of stage 1, expected one of stage 2, with a variance")
-    rows = measure_all(model, pairs, args.steps, args.batch_size, metrics)
-    text = report(rows, args, pairs, metrics.absent)
-    with written_whole(args.output / "STEPS.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    scenes = draw_scenes(simulation, TEST, range(args.images), seed)
+    rows = measure_all(model, scenes, args.steps, args.batch_size, metrics)
     figure(rows, args.steps, args.output / "steps.png")
-    print(text)
+    where = f"On {harness.machine(args.device)} (torch {torch.__version__})"
+    how = f"{where}: {args.checkpoint}, {args.images} images of {args.data}/test"
+    missing = "".join(f"\n{name.upper()} is missing: {reason} (--lpips)." for name, reason in metrics.absent.items())
+    print(f"{how}, batches of {args.batch_size}, fp32.{missing}\n\n{tables(rows, args.steps)}")
     return 0
 
 

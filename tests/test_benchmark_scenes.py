@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.scenes import borders, seam_ratio, time_scene, write_noise
+from benchmarks.scenes import borders, seam_ratio
 from cdiffset.scenes.tiles import make_grid
-
-RNG = np.random.default_rng(0)
 
 
 def test_borders_are_where_tiles_begin_and_end():
@@ -16,16 +14,10 @@ def test_borders_are_where_tiles_begin_and_end():
 
 @pytest.mark.parametrize("step", [0, 30])
 def test_a_step_at_the_borders_raises_the_ratio_by_its_energy(step):
-    picture = RNG.normal(0, 10, (3, 256, 256))
+    picture = np.random.default_rng(0).normal(0, 10, (3, 256, 256))
     for start in (64, 128, 192):
         picture[:, start:] += step
         picture[:, :, start:] += step
     grid, none = make_grid(256, 256, 64, 0), make_grid(256, 256, 256, 0)
     # Neighbours differ by a variance of 2 * 10^2, and by step^2 more where it is.
     assert seam_ratio(picture, grid, none) == pytest.approx(1 + step**2 / 200, rel=0.1)
-
-
-def test_a_scene_is_timed_with_stubs_for_the_networks(tmp_path):
-    """As test.py translates it: one that its options have outgrown would fail here."""
-    write_noise(tmp_path / "scene.tif", 128)
-    assert time_scene(tmp_path, 64, 16, 1) > 0 and (tmp_path / "eo" / "scene.tif").is_file()
