@@ -1,6 +1,6 @@
 """Checkpoints: writing our own, and loading U-Net weights in every form in which they are found. Save and load side by side.
 
-A checkpoint folder holds unet/ (diffusers layout), unet_ema/ where an average is kept, prompt_embedding.safetensors,
+A checkpoint folder holds unet/ (diffusers layout), unet_ema/ where an average is kept, prompt.safetensors,
 training_state.pt (optimizer, schedule, scaler), checkpoint.json (iteration, epoch, best PSNR, the run's configuration) and
 manifest.json, which lists every other file with its size and SHA-256, so that damage is noticed before it is trained on.
 """
@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from cdiffset.device import AS_STORED, Form
 from cdiffset.errors import UserError
 
-META, STATE, PROMPT = "checkpoint.json", "training_state.pt", "prompt_embedding.safetensors"
+META, STATE = "checkpoint.json", "training_state.pt"
+PROMPT_FILE, PROMPT_TENSOR = "prompt.safetensors", "embedding"  # [1, L, D] float32
 MANIFEST, LOCK = "manifest.json", ".lock"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers; Accelerate, hence the released code's runs
 WRAPPERS = ("module.", "unet.", "_orig_mod.")  # what DDP, pipelines and torch.compile put before names
@@ -188,7 +189,7 @@ def write_checkpoint(
         unet.save_pretrained(building / "unet")
         if ema_unet is not None:
             ema_unet.save_pretrained(building / "unet_ema")
-        save_file({"prompt_embedding": prompt_embedding.cpu().contiguous()}, building / PROMPT)
+        save_file({PROMPT_TENSOR: prompt_embedding.cpu().contiguous()}, building / PROMPT_FILE)
         torch.save(state, building / STATE)
         (building / META).write_text(json.dumps(meta, indent=2) + "\n")
         seal(building)

@@ -366,7 +366,7 @@ def test_a_checkpoint_comes_back_as_it_was_written(tiny_base, tmp_path):
     for name in ("checkpoint-6", "latest"):
         folder = tmp_path / "run" / name
         assert sorted(file.name for file in folder.iterdir()) == [
-            "checkpoint.json", "manifest.json", "prompt_embedding.safetensors", "training_state.pt", "unet", "unet_ema",
+            "checkpoint.json", "manifest.json", "prompt.safetensors", "training_state.pt", "unet", "unet_ema",
         ]  # fmt: skip
         require_state(folder)
         state, meta = read_state(folder)

@@ -167,7 +167,7 @@ def trained(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(translator, "embed_prompt", lambda base, prompt: torch.full((1, 5, WIDTH), 7.0))
     config = {"pretrained_model_name_or_path": "base", "prompt": "radar"}
     (tmp_path / "checkpoint.json").write_text(json.dumps({"config": config}))
-    save_file({"prompt_embedding": torch.full((1, 5, WIDTH), 3.0)}, tmp_path / "prompt_embedding.safetensors")
+    save_file({"embedding": torch.full((1, 5, WIDTH), 3.0)}, tmp_path / "prompt.safetensors")
     return tmp_path
 
 
@@ -180,7 +180,7 @@ def test_the_prompt_that_training_saved_is_that_of_its_own_base_and_prompt_alone
     before = sorted(trained.rglob("*"))
     for path in (trained, trained / "unet"):
         assert torch.equal(load_prompt(model(path, base, prompt), WIDTH), torch.full((1, 5, WIDTH), float(value)))
-    (trained / "prompt_embedding.safetensors").unlink()
+    (trained / "prompt.safetensors").unlink()
     assert load_prompt(model(trained, base, prompt), WIDTH).unique().tolist() == [7]
     assert sorted(trained.rglob("*")) == [path for path in before if path.suffix != ".safetensors"]  # nothing is written
 
@@ -189,19 +189,19 @@ def test_the_prompt_that_training_saved_is_that_of_its_own_base_and_prompt_alone
     "content, words",
     [
         (b"", "damaged"),
-        (save({"prompt_embedding": torch.ones(1, 5, WIDTH)})[:-8], "damaged"),
+        (save({"embedding": torch.ones(1, 5, WIDTH)})[:-8], "damaged"),
         (save({"another": torch.ones(1, 5, WIDTH)}), "damaged"),
         (
-            save({"prompt_embedding": torch.ones(1, 5, WIDTH + 1)}),
+            save({"embedding": torch.ones(1, 5, WIDTH + 1)}),
             r"expected .*\[1, tokens, 8\], found \[1, 5, 9\]",
         ),
-        (save({"prompt_embedding": torch.ones(5, WIDTH)}), r"found \[5, 8\]"),
-        (save({"prompt_embedding": torch.full((1, 5, WIDTH), torch.nan)}), "expected finite numbers"),
+        (save({"embedding": torch.ones(5, WIDTH)}), r"found \[5, 8\]"),
+        (save({"embedding": torch.full((1, 5, WIDTH), torch.nan)}), "expected finite numbers"),
     ],
 )
 def test_a_saved_prompt_that_is_damaged_or_of_another_width_is_refused(trained, content, words):
-    (trained / "prompt_embedding.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=f"--checkpoint: .*prompt_embedding.safetensors.*{words}"):
+    (trained / "prompt.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=f"--checkpoint: .*prompt.safetensors.*{words}"):
         load_prompt(model(trained, "base", "radar"), WIDTH)
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cdiffset.checkpoint import Weights, meta_file, read_meta, recorded_base
+from cdiffset.checkpoint import PROMPT_FILE, PROMPT_TENSOR, Weights, meta_file, read_meta, recorded_base
 from cdiffset.confidence import confidence_map, variance_map
 from cdiffset.device import form_of, free_memory, without_instructions
 from cdiffset.diffusion import image_noise, predict
@@ -38,7 +38,6 @@ from cdiffset.model import (
 CPU_BATCH_PX = 4 * 256**2  # of a batch on a CPU: from there on, the U-Net of SD takes no less time per image
 MAX_BATCH = 64  # images
 MEMORY_FRACTION = 0.8  # of what is free
-PROMPT_FILE, PROMPT_TENSOR = "prompt_embedding.safetensors", "prompt_embedding"  # beside checkpoint.json
 
 
 # ------------------------------------------------------------------------------------------------------------- the model
