@@ -90,10 +90,7 @@ def kind_of(
 
 
 def tasks_of_this_process(tasks: list[Task], folder: Path) -> list[Task]:
-    """Of a launcher's processes each does its part of the images, and the first one all fused scenes.
-
-    Taken of all tasks, whether done or not, so that every process deals them out alike whenever it starts.
+    """Of a launcher's processes each does its part. Taken of all tasks, whether done or not, so that every process deals them
+    out alike whenever it starts.
     """
-    images, fused = ([task for task in tasks if task.is_fused is kind] for kind in (False, True))
-    own = [images[index] for index in ranks.share_by_rank([task.sar.relative_to(folder).as_posix() for task in images])]
-    return own + fused if ranks.rank_and_world_size()[0] == 0 else own
+    return [tasks[index] for index in ranks.share_by_rank([task.sar.relative_to(folder).as_posix() for task in tasks])]
