@@ -11,18 +11,13 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO
+from files import touch
 
 from cdiffset.errors import UserError
 from data.data_split import held_out, main, shuffled_split
 from feeders.feeder import QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder
 
 SEASONS = ("ROIs1158_spring", "ROIs1868_summer", "ROIs1970_fall", "ROIs2017_winter")
-
-
-def touch(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
 
 
 def fill_qxs(root, count=50):

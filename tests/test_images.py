@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from files import save_raster
+from files import save_raster, touch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -47,12 +47,6 @@ def expected_stretch(values, valid=None):
 
     low, high = percentile(0.01), percentile(0.99)
     return np.where(valid, np.clip((values.astype(float) - low) / (high - low), 0, 1) * 255, 0)
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
 
 
 def listed(root: Path) -> list[str]:

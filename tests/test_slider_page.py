@@ -1,14 +1,11 @@
 """The page with a scene's SAR and EO under a slider: what it shows, and that it asks for nothing from elsewhere."""
 
-import base64
-import io
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import rasterio
-from files import save_raster
+from files import Page, save_raster
 from PIL import Image
 from rasterio.transform import Affine
 
@@ -19,36 +16,6 @@ from cdiffset.scenes.slider_page import write_swipe
 
 RNG = np.random.default_rng(0)
 NAME = "<script>alert(1)</script>&\"'.tif".replace("/", "\u2215")
-
-
-class Page(HTMLParser):
-    """Elements in order, their attributes, and the text; every element is closed in its turn."""
-
-    VOID = {"meta", "img", "input"}
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements, self.open, self.said = [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        self.open += [] if tag in self.VOID else [tag]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.said.append(data)
-
-    def images(self) -> dict[str, np.ndarray]:
-        return {
-            element["alt"]: np.array(Image.open(io.BytesIO(base64.b64decode(element["src"].split("base64,")[1]))))
-            for tag, element in self.elements
-            if tag == "img"
-        }
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +46,7 @@ def page_of(scene, limits=((0.0, 255.0),), metres=None) -> Page:
 @pytest.mark.parametrize("shown_px", [1024, 150])
 def test_it_shows_the_sar_the_eo_and_the_map_at_one_size(scene, monkeypatch, shown_px):
     monkeypatch.setattr(geotiff, "QUICKLOOK_PX", shown_px)
-    images = page_of(scene).images()
+    images = dict(page_of(scene).images())
     factor = max(1, 300 / shown_px)
     size = round(200 / factor), round(300 / factor)
     with rasterio.open(scene[0]) as source:
@@ -120,5 +87,5 @@ def test_the_scale_bar_has_a_round_length_of_at_most_a_quarter(scene, metres, la
 
 def test_without_a_map_or_a_size_there_is_nothing_to_switch_and_no_bar(scene):
     page = page_of((scene[0], {"eo": scene[1]["eo"]}))
-    assert set(page.images()) == {"SAR", "EO, translated"}
+    assert set(dict(page.images())) == {"SAR", "EO, translated"}
     assert not [element for _, element in page.elements if element.get("type") == "checkbox" or element.get("id") == "bar"]
