@@ -7,8 +7,8 @@ from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
-import rasterio
 import torch
+from files import save_image, save_raster, touch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,18 +29,13 @@ def coded(size=SIZE, blue=0):
     return np.stack([rows, columns, np.full_like(rows, blue)], -1).astype(np.uint8)
 
 
-def save(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
 @pytest.fixture
 def root(tmp_path):
     """A QXS data root of 3 coded pairs, in a folder whose name would mislead a search for substrings."""
     root = tmp_path / "train_opt_256_oc_0.2"
     for number in (1, 2, 3):
-        save(root / f"opt_256_oc_0.2/{number}.png", coded(blue=number))
-        save(root / f"sar_256_oc_0.2/{number}.png", coded(blue=100 + number))
+        save_image(root / f"opt_256_oc_0.2/{number}.png", coded(blue=number))
+        save_image(root / f"sar_256_oc_0.2/{number}.png", coded(blue=100 + number))
     return root
 
 
@@ -66,27 +61,32 @@ def same_items(first, second):
 def test_item(root):
     feeder = qxs(root)
     item = feeder[2]
-    assert len(feeder) == 3 and set(item) == {"sar", "eo", "name"}
+    assert len(feeder) == len(list(feeder)) == 3 and set(item) == {"sar", "eo", "name"}
     assert item["name"] == "opt_256_oc_0.2/3" and feeder.names == [f"opt_256_oc_0.2/{k}" for k in (1, 2, 3)]
     for kind, blue in (("sar", 103), ("eo", 3)):
         assert item[kind].dtype == torch.float32 and item[kind].shape == (3, CROP, CROP) and item[kind].is_contiguous()
         assert (levels(item[kind])[..., 2] == blue).all()
     assert item["eo"][2, 0, 0].item() == pytest.approx(3 / 127.5 - 1)
+    assert same_items(feeder[-1], item)
+    with pytest.raises(IndexError):
+        feeder[0, 3]
+    with pytest.raises(UserError, match="crop_size 256"):
+        qxs(root, crop_size=None)[0]  # the data set's own
 
 
 def test_sar_and_eo_stay_aligned_in_every_orientation_and_all_crops(root):
     feeder = qxs(root)
-    orientations, corners = set(), set()
-    for epoch in range(100):
+    orientations, corners, turned = set(), set(), []
+    for epoch in range(130):
         for index in range(3):
             item = feeder[epoch, index]
-            sar, eo = levels(item["sar"]), levels(item["eo"])
-            assert (sar[..., :2] == eo[..., :2]).all()
-            place = eo[..., :2]
+            place = levels(item["eo"])[..., :2]
+            assert (levels(item["sar"])[..., :2] == place).all()
             corners.add(tuple(place.min((0, 1))))
             assert (place.max((0, 1)) - place.min((0, 1)) == CROP - 1).all()
             orientations.add((tuple(place[0, 1] - place[0, 0]), tuple(place[1, 0] - place[0, 0])))
-    assert len(orientations) == 8
+            turned.append(place[0, 0, 0] == place[1, 0, 0])  # rows lie along the width
+    assert len(orientations) == 8 and np.mean(turned) == pytest.approx(0.5, abs=0.1)
     assert corners == {(top, left) for top in range(SIZE - CROP + 1) for left in range(SIZE - CROP + 1)}
 
 
@@ -94,10 +94,10 @@ def test_linked_and_renamed_datasets_have_a_feeder(tmp_path):
     """SAR2EO and rendered SpaceNet6: plain, and linked into one folder from outside it."""
     folders = {"A": tmp_path / "SAR-EO/SAR/train", "B": tmp_path / "SAR-EO/EO/train"}
     for letter, blue in (("A", 7), ("B", 5)):
-        save(folders[letter] / "HH_0001.png", coded(blue=blue)[..., 2])
+        save_image(folders[letter] / "HH_0001.png", coded(blue=blue)[..., 2])
         (tmp_path / f"AB/train{letter}").mkdir(parents=True)
         (tmp_path / f"AB/train{letter}/HH_0001.png").symlink_to(folders[letter] / "HH_0001.png")
-        save(tmp_path / f"chips/train{letter}/SN6_tile_1_2.png", coded(blue=blue)[..., 2])
+        save_image(tmp_path / f"chips/train{letter}/SN6_tile_1_2.png", coded(blue=blue)[..., 2])
     (tmp_path / "train.txt").write_text("trainB/HH_0001.png\n")
     (tmp_path / "chips_train.txt").write_text("trainB/SN6_tile_1_2.png\n")
     for feeder in (
@@ -108,10 +108,10 @@ def test_linked_and_renamed_datasets_have_a_feeder(tmp_path):
         assert (levels(feeder[0]["sar"]) == 7).all() and (levels(feeder[0]["eo"]) == 5).all()
 
 
-@pytest.mark.parametrize("on", list(product((False, True), repeat=3)))
+@pytest.mark.parametrize("on", sorted(set(product((False, True), repeat=3)) - {(False,) * 3}))
 def test_each_switch_turns_its_own_augmentation_on_and_leaves_the_crops(root, on):
     feeder = qxs(root, seed=3, **dict(zip(AUGMENTATIONS, on, strict=True)))
-    for epoch in range(30):
+    for epoch in range(15):
         rng = np.random.default_rng([3, epoch, 1])
         top, left = rng.integers(SIZE - CROP + 1), rng.integers(SIZE - CROP + 1)
         flipped, upside_down, turned = (drawn < 0.5 and switch for drawn, switch in zip(rng.random(3), on, strict=True))
@@ -137,13 +137,6 @@ def test_augmentations_are_off_unless_asked_for_and_for_training_alone(root):
         PairedFolderFeeder(CROP, "train", **folders, rot=1)
 
 
-def test_each_orientation_is_as_likely(root):
-    feeder = qxs(root)
-    downward = [levels(feeder[epoch, 0]["eo"])[:2, 0, 0] for epoch in range(400)]
-    turned = np.mean([first == second for first, second in downward])  # rows lie along the width
-    assert turned == pytest.approx(0.5, abs=0.1)
-
-
 def test_test_split_is_the_centre_unaltered(root):
     feeder = qxs(root, name="test_eo_list_080.txt")
     item = feeder[5, 0]
@@ -155,25 +148,16 @@ def test_test_split_is_the_centre_unaltered(root):
 
 def test_items_depend_on_seed_epoch_and_index_alone(root):
     feeder, again, other = qxs(root), qxs(root), qxs(root, seed=1)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    forward = [feeder[7, index] for index in range(3)]
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
     np.random.seed(0)
     torch.manual_seed(0)
-    forward = [feeder[7, index] for index in range(3)]
     assert all(same_items(again[7, index], forward[index]) for index in (2, 0, 1))
     assert same_items(feeder[1], feeder[0, 1])
-
-    def differing(make_first, make_second):
-        return sum(not torch.equal(make_first(k)["eo"][:2], make_second(k)["eo"][:2]) for k in range(50))
-
-    assert differing(lambda k: feeder[k, 0], lambda k: feeder[k + 1, 0]) > 40
-    assert differing(lambda k: feeder[k, 0], lambda k: feeder[k, 1]) > 40
-    assert differing(lambda k: feeder[k, 0], lambda k: other[k, 0]) > 40
-
-
-def test_global_random_state_is_left_alone(root):
-    feeder = qxs(root)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    feeder[3, 1]
-    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+    place = [levels(item["eo"])[..., :2].tobytes() for k in range(50) for item in (feeder[k, 0], feeder[k, 1], other[k, 0])]
+    for first, second in ((place[0:-3:3], place[3::3]), (place[::3], place[1::3]), (place[::3], place[2::3])):
+        assert sum(a != b for a, b in zip(first, second, strict=True)) > 40
 
 
 def test_workers_change_nothing(root):
@@ -189,20 +173,10 @@ def test_workers_change_nothing(root):
         assert alone["name"] == worked["name"]
 
 
-def test_iteration_ends_and_indices_are_checked(root):
-    feeder = qxs(root)
-    assert len(list(feeder)) == 3 and same_items(feeder[-1], feeder[2])
-    with pytest.raises(IndexError):
-        feeder[0, 3]
-
-
-def test_dataset_facts():
+def test_the_gsd_is_the_data_sets_or_that_of_your_own_pairs(pair_folders):
     facts = [(f.gsd_m, f.default_crop_size) for f in (QXSFeeder, SAROptFeeder, SpaceNetFeeder, SENMSFeeder)]
     assert facts == [(1.0, 256), (1.0, 512), (0.5, 512), (10.0, 256)]
     assert StellarFeeder.gsd_m is None and PairedFolderFeeder.gsd_m is None
-
-
-def test_your_own_pairs_may_tell_their_gsd(pair_folders):
     folders = {f"{kind}_dir": pair_folders / "train" / kind for kind in ("sar", "eo")}
     assert PairedFolderFeeder(32, "train", **folders, gsd_m=2.5).gsd_m == 2.5
     for wrong in (0, -1, True, "2.5"):
@@ -210,12 +184,11 @@ def test_your_own_pairs_may_tell_their_gsd(pair_folders):
             PairedFolderFeeder(32, "train", **folders, gsd_m=wrong)
 
 
-def test_crop_size_defaults_to_the_dataset(root):
-    with pytest.raises(UserError, match="crop_size 256"):
-        qxs(root, crop_size=None)[0]
-
-
 # EO -> SAR
+
+
+SN6 = "train/AOI_11_Rotterdam/{0}/SN6_Train_AOI_11_Rotterdam_{0}_20190804111224_20190804111453_tile_8679.tif"
+ROI = "ROIs1158_spring/{0}_1/ROIs1158_spring_{0}_1_p30.png"
 
 
 @pytest.mark.parametrize(
@@ -225,13 +198,8 @@ def test_crop_size_defaults_to_the_dataset(root):
         (QXSFeeder, "opt/opt_256_oc_0.2/opt_256_oc_0.2.png", "opt/sar_256_oc_0.2/opt_256_oc_0.2.png"),
         (SAROptFeeder, "trainB/1.png", "trainA/1.png"),
         (SAROptFeeder, "testB/testB.png", "testA/testB.png"),
-        (
-            SpaceNetFeeder,
-            "train/AOI_11_Rotterdam/PS-RGB/SN6_Train_AOI_11_Rotterdam_PS-RGB_20190804111224_20190804111453_tile_8679.tif",
-            "train/AOI_11_Rotterdam/SAR-Intensity/"
-            "SN6_Train_AOI_11_Rotterdam_SAR-Intensity_20190804111224_20190804111453_tile_8679.tif",
-        ),
-        (SENMSFeeder, "ROIs1158_spring/s2_1/ROIs1158_spring_s2_1_p30.png", "ROIs1158_spring/s1_1/ROIs1158_spring_s1_1_p30.png"),
+        (SpaceNetFeeder, SN6.format("PS-RGB"), SN6.format("SAR-Intensity")),
+        (SENMSFeeder, ROI.format("s2"), ROI.format("s1")),
         (SENMSFeeder, "s2_2/s2_140/ROIs1970_fall_s2_140_p7.png", "s2_2/s1_140/ROIs1970_fall_s1_140_p7.png"),
     ],
 )
@@ -260,19 +228,13 @@ def test_eo_paths_outside_the_layout(feeder, eo):
         feeder.eo_to_sar(PurePosixPath(eo))
 
 
-@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_spacenet_polarisations(tmp_path):
     folder = tmp_path / "train/AOI_11_Rotterdam"
-    save(folder / "PS-RGB/SN6_PS-RGB_1.tif", coded(101))
-    (folder / "SAR-Intensity").mkdir()
+    save_image(folder / "PS-RGB/SN6_PS-RGB_1.tif", coded(101))
     ramp = np.arange(101 * 101, dtype=np.float32).reshape(101, 101)
-    bands = np.stack([ramp, ramp * 2, ramp.T, -ramp])
-    profile = {"driver": "GTiff", "count": 4, "height": 101, "width": 101, "dtype": "float32"}
-    with rasterio.open(folder / "SAR-Intensity/SN6_SAR-Intensity_1.tif", "w", **profile) as target:
-        target.write(bands)
+    save_raster(folder / "SAR-Intensity/SN6_SAR-Intensity_1.tif", np.stack([ramp, ramp * 2, ramp.T, -ramp]))
     (tmp_path / "test.txt").write_text("train/AOI_11_Rotterdam/PS-RGB/SN6_PS-RGB_1.tif\n")
-    sar = SpaceNetFeeder(tmp_path, tmp_path / "test.txt", crop_size=101)[0]["sar"].numpy()
-    hh, cross, vv = sar
+    hh, cross, vv = SpaceNetFeeder(tmp_path, tmp_path / "test.txt", crop_size=101)[0]["sar"].numpy()
     assert hh == pytest.approx(-vv, abs=1e-5)  # opposite ramps
     assert hh == pytest.approx(np.clip((ramp / 10200 - 0.01) / 0.98, 0, 1) * 2 - 1, abs=1e-4)
     assert cross == pytest.approx((hh + hh.T) / 2, abs=1e-5)  # HV is HH's ramp, VH its transpose
@@ -307,34 +269,12 @@ def test_malicious_pickle_is_refused_without_effect(root, protocol):
     assert not (root / "evil").exists()
 
 
-@pytest.mark.parametrize("content", [{"a": 1}, ("opt_256_oc_0.2/1.png",), [1, 2], [None], "opt_256_oc_0.2/1.png", [["a"]]])
-def test_pickles_of_anything_else_are_refused(root, content):
-    (root / "train.pkl").write_bytes(pickle.dumps(content))
-    with pytest.raises(UserError, match="train.pkl: refused; a pickled list may hold strings and nothing else"):
-        QXSFeeder(root, root / "train.pkl")
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps(ENTRIES)[:-9]])
-def test_damaged_pickles_are_refused(root, content):
-    (root / "train.pkl").write_bytes(content)
-    with pytest.raises(UserError, match="train.pkl: refused"):
-        QXSFeeder(root, root / "train.pkl")
-
-
-@pytest.mark.parametrize(
-    "entry", ["/data/opt_256_oc_0.2/1.png", "../opt_256_oc_0.2/1.png", "a/../1.png", "opt_256_oc_0.2\\1.png", "C:/1.png", "."]
-)
-def test_paths_that_leave_the_root_are_refused(root, entry):
-    with pytest.raises(UserError, match=r"train_eo_list_080.txt, line 3: .* is not a path relative to the data root"):
-        qxs(root, [ENTRIES[0], "", entry])
-
-
 # Letters, numbers and marks of all alphabets: what a file may be called and a line of a list can hold.
 NAME = st.text(st.characters(categories=("L", "N", "M")), min_size=1, max_size=6)
 RELATIVE = st.lists(NAME, min_size=1, max_size=4).map("/".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(RELATIVE, min_size=1, max_size=6, unique_by=str.strip), st.sampled_from(["\n", "\r\n", "\n\n", " \n"]))
 def test_any_list_of_names_comes_back_in_each_format(tmp_path_factory, names, line_end):
     folder = tmp_path_factory.mktemp("lists")
@@ -360,7 +300,7 @@ def test_any_path_stays_in_the_root_or_is_refused(text):
         assert os.path.normpath(f"/top/{path}") != "/top"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(NAME.filter(lambda name: name not in ("PS-RGB", "trainB", "testB")), max_size=3), NAME)
 def test_the_sar_path_differs_from_the_eo_path_where_it_must(parents, name):
     before = "".join(f"{parent}/" for parent in parents)
@@ -376,12 +316,12 @@ def test_the_sar_path_differs_from_the_eo_path_where_it_must(parents, name):
                 feeder.eo_to_sar(PurePosixPath(sar))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 12), st.integers(0, 20), st.integers(0, 2**40))
 def test_any_crop_is_a_part_of_the_image_in_one_of_its_orientations(tmp_path_factory, crop, epoch, seed):
     folder = tmp_path_factory.mktemp("crops")
     for kind in ("sar", "eo"):
-        save(folder / kind / "1.png", coded())
+        save_image(folder / kind / "1.png", coded())
     feeder = PairedFolderFeeder(crop, "train", folder / "sar", folder / "eo", seed=seed, **AUGMENTATIONS)
     item = feeder[epoch, 0]
     place = levels(item["eo"])[..., :2]
@@ -391,28 +331,10 @@ def test_any_crop_is_a_part_of_the_image_in_one_of_its_orientations(tmp_path_fac
     assert len({tuple(pixel) for pixel in place.reshape(-1, 2)}) == crop * crop  # every pixel of the part, once
 
 
-def test_unusable_lists(root):
-    with pytest.raises(UserError, match="train_eo_list_080.txt: the list is empty"):
-        qxs(root, ["", "  "])
-    with pytest.raises(UserError, match="gone.txt: cannot read the list"):
-        QXSFeeder(root, root / "gone.txt")
-    with pytest.raises(UserError, match="train.csv: expected a list that ends in .txt or .pkl"):
-        QXSFeeder(root, root / "train.csv")
-    (root / "train.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="train.txt: the list is not UTF-8"):
-        QXSFeeder(root, root / "train.txt")
-
-
 @pytest.mark.parametrize(("dataroot", "listroot"), [("/path/to/QXS", "train.txt"), (".", "/path/to/train.txt")])
 def test_placeholders_are_named(dataroot, listroot):
     with pytest.raises(UserError, match="/path/to/.* is a placeholder"):
         QXSFeeder(dataroot, listroot)
-
-
-@pytest.mark.parametrize("dataroot", [None, 5, ""])
-def test_a_root_must_be_a_path(dataroot):
-    with pytest.raises(UserError, match="dataroot is .*expected a path"):
-        QXSFeeder(dataroot, "train.txt")
 
 
 def test_split_comes_from_the_lists_own_name(root):
@@ -422,22 +344,8 @@ def test_split_comes_from_the_lists_own_name(root):
         with pytest.raises(UserError, match="give split"):
             split_of(name)
     assert qxs(root, name="eo.txt", split="train").augment and not qxs(root, split="test").augment
-    with pytest.raises(UserError, match="split is 'val'"):
-        qxs(root, split="val")
-
-
-@pytest.mark.parametrize("value", [0, -8, 2.5, "256", True])
-@pytest.mark.parametrize("option", ["crop_size", "load_size"])
-def test_impossible_sizes(root, option, value):
-    with pytest.raises(UserError, match=f"{option} is {value!r}"):
-        qxs(root, **{option: value})
-
-
-def test_impossible_seed_and_crop(root):
     with pytest.raises(UserError, match="seed is -1"):
         qxs(root, seed=-1)
-    with pytest.raises(UserError, match="crop_size 8 is larger than load_size 4"):
-        qxs(root, load_size=4)
 
 
 # files
@@ -445,8 +353,8 @@ def test_impossible_seed_and_crop(root):
 
 def test_missing_files_are_counted_and_the_first_three_named(root):
     entries = [*ENTRIES, *(f"opt_256_oc_0.2/{number}.png" for number in range(10, 15))]
-    save(root / "opt_256_oc_0.2/10.png", coded())
-    save(root / "sar_256_oc_0.2/11.png", coded())
+    save_image(root / "opt_256_oc_0.2/10.png", coded())
+    save_image(root / "sar_256_oc_0.2/11.png", coded())
     with pytest.raises(UserError, match="^5 of 8 pairs are incomplete") as caught:
         qxs(root, entries)
     message = str(caught.value)
@@ -456,9 +364,7 @@ def test_missing_files_are_counted_and_the_first_three_named(root):
 
 
 def test_formats_that_are_not_read_are_refused_at_once(tmp_path):
-    for name in ("sar/a.jp2", "eo/a.png"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_bytes(b"not read here")
+    touch(tmp_path, "sar/a.jp2", "eo/a.png")
     (tmp_path / "train.csv").write_text("sar,eo\nsar/a.jp2,eo/a.png\n")
     with pytest.raises(UserError, match="1 files of formats that are not read for training: .*a.jp2; expected .*make_chips"):
         PairedFolderFeeder(CROP, dataroot=tmp_path, listroot=tmp_path / "train.csv")
@@ -466,7 +372,7 @@ def test_formats_that_are_not_read_are_refused_at_once(tmp_path):
 
 def test_pairs_that_do_not_fit_name_both_files_and_sizes(root):
     feeder = qxs(root)
-    save(root / "sar_256_oc_0.2/2.png", coded(SIZE)[:10])
+    save_image(root / "sar_256_oc_0.2/2.png", coded(SIZE)[:10])
     with pytest.raises(UserError, match=r"differ in size: SAR .*/2.png is 12 x 10 px, EO .*/2.png is 12 x 12 px"):
         feeder[1]
     with pytest.raises(UserError, match=r"smaller than crop_size 13: SAR .*/1.png is 12 x 12 px, EO .*/1.png is 12 x 12 px"):
@@ -474,15 +380,11 @@ def test_pairs_that_do_not_fit_name_both_files_and_sizes(root):
     with pytest.raises(UserError, match=r"load_size is 16 px, but SAR .*/1.png is 12 x 12 px"):
         qxs(root, load_size=16)[0]
     assert qxs(root, load_size=12)[0]["name"] == "opt_256_oc_0.2/1"
-
-
-@pytest.mark.parametrize("folder", ["sar_256_oc_0.2", "opt_256_oc_0.2"])
-def test_a_truncated_image_is_named(root, folder):
-    feeder = qxs(root)
-    path = root / folder / "3.png"
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(UserError, match=f"{folder}/3.png: unreadable"):
-        feeder[2]
+    for kind, index in (("sar", 0), ("opt", 2)):
+        path = root / f"{kind}_256_oc_0.2/{index + 1}.png"
+        path.write_bytes(path.read_bytes()[:60])
+        with pytest.raises(UserError, match=f"{kind}_256_oc_0.2/{index + 1}.png: unreadable"):
+            feeder[index]
 
 
 # folders
@@ -490,10 +392,10 @@ def test_a_truncated_image_is_named(root, folder):
 
 def test_stellar_pairs_by_stem_and_never_augments(tmp_path):
     for name in ("a/1", "2"):
-        save(tmp_path / f"EO/image/{name}.png", coded(blue=5))
+        save_image(tmp_path / f"EO/image/{name}.png", coded(blue=5))
     (tmp_path / "SAR/image/a").mkdir(parents=True)
     np.save(tmp_path / "SAR/image/a/1.npy", coded(blue=7))
-    save(tmp_path / "SAR/image/2.png", coded(blue=7))
+    save_image(tmp_path / "SAR/image/2.png", coded(blue=7))
     feeder = StellarFeeder(tmp_path, CROP, "train")
     assert feeder.names == ["2", "a/1"]
     for epoch in range(5):
@@ -505,18 +407,18 @@ def test_stellar_pairs_by_stem_and_never_augments(tmp_path):
 
 def test_paired_folders(tmp_path):
     for number in (1, 2, 10):
-        save(tmp_path / f"s/x/{number}.tif", coded(blue=7))
-        save(tmp_path / f"o/x/{number}.png", coded(blue=5))
+        save_image(tmp_path / f"s/x/{number}.tif", coded(blue=7))
+        save_image(tmp_path / f"o/x/{number}.png", coded(blue=5))
     feeder = PairedFolderFeeder(CROP, "test", sar_dir=tmp_path / "s", eo_dir=tmp_path / "o")
     assert feeder.names == ["x/1", "x/2", "x/10"]
     assert (levels(feeder[0]["sar"]) == coded(blue=7)[2:10, 2:10]).all()
-    save(tmp_path / "s/3.png", coded())
-    save(tmp_path / "o/4.png", coded())
+    save_image(tmp_path / "s/3.png", coded())
+    save_image(tmp_path / "o/4.png", coded())
     with pytest.raises(
         UserError, match=f"^2 images of .* have no twin of the same name: {tmp_path}/o/4.png; {tmp_path}/s/3.png$"
     ):
         PairedFolderFeeder(CROP, "test", sar_dir=tmp_path / "s", eo_dir=tmp_path / "o")
-    save(tmp_path / "s/x/1.png", coded())
+    save_image(tmp_path / "s/x/1.png", coded())
     with pytest.raises(UserError, match="x/1.* differ in the suffix alone"):
         PairedFolderFeeder(CROP, "test", sar_dir=tmp_path / "s", eo_dir=tmp_path / "o")
 
@@ -536,34 +438,30 @@ def test_paired_folders(tmp_path):
 )
 def test_lists_of_pairs(tmp_path, name, text):
     for sar, eo in (("s/1.png", "o/one.png"), ("s/2.png", "o/two.png")):
-        save(tmp_path / sar, coded(blue=7))
-        save(tmp_path / eo, coded(blue=5))
+        save_image(tmp_path / sar, coded(blue=7))
+        save_image(tmp_path / eo, coded(blue=5))
     (tmp_path / name).write_bytes(text.encode())
     feeder = PairedFolderFeeder(CROP, dataroot=tmp_path, listroot=tmp_path / name)
     assert feeder.names == ["o/one", "o/two"] and not feeder.augment
     assert levels(feeder[1]["sar"])[0, 0, 2] == 7 and levels(feeder[1]["eo"])[0, 0, 2] == 5
 
 
-def test_unusable_lists_of_pairs(tmp_path):
-    def read(text):
-        (tmp_path / "train.csv").write_text(text)
-        return PairedFolderFeeder(CROP, dataroot=tmp_path, listroot=tmp_path / "train.csv")
+HEADERS = ("sar,label", "id,eo", "sar,eo,opt", "sar_eo,file", "sar_1,sar_2")
+ONE_OF_EACH = "line 1: expected a header with one column of SAR and one of EO paths, .*"
 
-    with pytest.raises(UserError, match="train.csv, line 2: expected 'sar,eo', found 'c'"):
-        read("a.png,b.png\nc\n")
-    with pytest.raises(UserError, match="train.csv, line 3: expected 'id,sar,eo', found 'a.png,b.png'"):
-        read("id,sar,eo\n1,c.png,d.png\na.png,b.png\n")
-    for header in ("sar,label", "id,eo", "sar,eo,opt", "sar_eo,file", "sar_1,sar_2"):
-        with pytest.raises(
-            UserError, match=f"line 1: expected a header with one column of SAR and one of EO paths, .*{header[:3]}"
-        ):
-            read(f"{header}\na.png,b.png\n")
-    with pytest.raises(UserError, match=r"train.csv, line 1: '../a.png' is not a path relative"):
-        read("../a.png,b.png\n")
-    with pytest.raises(UserError, match="train.csv: the list is empty"):
-        read("sar,eo\n")
-    with pytest.raises(UserError, match="1 of 1 pairs are incomplete"):
-        read("a.png,b.png\n")
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,sar,eo\n1,c.png,d.png\na.png,b.png\n", "train.csv, line 3: expected 'id,sar,eo', found 'a.png,b.png'"),
+        *((f"{header}\na.png,b.png\n", ONE_OF_EACH + header[:3]) for header in HEADERS),
+        ("a.png,b.png\n", "1 of 1 pairs are incomplete"),
+    ],
+)
+def test_unusable_lists_of_pairs(tmp_path, text, message):
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        PairedFolderFeeder(CROP, dataroot=tmp_path, listroot=tmp_path / "train.csv")
 
 
 def test_paired_folder_options_must_make_sense(tmp_path):
@@ -572,7 +470,7 @@ def test_paired_folder_options_must_make_sense(tmp_path):
             PairedFolderFeeder(CROP, "train", **options)
     with pytest.raises(UserError, match="eo_dir: no such folder"):
         PairedFolderFeeder(CROP, "train", sar_dir=tmp_path, eo_dir=tmp_path / "gone")
-    save(tmp_path / "1.png", coded())
+    save_image(tmp_path / "1.png", coded())
     with pytest.raises(UserError, match="give split"):
         PairedFolderFeeder(CROP, sar_dir=tmp_path, eo_dir=tmp_path)
 

@@ -1,13 +1,13 @@
 """Reading any supported file into 0-255, and writing whole files or none."""
 
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 import torch
+from files import save_raster, touch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,6 +21,7 @@ from cdiffset.images import (
     require_writable,
     to_signed,
     to_uint8,
+    without_georeference,
     write_png,
     write_tiff,
 )
@@ -31,16 +32,6 @@ pytestmark = pytest.mark.filterwarnings("error")
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(7)
-
-
-def save_tiff(path, bands, **profile):
-    """Write [C, H, W] as it is."""
-    count, height, width = bands.shape
-    profile = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": bands.dtype} | profile
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with rasterio.open(path, "w", **profile) as target:
-            target.write(bands)
 
 
 def expected_stretch(values, valid=None):
@@ -55,11 +46,11 @@ def expected_stretch(values, valid=None):
         return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
     low, high = percentile(0.01), percentile(0.99)
-    flat = [
-        min(max((float(value) - low) / (high - low), 0), 1) * 255 if ok else 0
-        for value, ok in zip(values.flat, valid.flat, strict=True)
-    ]
-    return np.array(flat).reshape(values.shape)
+    return np.where(valid, np.clip((values.astype(float) - low) / (high - low), 0, 1) * 255, 0)
+
+
+def listed(root: Path) -> list[str]:
+    return [path.as_posix() for path in list_images(root)]
 
 
 # 8 bits: as is
@@ -70,37 +61,27 @@ def test_grey_png_is_repeated_and_unscaled(tmp_path, rng):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     for read in (read_sar, read_eo):
         image = read(tmp_path / "a.png")
-        assert image.dtype == np.float32 and image.shape == (5, 7, 3)
-        assert all((image[..., k] == pixels).all() for k in range(3))
+        assert image.dtype == np.float32 and image.shape == (5, 7, 3) and (image == pixels[..., None]).all()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".tiff", ".webp", ".npy"])
 def test_rgb_keeps_its_channels_in_every_lossless_format(tmp_path, rng, suffix):
     pixels = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
     path = tmp_path / f"a{suffix.upper()}"
-    if suffix == ".npy":
-        with path.open("wb") as file:
-            np.save(file, pixels)
-    else:
-        Image.fromarray(pixels).save(path, **({"lossless": True} if suffix == ".webp" else {}))
+    with path.open("wb") as file:
+        options = {"lossless": True} if suffix == ".webp" else {}
+        np.save(file, pixels) if suffix == ".npy" else Image.fromarray(pixels).save(path, **options)
     assert (read_eo(path) == pixels).all() and (read_sar(path) == pixels).all()
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_palette_is_expanded(tmp_path, rng, suffix):
+@pytest.mark.parametrize(("suffix", "options"), [(".png", {}), (".tif", {}), (".png", {"transparency": bytes([0, 128])})])
+def test_palette_is_expanded_whatever_its_transparency(tmp_path, rng, suffix, options):
     colours = rng.integers(0, 256, (6, 3), dtype=np.uint8)
     indices = rng.integers(0, 6, (5, 7), dtype=np.uint8)
     image = Image.fromarray(indices).convert("L")
     image.putpalette(colours.flatten().tolist())
-    image.save(tmp_path / f"a{suffix}")
+    image.save(tmp_path / f"a{suffix}", **options)
     assert (read_eo(tmp_path / f"a{suffix}") == colours[indices]).all()
-
-
-def test_palette_with_transparency_keeps_the_colours(tmp_path):
-    image = Image.fromarray(np.array([[0, 1]], np.uint8))
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.save(tmp_path / "a.png", transparency=bytes([0, 128]))
-    assert read_eo(tmp_path / "a.png").tolist() == [[[10, 20, 30], [40, 50, 60]]]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -130,12 +111,9 @@ def test_one_bit_is_black_and_white(tmp_path, rng, suffix, options):
     assert (read_eo(tmp_path / f"a{suffix}")[..., 0] == bits * 255).all()
 
 
-def test_packed_bits_fill_the_range(tmp_path):
-    save_tiff(tmp_path / "a.tif", np.array([[[0, 1, 2, 3]]], np.uint8), nbits=2)
+def test_packed_bits_and_booleans_fill_the_range(tmp_path):
+    save_raster(tmp_path / "a.tif", np.array([[[0, 1, 2, 3]]], np.uint8), nbits=2)
     assert read_sar(tmp_path / "a.tif")[0, :, 0].tolist() == [0, 85, 170, 255]
-
-
-def test_boolean_array_is_black_and_white(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[True, False]]))
     assert read_sar(tmp_path / "a.npy")[0, :, 0].tolist() == [255, 0]
 
@@ -154,7 +132,7 @@ def test_exif_orientation_is_applied(tmp_path):
 @pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.uint32, np.float32, np.float64])
 def test_deep_sar_tiff_is_stretched_per_band(tmp_path, rng, dtype):
     bands = (rng.gamma(1.0, [[[300.0]], [[30.0]], [[9.0]]], (3, 20, 21))).astype(dtype)
-    save_tiff(tmp_path / "a.tif", bands)
+    save_raster(tmp_path / "a.tif", bands)
     image = read_sar(tmp_path / "a.tif")
     for k in range(3):
         assert image[..., k] == pytest.approx(expected_stretch(bands[k]), abs=1e-3)
@@ -164,7 +142,7 @@ def test_deep_sar_tiff_is_stretched_per_band(tmp_path, rng, dtype):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_bands_become_three_channels(tmp_path, rng, count):
     bands = rng.gamma(1.0, 5.0, (count, 12, 13)).astype(np.float32)
-    save_tiff(tmp_path / "a.tif", bands)
+    save_raster(tmp_path / "a.tif", bands)
     np.save(tmp_path / "a.npy", np.moveaxis(bands, 0, -1))
     scaled = [expected_stretch(band) for band in bands]
     first, last = scaled[0], scaled[-1]
@@ -175,7 +153,7 @@ def test_bands_become_three_channels(tmp_path, rng, count):
 
 def test_declared_alpha_is_not_a_polarisation(tmp_path, rng):
     bands = rng.integers(1, 60000, (4, 12, 13), dtype=np.uint16)
-    save_tiff(tmp_path / "a.tif", bands, photometric="RGB", alpha="yes")
+    save_raster(tmp_path / "a.tif", bands, photometric="RGB", alpha="yes")
     assert read_sar(tmp_path / "a.tif")[..., 2] == pytest.approx(expected_stretch(bands[2]), abs=1e-3)
     joint = expected_stretch(bands[:3])
     assert read_eo(tmp_path / "a.tif") == pytest.approx(np.moveaxis(joint, 0, -1), abs=1e-3)
@@ -184,23 +162,17 @@ def test_declared_alpha_is_not_a_polarisation(tmp_path, rng):
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_sixteen_bit_eo_is_stretched_jointly(tmp_path, rng, suffix):
     bands = rng.integers(0, [[[60000]], [[20000]], [[3000]]], (3, 12, 13), dtype=np.uint16)
-    save_tiff(tmp_path / f"a{suffix}", bands, driver={".png": "PNG", ".tif": "GTiff"}[suffix])
+    save_raster(tmp_path / f"a{suffix}", bands, driver={".png": "PNG", ".tif": "GTiff"}[suffix])
     image = read_eo(tmp_path / f"a{suffix}")
     assert image == pytest.approx(np.moveaxis(expected_stretch(bands), 0, -1), abs=1e-3)
     assert image[..., 2].max() < 20  # the dark band stays dark
-
-
-def test_sixteen_bit_grey_png(tmp_path, rng):
-    pixels = rng.integers(0, 65536, (12, 13), dtype=np.uint16)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert read_sar(tmp_path / "a.png")[..., 1] == pytest.approx(expected_stretch(pixels), abs=1e-3)
 
 
 def test_nodata_and_non_finite_pixels_count_nowhere_and_become_zero(tmp_path, rng):
     band = rng.uniform(1, 2, (20, 20)).astype(np.float32)
     band[0], band[1], band[2, 0], band[2, 1] = -9999, np.nan, np.inf, -np.inf
     valid = np.isfinite(band) & (band > -9999)
-    save_tiff(tmp_path / "a.tif", band[None], nodata=-9999)
+    save_raster(tmp_path / "a.tif", band[None], nodata=-9999)
     image = read_sar(tmp_path / "a.tif")[..., 0]
     assert image == pytest.approx(expected_stretch(band, valid), abs=1e-3)
     assert (image[~valid] == 0).all() and image[valid].max() == 255
@@ -208,7 +180,7 @@ def test_nodata_and_non_finite_pixels_count_nowhere_and_become_zero(tmp_path, rn
 
 def test_bright_nodata_becomes_zero(tmp_path):
     band = np.array([[[1, 2, 3, 65535]]], np.uint16)
-    save_tiff(tmp_path / "a.tif", band, nodata=65535)
+    save_raster(tmp_path / "a.tif", band, nodata=65535)
     assert read_sar(tmp_path / "a.tif")[0, :, 0] == pytest.approx([0, 127.5, 255, 0])
 
 
@@ -219,20 +191,6 @@ def test_constant_image_is_zero(tmp_path, value):
 
 
 # refusals
-
-
-@pytest.mark.parametrize("read", [read_sar, read_eo])
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".npy"])
-@pytest.mark.parametrize("damage", ["empty", "garbage", "truncated"])
-def test_damaged_files_are_named(tmp_path, rng, read, suffix, damage):
-    path = tmp_path / f"bad{suffix}"
-    pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    np.save(path, pixels) if suffix == ".npy" else Image.fromarray(pixels).save(path)
-    whole = path.read_bytes()
-    path.write_bytes({"empty": b"", "garbage": b"no image at all", "truncated": whole[: len(whole) // 2]}[damage])
-    with pytest.raises(UserError, match="bad") as caught:
-        read(path)
-    assert "unreadable" in str(caught.value)
 
 
 def test_missing_and_unsupported_files(tmp_path):
@@ -248,7 +206,6 @@ def test_missing_and_unsupported_files(tmp_path):
     [
         (np.zeros((4, 4), np.complex64), "complex"),
         (np.zeros((4, 4, 5), np.uint8), "5 bands"),
-        (np.zeros((4,), np.uint8), "expected one array"),
         (np.zeros((0, 4), np.uint8), "expected one array"),
         (np.full((4, 4), np.nan, np.float32), "without a single valid pixel"),
         (np.array([["a"]]), "type <U1"),
@@ -260,26 +217,6 @@ def test_unusable_arrays(tmp_path, array, message):
         read_sar(tmp_path / "a.npy")
 
 
-def test_pickled_array_is_never_loaded(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "evil"),)
-
-    np.save(tmp_path / "a.npy", np.array([[Evil()]], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match="a.npy"):
-        read_sar(tmp_path / "a.npy")
-    assert not (tmp_path / "evil").exists()
-
-
-def test_complex_and_empty_tiff(tmp_path):
-    save_tiff(tmp_path / "c.tif", np.ones((1, 4, 4), np.complex64))
-    with pytest.raises(UserError, match="c.tif: complex pixels .*DERIVED_SUBDATASET:AMPLITUDE:c.tif"):
-        read_sar(tmp_path / "c.tif")
-    save_tiff(tmp_path / "e.tif", np.zeros((1, 4, 4), np.uint16), nodata=0)
-    with pytest.raises(UserError, match="e.tif: a band without a single valid pixel"):
-        read_sar(tmp_path / "e.tif")
-
-
 def test_two_and_four_bands_are_no_eo(tmp_path):
     for count in (2, 4):
         np.save(tmp_path / "a.npy", np.zeros((4, 4, count), np.uint8))
@@ -287,46 +224,25 @@ def test_two_and_four_bands_are_no_eo(tmp_path):
             read_eo(tmp_path / "a.npy")
 
 
-def test_several_frames_or_pages_are_refused(tmp_path):
-    frames = [Image.new("L", (8, 8), level) for level in (0, 100, 200)]
-    for name, word in (("a.gif", "3 frames"), ("a.png", "3 frames"), ("a.tif", "3 pages")):
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-        with pytest.raises(UserError, match=f"{name}: {word}"):
-            read_sar(tmp_path / name)
-
-
-def test_gdal_formats_that_point_elsewhere_are_refused(tmp_path):
-    save_tiff(tmp_path / "secret.tif", np.ones((1, 2, 2), np.uint8))
-    source = f"<SimpleSource><SourceFilename>{tmp_path}/secret.tif</SourceFilename></SimpleSource>"
-    band = f'<VRTRasterBand dataType="Byte" band="1">{source}</VRTRasterBand>'
-    (tmp_path / "a.tif").write_text(f'<VRTDataset rasterXSize="2" rasterYSize="2">{band}</VRTDataset>')
-    with pytest.raises(UserError, match="a.tif: unreadable"):
-        read_sar(tmp_path / "a.tif")
-
-
 # the pixel range
 
 
-def test_every_level_survives_the_round_trip():
+def test_every_level_survives_the_round_trip_and_channels_end_up_last():
     levels = np.arange(256, dtype=np.float32)
     signed = to_signed(levels)
     assert signed[0] == -1 and signed[255] == 1 and signed[127] == pytest.approx(-1 / 255)
-    image = torch.from_numpy(np.broadcast_to(signed, (2, 3, 4, 256)).copy())
-    assert to_uint8(image).shape == (2, 4, 256, 3)
-    assert (to_uint8(image) == levels[None, None, :, None]).all()
+    image = np.stack(np.broadcast_arrays(signed, signed[:, None], signed[::-1])).repeat(2).reshape(3, 256, 512)
+    pixels = to_uint8(torch.from_numpy(image.copy())[None])
+    assert pixels.shape == (1, 256, 512, 3)
+    assert (pixels[0, 7, ::2] == np.stack([levels, levels * 0 + 7, levels[::-1]], -1)).all()
 
 
-@settings(database=None, deadline=None)
+@settings(database=None, deadline=None, max_examples=50)
 @given(st.floats(-3, 3, width=32), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_to_uint8_rounds_and_clips(value, dtype):
     signed = torch.full((3, 1, 1), value).to(dtype)
     expected = min(max((signed[0, 0, 0].item() + 1) * 127.5, 0), 255)
     assert abs(int(to_uint8(signed)[0, 0, 0]) - expected) <= 0.5001
-
-
-def test_channels_end_up_last():
-    signed = torch.stack([torch.full((2, 5), value) for value in (-1.0, 0.0, 1.0)])
-    assert to_uint8(signed)[0, 0].tolist() == [0, 128, 255]
 
 
 # writing
@@ -338,11 +254,9 @@ def test_png_and_tiff_round_trip(tmp_path, rng):
     assert (np.asarray(Image.open(tmp_path / "new/folder/a.png")) == pixels).all()
     values = rng.normal(size=(5, 7)).astype(np.float32)
     write_tiff(tmp_path / "new/v.tif", values)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with rasterio.open(tmp_path / "new/v.tif") as source:
-            assert source.dtypes == ("float32",) and source.profile["compress"] == "deflate"
-            assert (source.read(1) == values).all()
+    with without_georeference(), rasterio.open(tmp_path / "new/v.tif") as source:
+        assert source.dtypes == ("float32",) and source.profile["compress"] == "deflate"
+        assert (source.read(1) == values).all()
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.png", "v.tif"]
 
 
@@ -366,16 +280,12 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
 
 
 def test_listing_is_recursive_ordered_and_skips_what_is_hidden(tmp_path):
-    for name in ("10.png", "2.PNG", "b/1.tif", "a/1.npy", ".hidden.png", ".cache/1.png", "notes.txt", "c.jpeg/x.jpeg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert [path.as_posix() for path in list_images(tmp_path)] == ["2.PNG", "10.png", "a/1.npy", "b/1.tif", "c.jpeg/x.jpeg"]
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
+    with pytest.raises(UserError, match="gone: no such folder"):
+        list_images(tmp_path / "gone")
+    with pytest.raises(UserError, match="holds no images"):
+        list_images(tmp_path)
+    touch(tmp_path, "10.png", "2.PNG", "b/1.tif", "a/1.npy", ".hidden.png", ".cache/1.png", "notes.txt", "c.jpeg/x.jpeg")
+    assert listed(tmp_path) == ["2.PNG", "10.png", "a/1.npy", "b/1.tif", "c.jpeg/x.jpeg"]
 
 
 def test_links_are_followed_under_each_of_their_names(tmp_path):
@@ -388,9 +298,9 @@ def test_links_are_followed_under_each_of_their_names(tmp_path):
     ):  # fmt: skip
         (root / name).symlink_to(target)
     expected = ["5.png", "7.png/3.png", "a/3.png", "again/1.png", "b/3.png", "c/4.png", "link/1.png"]
-    assert [path.as_posix() for path in list_images(root)] == expected
+    assert listed(root) == expected
     (tmp_path / "alias").symlink_to(root)
-    assert [path.as_posix() for path in list_images(tmp_path / "alias")] == expected
+    assert listed(tmp_path / "alias") == expected
 
 
 def test_loops_of_links_end(tmp_path):
@@ -398,26 +308,24 @@ def test_loops_of_links_end(tmp_path):
     root = tmp_path / "root"
     for name, target in (("b/loop", "."), ("c/d/up", "../.."), ("outwards", ".."), ("self", "self"), ("c/b", "../b")):
         (root / name).symlink_to(target)
-    assert [path.as_posix() for path in list_images(root)] == ["b/1.png", "c/b/1.png", "c/d/2.png"]
+    assert listed(root) == ["b/1.png", "c/b/1.png", "c/d/2.png"]
     (root / "b" / "c").symlink_to("../c")  # each now leads into the other
-    found = [path.as_posix() for path in list_images(root)]
-    assert found == ["b/1.png", "b/c/d/2.png", "c/b/1.png", "c/d/2.png"]
+    assert listed(root) == ["b/1.png", "b/c/d/2.png", "c/b/1.png", "c/d/2.png"]
 
 
 def test_folders_that_all_link_to_each_other_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_LINKS", 1000)
-    touch(tmp_path, *(f"{number}/x.png" for number in range(12)))
-    for number in range(12):
-        for other in range(12):
-            (tmp_path / f"{number}/{other}").symlink_to(f"../{other}")
-    with pytest.raises(UserError, match="over 1000 links to folders, expected fewer"):
+    monkeypatch.setattr(images, "MAX_LINKS", 100)
+    touch(tmp_path, *(f"{number}/x.png" for number in range(6)))
+    for number, other in np.ndindex(6, 6):
+        (tmp_path / f"{number}/{other}").symlink_to(f"../{other}")
+    with pytest.raises(UserError, match="over 100 links to folders, expected fewer"):
         list_images(tmp_path)
 
 
 @pytest.mark.parametrize("side, bands, allowed", [(8, 1, True), (9, 1, False), (8, 4, True), (8, 5, False)])
 def test_the_limit_of_pixels(tmp_path, side, bands, allowed):
     np.save(tmp_path / "a.npy", np.ones((side, side, bands), np.uint8))
-    save_tiff(tmp_path / "a.tif", np.ones((bands, side, side), np.float32))
+    save_raster(tmp_path / "a.tif", np.ones((bands, side, side), np.float32))
     Image.new("L" if bands == 1 else "RGBA", (side, side)).save(tmp_path / "a.png")
     for name in ["a.npy", "a.tif"] + ["a.png"] * (bands < 5):
         if allowed:
@@ -425,13 +333,6 @@ def test_the_limit_of_pixels(tmp_path, side, bands, allowed):
         else:
             with pytest.raises(UserError, match=f"{name}: {side} x {side} px in {bands} bands; at most 64 px"):
                 read_sar(tmp_path / name, max_pixels=64)
-
-
-def test_missing_or_empty_folder(tmp_path):
-    with pytest.raises(UserError, match="gone: no such folder"):
-        list_images(tmp_path / "gone")
-    with pytest.raises(UserError, match="holds no images"):
-        list_images(tmp_path)
 
 
 def test_trying_to_write_leaves_nothing_behind(tmp_path):
@@ -468,23 +369,18 @@ def test_a_name_of_any_length_can_be_written(tmp_path, stem, write):
     assert path.stem == stem
 
 
-def test_user_errors_become_one_line_and_exit_code_2(capsys):
-    def main(argv):
+class Faulty(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
         raise UserError("a.png: bad\nfile")
 
-    assert run(main, []) == 2
-    assert capsys.readouterr().err == "error: a.png: bad file\n"
 
-
-def test_user_errors_of_workers_lose_their_traceback(capsys):
-    class Faulty(torch.utils.data.Dataset):
-        def __len__(self):
-            return 2
-
-        def __getitem__(self, index):
-            raise UserError("a.png: bad file")
-
-    assert run(lambda argv: list(torch.utils.data.DataLoader(Faulty(), num_workers=1))) == 2
+@pytest.mark.parametrize("workers", [0, 1])
+def test_user_errors_become_one_line_and_exit_code_2(capsys, workers):
+    """Those of a loader's workers lose their traceback."""
+    assert run(lambda argv: list(torch.utils.data.DataLoader(Faulty(), num_workers=workers)), []) == 2
     assert capsys.readouterr().err == "error: a.png: bad file\n"
 
 
@@ -502,17 +398,17 @@ def test_other_endings_of_commands():
 
 
 def test_real_samples(samples):
-    sar = read_sar(samples / "QXSLAB_SAROPT/sar_256_oc_0.2/1.png")
-    eo = read_eo(samples / "QXSLAB_SAROPT/opt_256_oc_0.2/1.png")
-    assert sar.shape == eo.shape == (88, 88, 3)
-    assert (sar[..., 0] == np.asarray(Image.open(samples / "QXSLAB_SAROPT/sar_256_oc_0.2/1.png"))).all()
-    assert (eo == np.asarray(Image.open(samples / "QXSLAB_SAROPT/opt_256_oc_0.2/1.png"))).all()
+    for read, kind in ((read_sar, "sar"), (read_eo, "opt")):
+        path = samples / f"QXSLAB_SAROPT/{kind}_256_oc_0.2/1.png"
+        image = read(path)
+        assert image.shape == (88, 88, 3)
+        assert (image == np.asarray(Image.open(path)).reshape(88, 88, -1)).all()
     assert len(list_images(samples / "QXSLAB_SAROPT/opt_256_oc_0.2")) == 100
 
 
 def test_a_band_dropped_as_alpha_is_said_once(tmp_path, capsys):
     images._note_alpha.cache_clear()
-    save_tiff(tmp_path / "a.tif", np.ones((4, 6, 7), np.uint8), photometric="RGB", alpha="yes")
+    save_raster(tmp_path / "a.tif", np.ones((4, 6, 7), np.uint8), photometric="RGB", alpha="yes")
     for _ in range(2):
         assert read_sar(tmp_path / "a.tif").shape == (6, 7, 3)
     assert capsys.readouterr().err.count("a band that a TIFF declares as alpha") == 1

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import rasterio
 import rasterio.warp
+from files import save_raster as save
 from rasterio.control import GroundControlPoint
 from rasterio.rpc import RPC
 from rasterio.transform import Affine
@@ -16,13 +16,6 @@ from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions, chosen_ste
 from cdiffset.scenes.resampling import apply_weights, gsd_of, resample_strips, resampled_size, steps_to, weights
 
 RNG = np.random.default_rng(0)
-
-
-def save(path, band: np.ndarray, **profile):
-    size = {"driver": "GTiff", "count": 1, "height": band.shape[0], "width": band.shape[1], "dtype": band.dtype}
-    with rasterio.open(path, "w", **size, **profile) as target:
-        target.write(band, 1)
-    return path
 
 
 def resample(values: np.ndarray, steps: tuple[float, float]) -> np.ndarray:
@@ -49,7 +42,6 @@ POINTS = [GroundControlPoint(row, col, 5e5 + 4 * col, 5e6 - 3 * row) for row in 
         ({}, None),
     ],
 )
-@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_the_gsd_is_that_of_the_ground(tmp_path, georeference, expected):
     with open_scene(save(tmp_path / "a.tif", np.ones((50, 80), np.uint8), **georeference)) as source:
         assert gsd_of(source) == (None if expected is None else pytest.approx(expected, rel=6e-4))  # UTM's scale: 0.9996
@@ -82,7 +74,6 @@ def test_the_gsd_is_the_geodesic_distance_of_neighbouring_pixels(tmp_path, geore
         assert expected == pytest.approx([10.09, 10.06], rel=0.01)
 
 
-@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_steps_come_from_the_option_the_checkpoint_and_the_file(tmp_path):
     utm = {"crs": "EPSG:32631", "transform": Affine(4, 0, 5e5, 0, -4, 5.7e6)}
     with open_scene(save(tmp_path / "a.tif", np.ones((50, 80), np.uint8), **utm)) as source:
@@ -109,7 +100,7 @@ def test_a_step_of_one_changes_nothing_and_a_constant_stays_one():
         assert np.abs(resample(np.full((13, 7), 3.5), steps) - 3.5).max() < 1e-12
 
 
-@pytest.mark.parametrize("step", [0.25, 0.4, 2.5, 7.0])
+@pytest.mark.parametrize("step", [0.4, 2.5, 7.0])
 def test_a_ramp_is_sampled_at_the_centres_of_the_pixels(step):
     ramp = np.tile(np.arange(70.0), (3, 1))
     centres = (np.arange(resampled_size((70, 70), (step, step))[0]) + 0.5) * step - 0.5
@@ -118,7 +109,7 @@ def test_a_ramp_is_sampled_at_the_centres_of_the_pixels(step):
     np.testing.assert_allclose(resample(ramp, (1.0, step))[0][inner], centres[inner], atol=1e-9 if step < 1 else 0.5 / step)
 
 
-@pytest.mark.parametrize("step", [0.25, 2.0, 2.5, 5.0])
+@pytest.mark.parametrize("step", [0.25, 2.5, 5.0])
 def test_resampling_is_what_gdal_makes_of_it(step):
     values = RNG.gamma(2, 30, (60, 40)).astype(np.float64)
     ours = resample(values, (step, step))
@@ -132,9 +123,9 @@ def test_resampling_is_what_gdal_makes_of_it(step):
     np.testing.assert_allclose(ours[inner], theirs[inner], rtol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [(0.3, 0.45), (2.5, 3.1), (1.0, 6.0), (12.0, 0.5)])
-@pytest.mark.parametrize("despeckle", [None, (5, 3.0)])
-@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.parametrize(
+    "steps, despeckle", [((0.3, 0.45), (5, 3.0)), ((2.5, 3.1), None), ((2.5, 3.1), (5, 3.0)), ((12.0, 0.5), None)]
+)
 def test_a_window_is_the_same_as_that_part_of_the_whole(tmp_path, monkeypatch, steps, despeckle):
     band = RNG.gamma(2, 30, (61, 83)).astype(np.float32)
     band[20:44, 50:70] = np.nan
@@ -151,7 +142,6 @@ def test_a_window_is_the_same_as_that_part_of_the_whole(tmp_path, monkeypatch, s
     assert 0.8 < valid.mean() < 1
 
 
-@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_looks_are_averaged_as_intensity_without_what_is_not_valid(tmp_path):
     amplitude = RNG.gamma(2, 30, (8, 8)).astype(np.float32)
     amplitude[:, 4:] = 0
@@ -167,8 +157,9 @@ def test_looks_are_averaged_as_intensity_without_what_is_not_valid(tmp_path):
     np.testing.assert_allclose(got[0], np.where(valid[0], expected, 0), rtol=1e-12)
 
 
-@pytest.mark.parametrize("steps", [(0.3, 0.45), (2.5, 3.1), (1.0, 6.0), (1 / 7, 1 / 5)])
-@pytest.mark.parametrize("rows", [1, 16, 1000])
+@pytest.mark.parametrize(
+    "steps, rows", [((0.3, 0.45), 1), ((0.3, 0.45), 16), ((2.5, 3.1), 16), ((1.0, 6.0), 1000), ((1 / 7, 1 / 5), 16)]
+)
 def test_strips_become_the_whole_resampled(steps, rows):
     values = RNG.normal(size=(2, 47, 31)).astype(np.float32)
     wanted = resampled_size((47, 31), steps)

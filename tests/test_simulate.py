@@ -1,6 +1,7 @@
 """The scene simulator: reproducible, and its masks say exactly what only one of the two images shows."""
 
 import hashlib
+from functools import cache
 
 import numpy as np
 import pytest
@@ -10,19 +11,21 @@ from scipy.ndimage import binary_dilation
 from data.simulate import FOLDERS, SAR_DB_RANGE, Simulation, acquire_sar, main, simulate_scene
 
 
+@cache
 def scene(index: int, **changes) -> dict[str, np.ndarray]:
     return simulate_scene(np.random.default_rng([7, index]), Simulation(**changes))
 
 
-def scenes_with_movables(**changes) -> list[int]:
-    return [index for index in range(30) if scene(index, **changes)["mask_sar_only"].any()]
+@pytest.fixture(scope="module")
+def with_movables() -> list[int]:
+    """Scenes with movable objects."""
+    return [index for index in range(20) if scene(index, p_sar_only=1, p_eo_only=0)["mask_sar_only"].any()][:10]
 
 
-def test_masks_hold_all_that_differs():
+def test_masks_hold_all_that_differs(with_movables):
     """The same draws with every movable object in both images, only in the SAR, or only in the EO."""
-    indices = scenes_with_movables(p_sar_only=1, p_eo_only=0)
-    assert len(indices) >= 10
-    for index in indices:
+    assert len(with_movables) == 10
+    for index in with_movables:
         both = scene(index, p_sar_only=0, p_eo_only=0)
         sar_only = scene(index, p_sar_only=1, p_eo_only=0)
         eo_only = scene(index, p_sar_only=0, p_eo_only=1)
@@ -48,8 +51,8 @@ def test_default_scenes_are_those_that_the_demos_base_was_trained_on():
     assert digest.hexdigest() == "dc2687fbd477e6eda8eca467c485d53bb1e284c5ffa14bbaedeee4d376be3f15"
 
 
-def test_would_be_pictures_are_the_same_acquisition_with_all_objects_and_with_none():
-    for index in scenes_with_movables(p_sar_only=1, p_eo_only=0)[:10]:
+def test_would_be_pictures_are_the_same_acquisition_with_all_objects_and_with_none(with_movables):
+    for index in with_movables:
         drawn = scene(index, p_sar_only=0.4, p_eo_only=0.3)
         np.testing.assert_array_equal(drawn["eo_all"], scene(index, p_sar_only=0, p_eo_only=0)["eo"])
         np.testing.assert_array_equal(drawn["eo_none"], scene(index, p_sar_only=1, p_eo_only=0)["eo"])
@@ -57,7 +60,7 @@ def test_would_be_pictures_are_the_same_acquisition_with_all_objects_and_with_no
 
 def test_object_numbers_and_masks_agree():
     seen = {"sar_only": 0, "eo_only": 0, "both": 0}
-    for index in range(40):
+    for index in range(20):
         drawn = scene(index, movables=3)
         objects, masks = drawn["objects"], {name: drawn[f"mask_{name}"] > 0 for name in ("sar_only", "eo_only", "movable")}
         numbers = np.unique(objects[objects > 0])
@@ -69,19 +72,16 @@ def test_object_numbers_and_masks_agree():
             fates = [name for name in ("sar_only", "eo_only") if masks[name][here].any()]
             assert all(masks[name][here].all() for name in fates) and len(fates) <= 1
             seen[fates[0] if fates else "both"] += 1
-    assert min(seen.values()) >= 10
+    assert min(seen.values()) >= 5
 
 
 def test_permanent_mask_marks_what_is_bright_and_stays():
     """Without movables, nearly all that is as bright as they are lies in the mask or within the blur around it."""
-    bright, covered = 0, 0
-    for index in range(40):
-        drawn = scene(index, movables=0, looks=1000)
-        above = drawn["sar"] > (2 - SAR_DB_RANGE[0]) / (SAR_DB_RANGE[1] - SAR_DB_RANGE[0]) * 255
-        bright += above.sum()
-        covered += (above & binary_dilation(drawn["mask_permanent"] > 0, iterations=1)).sum()
-        assert not drawn["objects"].any() and not drawn["mask_movable"].any()
-    assert bright > 1000 and covered > 0.98 * bright
+    scenes = [scene(index, movables=0, looks=1000) for index in range(25)]
+    above = np.stack([drawn["sar"] > (2 - SAR_DB_RANGE[0]) / np.diff(SAR_DB_RANGE) * 255 for drawn in scenes])
+    near = np.stack([binary_dilation(drawn["mask_permanent"] > 0) for drawn in scenes])
+    assert above.sum() > 600 and (above & near).sum() > 0.98 * above.sum()
+    assert not any(drawn["objects"].any() or drawn["mask_movable"].any() for drawn in scenes)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def test_permanent_mask_marks_what_is_bright_and_stays():
     ],
 )  # fmt: skip
 def test_knobs(changes, measure, grows):
-    usual, changed = (np.mean([float(measure(scene(index, **options))) for index in range(40)]) for options in ({}, changes))
+    usual, changed = (np.mean([float(measure(scene(index, **options))) for index in range(24)]) for options in ({}, changes))
     assert changed > usual * 1.03 if grows else changed < usual * 0.8
 
 
 def test_permanent_structures_are_as_bright_as_movables():
     """Else the SAR's brightness alone would tell the doubtful objects."""
     movable, permanent = [], []
-    for index in range(60):
+    for index in range(40):
         drawn = scene(index, p_sar_only=1, p_eo_only=0)
         objects = drawn["mask_sar_only"] > 0
         movable += drawn["sar"][objects].tolist()
@@ -135,16 +135,9 @@ def test_command_is_reproducible_and_scenes_do_not_depend_on_the_count(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        ["--size", "8"],
-        ["--looks", "0"],
-        ["--object-scale", "0"],
-        ["--contrast", "-1"],
-        ["--p-sar-only", "0.8", "--p-eo-only", "0.4"],
-    ],
+    "wrong", ["--size=8", "--looks=0", "--object-scale=0", "--contrast=-1", "--p-sar-only=.8 --p-eo-only=.4"]
 )
 def test_wrong_options_are_refused(tmp_path, wrong):
     with pytest.raises(SystemExit) as stopped:
-        main(["--output", str(tmp_path / "out"), *wrong])
+        main(["--output", str(tmp_path / "out"), *wrong.split()])
     assert stopped.value.code == 2 and not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ Each table is (what it is, the input, words that the one line must hold). Exit c
 of a folder is bad and the others are done. What looks odd but is good must work, and with the right result.
 """
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -13,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,15 @@ import pytest
 import rasterio
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from conftest import REPO, tiny_unet, tiny_vae
-from diffusers import UNet2DConditionModel
+from files import save_image
 from PIL import Image
 from safetensors.torch import save_file
 
 import main as train_command
 from cdiffset import errors
 from cdiffset.config import load_config
-from cdiffset.images import read_sar_valid
+from cdiffset.images import read_sar_valid, without_georeference
 from cdiffset.inference.record import FILE_NAME
 from data import data_split
 
@@ -40,13 +39,6 @@ translate_command = sys.modules["command_for_bad_input"] = importlib.util.module
 _spec.loader.exec_module(translate_command)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def everything(folder: Path) -> set[str]:
@@ -79,27 +71,24 @@ def named(cases) -> list:
 
 # ------------------------------------------------------------------------------------------------------------ configuration
 HERE = "run.yaml"
+MAKING = "work_dir: !!python/object/apply:os.mknod [touched]\n"
 CONFIGS = [
     ("unknown key", "batchsize: 4\n", (HERE, "unknown key 'batchsize'", "did you mean 'batch_size'")),
     ("key that is a number", "5: 4\n", (HERE, "unknown key 5")),
     ("text for a number", "batch_size: many\n", ("batch_size: expected a whole number", "'many'")),
-    ("fraction for a count", "num_iter: 1.5\n", ("num_iter: expected a whole number", "1.5")),
     ("true for a count", "seed: true\n", ("seed: expected a whole number", "True")),
-    ("list for text", "work_dir: [a, b]\n", ("work_dir: expected text", "['a', 'b']")),
     ("text for a mapping", "train_feeder_args: x\n", ("train_feeder_args: expected a mapping", "'x'")),
     ("null where a value must be", "prediction_type: ~\n", ("prediction_type: expected one of epsilon", "None")),
-    ("date as a feeder argument", "test_feeder_args: {a: 2024-01-01}\n", ("test_feeder_args: expected", "datetime.date")),
     ("bytes as a feeder argument", "test_feeder_args: {a: !!binary aGk=}\n", ("test_feeder_args: expected", "b'hi'")),
     ("tag that does not fit", "seed: !!int ''\n", (HERE, "no valid YAML")),
+    ("tag that makes an object", MAKING, (HERE, "could not determine a constructor")),
     ("duplicate key", "seed: 1\nseed: 2\n", (HERE, "'seed' stands twice")),
     ("duplicate feeder argument", "test_feeder_args: {a: 1, a: 2}\n", (HERE, "'a' stands twice")),
     ("recursive alias", "test_feeder_args: {x: &a [*a]}\n", (HERE, "found unconstructable recursive node")),
-    ("alias of nothing", "seed: *nothing\n", (HERE, "line 1", "undefined alias")),
-    ("endless brackets", "seed: " + "[" * 100_000, (HERE, "nested too deep")),
+    ("endless brackets", "seed: " + "[" * 9000, (HERE, "nested too deep")),
     ("tab", "seed: 1\n\tbatch_size: 2\n", (HERE, "line 2")),
     ("empty file", "", (HERE, "holds nothing", "expected lines of key: value")),
     ("no mapping", "- seed\n", (HERE, "holds no mapping")),
-    ("two documents", "seed: 1\n---\nseed: 2\n", (HERE, "line 2")),
     ("not UTF-8", "work_dir: caf\u00e9\n".encode("latin-1"), (HERE, "not UTF-8")),
     ("zero byte", "seed: 1\0\n", (HERE, "special characters")),
     ("30 digits", "seed: " + "9" * 30, ("seed: expected", "at most 9223372036854775807")),
@@ -107,14 +96,11 @@ CONFIGS = [
     ("infinite", "learning_rate: 1e999\n", ("learning_rate: expected a number above 0",)),
     ("not a number", "weight_decay: .nan\n", ("weight_decay: expected a number", "nan")),
     ("negative", "batch_size: -4\n", ("batch_size: expected a whole number of at least 1", "-4")),
-    ("zero", "val_len: 0\n", ("val_len: expected a whole number of at least 1", "0")),
     ("beyond its range", "num_inference_steps: 1000\n", ("num_inference_steps: expected", "at most 999", "1000")),
     ("warm-up longer than the run", "num_iter: 10\n", ("num_warmup: expected at most num_iter (10)", "100")),
     ("indivisible batch", "gradient_accumulation_steps: 3\n", ("gradient_accumulation_steps: expected a divisor", "3")),
     ("placeholder", "accelerator_path: /path/to/best\n", ("accelerator_path", "placeholder")),
-    ("placeholder of a feeder", "test_feeder_args: {dataroot: /path/to/QXS}\n", ("test_feeder_args.dataroot", "placeholder")),
     ("module that is not there", "feeder: nowhere.Feeder\n", ("feeder: cannot import 'nowhere.Feeder'",)),
-    ("class that is not there", "feeder: feeders.feeder.QSXFeeder\n", ("feeder: cannot import", "QSXFeeder")),
     ("base that is not there", "pretrained_model_name_or_path: ./nowhere\n", ("pretrained_model_name_or_path", "./nowhere")),
 ]  # fmt: skip
 
@@ -177,6 +163,13 @@ class Touch:
         return os.mknod, (self.file,)
 
 
+def test_what_is_refused_would_have_made_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for load in (lambda: pickle.loads(pickle.dumps([Touch("touched")])), lambda: yaml.unsafe_load(MAKING)):
+        load()
+        (tmp_path / "touched").unlink()
+
+
 def qxs(number: int, kind="opt") -> str:
     return f"{kind}_256_oc_0.2/{number}.png"
 
@@ -185,10 +178,8 @@ GOOD_LIST = f"{qxs(1)}\n{qxs(2)}\n"
 HUGE_INDEX = b"\x80\x02]" + b"r\xff\xff\xff\x7f" + b"."  # a list, remembered under number 2^31 - 1
 LISTS = [
     ("empty", "test.txt", "", ("test.txt: the list is empty",)),
-    ("blank lines alone", "test.txt", "\n \r\n\t\n", ("test.txt: the list is empty",)),
     ("absolute path", "test.txt", GOOD_LIST + "/etc/passwd\n", ("test.txt, line 3: '/etc/passwd'", "relative to")),
     ("path upwards", "test.txt", "../../secret/opt_256_oc_0.2/1.png\n", ("test.txt, line 1", "without '..'")),
-    ("path up and down", "test.txt", "opt_256_oc_0.2/../../x.png\n", ("test.txt, line 1", "without '..'")),
     ("backslashes", "test.txt", "opt_256_oc_0.2\\1.png\n", ("test.txt, line 1", "forward slashes")),
     ("drive", "test.txt", "C:/opt_256_oc_0.2/1.png\n", ("test.txt, line 1", "relative to the data root")),
     ("duplicate", "test.txt", f"{GOOD_LIST}\n{qxs(1)}\n", ("test.txt, line 4", qxs(1), "stands in line 1 already")),
@@ -201,7 +192,6 @@ LISTS = [
     ("name without a split", "eo.txt", GOOD_LIST, ("eo.txt: expected either train or test in its name; give split",)),
     ("pickle of a mapping", "test.pkl", pickle.dumps({"a": "b"}), ("test.pkl: refused", "nothing else")),
     ("pickle of numbers", "test.pkl", pickle.dumps([1, 2]), ("test.pkl: refused", "nothing else")),
-    ("pickle of lists", "test.pkl", pickle.dumps([["a"]]), ("test.pkl: refused", "nothing else")),
     ("pickle of nothing", "test.pkl", pickle.dumps([]), ("test.pkl: the list is empty",)),
     ("pickle that makes a file", "test.pkl", pickle.dumps([qxs(1), Touch("touched")]), ("test.pkl: refused", "nothing else")),
     ("pickle that takes memory", "test.pkl", HUGE_INDEX, ("test.pkl: the list is empty",)),
@@ -210,17 +200,17 @@ LISTS = [
 ]  # fmt: skip
 
 
-def with_feeder(feeder: str, tiny_base: str, **arguments) -> list[str]:
+def with_feeder(feeder: str, tiny_base: str, *options: str, **arguments) -> list[str]:
     """main.py's command line for a feeder of which only the test part is read."""
-    settings = {
-        "phase": "test",
-        "work_dir": "run",
-        "pretrained_model_name_or_path": tiny_base,
-        "feeder": f"feeders.feeder.{feeder}",
-    }
-    settings |= {"accelerator_path": "none", "report_to": "none", "num_worker": 0}
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    return [*words, "--test-feeder-args", json.dumps(arguments)]
+    words = (
+        f"--phase test --work_dir run --feeder feeders.feeder.{feeder} --accelerator_path none --report_to none --num_worker 0"
+    )
+    given = ["--pretrained-model-name-or-path", tiny_base, "--test-feeder-args", json.dumps({"crop_size": 16, **arguments})]
+    return [*words.split(), *given, *options]
+
+
+def in_qxs(tiny_base: str, *options: str, **changes) -> list[str]:
+    return with_feeder("QXSFeeder", tiny_base, *options, **{"dataroot": "data", "listroot": "test.txt", **changes})
 
 
 @pytest.fixture
@@ -238,14 +228,7 @@ def root(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("name, content, words", named(LISTS))
 def test_lists(name, content, words, root, tmp_path, tiny_base, capsys):
     (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    argv = with_feeder("QXSFeeder", tiny_base, dataroot="data", listroot=name, crop_size=16)
-    assert_refused(train_command.main, argv, words, tmp_path, capsys)
-
-
-def test_the_pickle_that_makes_a_file_would_make_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    pickle.loads(pickle.dumps([Touch("touched")]))
-    assert (tmp_path / "touched").exists()
+    assert_refused(train_command.main, in_qxs(tiny_base, listroot=name), words, tmp_path, capsys)
 
 
 FEEDER_ARGUMENTS = [
@@ -257,6 +240,8 @@ FEEDER_ARGUMENTS = [
     ("crop larger than load size", {"crop_size": 16, "load_size": 8}, ("crop_size 16 is larger than load_size 8",)),
     ("crop of zero", {"crop_size": 0}, ("crop_size is 0; expected a whole number",)),
     ("negative crop", {"crop_size": -8}, ("crop_size is -8; expected a whole number",)),
+    ("crop that is true", {"crop_size": True}, ("crop_size is True; expected a whole number",)),
+    ("load size with a fraction", {"load_size": 2.5}, ("load_size is 2.5; expected a whole number",)),
     ("crop in words", {"crop_size": "big"}, ("crop_size is 'big'; expected a whole number",)),
     ("unknown argument", {"cropsize": 8}, ("test_feeder_args", "unexpected keyword argument 'cropsize'")),
     ("unknown split", {"split": "val"}, ("split is 'val'; expected train or test",)),
@@ -269,8 +254,7 @@ FEEDER_ARGUMENTS = [
 @pytest.mark.parametrize("changes, words", named(FEEDER_ARGUMENTS))
 def test_feeder_arguments(changes, words, root, tmp_path, tiny_base, capsys):
     (tmp_path / "test_folder.txt").mkdir()
-    argv = with_feeder("QXSFeeder", tiny_base, **{"dataroot": "data", "listroot": "test.txt", "crop_size": 16, **changes})
-    assert_refused(train_command.main, argv, words, tmp_path, capsys)
+    assert_refused(train_command.main, in_qxs(tiny_base, **changes), words, tmp_path, capsys)
 
 
 PAIR_LISTS = [
@@ -285,65 +269,42 @@ PAIR_LISTS = [
 @pytest.mark.parametrize("content, words", named(PAIR_LISTS))
 def test_lists_of_pairs(content, words, root, tmp_path, tiny_base, capsys):
     (tmp_path / "test.csv").write_text(content)
-    argv = with_feeder("PairedFolderFeeder", tiny_base, dataroot="data", listroot="test.csv", crop_size=16)
+    argv = with_feeder("PairedFolderFeeder", tiny_base, dataroot="data", listroot="test.csv")
     assert_refused(train_command.main, argv, words, tmp_path, capsys)
 
 
-@pytest.mark.parametrize("content", ["\r\n\r\n".join(GOOD_LIST.split()), GOOD_LIST.replace("\n", " \n\n\n")])
-def test_lists_with_windows_line_ends_and_blank_lines_are_good(content, root, tmp_path, tiny_base, capsys):
-    """The next mistake is the checkpoint's: the list was read, and its images were found."""
-    (tmp_path / "test.txt").write_bytes(content.encode())
-    argv = with_feeder("QXSFeeder", tiny_base, dataroot="data", listroot="test.txt", crop_size=16)
-    assert errors.run(train_command.main, argv) == 2
+def test_what_lists_and_work_dirs_lead_to(root, tmp_path, tiny_base, capsys):
+    """Windows line ends and blank lines are good: the next mistake is the checkpoint's."""
+    words = ("work_dir: cannot write into test.txt/run", "Not a directory")
+    assert_refused(train_command.main, in_qxs(tiny_base, "--work_dir", "test.txt/run"), words, tmp_path, capsys)
+    (tmp_path / "test.txt").write_bytes("\r\n \r\n\n".join(GOOD_LIST.split()).encode())
+    assert errors.run(train_command.main, in_qxs(tiny_base)) == 2
     assert "accelerator_path: there is no none" in capsys.readouterr().err
-
-
-def test_a_work_dir_that_cannot_be_written(root, tmp_path, tiny_base, capsys):
-    argv = with_feeder("QXSFeeder", tiny_base, dataroot="data", listroot="test.txt", crop_size=16)
-    argv += ["--work_dir", "test.txt/run"]
-    assert_refused(train_command.main, argv, ("work_dir: cannot write into test.txt/run", "Not a directory"), tmp_path, capsys)
-
-
-# ------------------------------------------------------------------------------------------------------------ broken links
-@pytest.fixture
-def outside(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("outside")
-    for number in (1, 2):
-        Image.new("L", (16, 16), 200).save(folder / f"{number}.png")
-    return folder
-
-
-def test_a_listed_link_that_leads_nowhere_is_missing(root, tmp_path, tiny_base, capsys):
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
     (root / qxs(1)).unlink()
     (root / qxs(1)).symlink_to(root / "gone.png")
-    argv = with_feeder("QXSFeeder", tiny_base, dataroot="data", listroot="test.txt", crop_size=16)
-    assert_refused(train_command.main, argv, (qxs(1), "(missing: EO)"), tmp_path, capsys)
+    assert_refused(train_command.main, in_qxs(tiny_base), (qxs(1), "(missing: EO)"), tmp_path, capsys)
 
 
 # ------------------------------------------------------------------------------------------------- images: a folder of each
-def saved(image: Image.Image, format: str, **options) -> bytes:
+def saved(image: Image.Image | np.ndarray, format: str, **options) -> bytes:
     written = io.BytesIO()
-    image.save(written, format, **options)
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(written, format, **options)
     return written.getvalue()
 
 
-def tiff(bands: np.ndarray, **profile) -> bytes:
-    """[C, H, W] => GeoTIFF."""
-    count, height, width = bands.shape
-    profile = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": bands.dtype} | profile
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with rasterio.MemoryFile() as memory:
-            with memory.open(**profile) as target:
+def tiff(bands: np.ndarray | tuple[int, int, int], **profile) -> bytes:
+    """[C, H, W] => GeoTIFF; given a shape alone, a file of any size in a few bytes, whose tiles are left out."""
+    count, height, width = bands if isinstance(bands, tuple) else bands.shape
+    if isinstance(bands, tuple):
+        tiles = {"tiled": True, "blockxsize": 8192, "blockysize": 8192} if height > 8192 else {}
+        profile |= {"dtype": "uint8", "SPARSE_OK": "TRUE"} | tiles
+    else:
+        profile |= {"dtype": bands.dtype}
+    with without_georeference(), rasterio.MemoryFile() as memory:
+        with memory.open(driver="GTiff", count=count, height=height, width=width, **profile) as target:
+            if not isinstance(bands, tuple):
                 target.write(bands)
-            return memory.read()
-
-
-def sparse_tiff(side: int, count: int = 1) -> bytes:
-    """A GeoTIFF of any size in a few bytes: its tiles are left out."""
-    with rasterio.MemoryFile() as memory:
-        options = {"tiled": True, "blockxsize": 8192, "blockysize": 8192} if side > 8192 else {}
-        memory.open(driver="GTiff", height=side, width=side, count=count, dtype="uint8", SPARSE_OK="TRUE", **options).close()
         return memory.read()
 
 
@@ -363,25 +324,23 @@ def npy(array, **header) -> bytes:
 
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
-PNG = saved(Image.fromarray(GREY), "PNG")
+PNG = saved(GREY, "PNG")
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 VRT = '<VRTDataset rasterXSize="8" rasterYSize="8"><VRTRasterBand dataType="Byte" band="1"/></VRTDataset>'
 FRAMES = [Image.fromarray(GREY // k) for k in (1, 2, 3)]
 UNREADABLE = "unreadable, truncated or not an image"
 BAD_IMAGES = [
-    ("truncated.png", saved(Image.fromarray(NOISE), "PNG")[:1500], UNREADABLE),
-    ("truncated.jpg", saved(Image.fromarray(NOISE), "JPEG")[:500], UNREADABLE),
+    ("truncated.png", saved(NOISE, "PNG")[:1500], UNREADABLE),
+    ("truncated.jpg", saved(NOISE, "JPEG")[:500], UNREADABLE),
     ("truncated.tif", tiff(np.moveaxis(NOISE, -1, 0))[:1500], UNREADABLE),
-    ("truncated.npy", npy(NOISE)[:1500], UNREADABLE),
-    ("zero_bytes.png", b"", UNREADABLE),
     ("zero_bytes.tif", b"", UNREADABLE),
-    ("text.png", b"no image", UNREADABLE),
     ("png_by_name.tif", PNG, UNREADABLE),
     ("tiff_by_name.png", tiff(GREY[None]), UNREADABLE),
     ("postscript.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", UNREADABLE),
     ("virtual.tif", VRT.encode(), UNREADABLE),
     ("animated.gif", saved(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "3 frames; expected one image"),
     ("animated.webp", saved(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "3 frames; expected one image"),
+    ("animated.png", saved(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), "3 frames; expected one image"),
     ("pages.tif", saved(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "3 pages; expected one image"),
     ("all_nan.tif", tiff(np.full((1, 8, 8), np.nan, np.float32)), "a band without a single valid pixel"),
     ("all_nodata.tif", tiff(np.full((1, 8, 8), -9999, np.float32), nodata=-9999), "a band without a single valid pixel"),
@@ -389,17 +348,16 @@ BAD_IMAGES = [
     ("complex.tif", tiff(np.ones((1, 8, 8), np.complex64)), "DERIVED_SUBDATASET:AMPLITUDE:complex.tif"),
     ("objects.npy", npy(np.array([[Touch("touched")]], dtype=object)), UNREADABLE),
     ("archive.npy", (lambda file: (np.savez(file, a=GREY), file.getvalue())[1])(io.BytesIO()), "expected one array"),
-    ("one_dimension.npy", npy(GREY[0]), "expected one array"),
     ("bomb.png", claiming(PNG, 60_000), "60000 x 60000 px in 1 bands; at most 268435456 px are opened"),
-    ("bomb.tif", sparse_tiff(100_000), "100000 x 100000 px in 1 bands; at most 4294967296 px are opened"),
-    ("bomb_of_bands.tif", sparse_tiff(1000, 1100), "1000 x 1000 px in 1100 bands; at most 268435456 px are opened"),
+    ("bomb.tif", tiff((1, 100_000, 100_000)), "100000 x 100000 px in 1 bands; at most 4294967296 px are opened"),
+    ("bomb_of_bands.tif", tiff((1100, 1000, 1000)), "1000 x 1000 px in 1100 bands; at most 268435456 px are opened"),
     ("bomb.npy", npy(GREY, claims=True), UNREADABLE),
 ]  # fmt: skip
 
 
 def translate(base, checkpoint, sar, out, *options) -> list[str]:
     words = ["--sar-dir", sar, "--output-dir", out, "--checkpoint", checkpoint, "--pretrained-model-name-or-path", base]
-    return [str(word) for word in (*words, "--num-inference-steps", "2", "--device", "cpu", *options)]
+    return [str(word) for word in (*words, "--num-inference-steps", "1", "--device", "cpu", *options)]
 
 
 @pytest.fixture(scope="module")
@@ -411,18 +369,18 @@ def stage2(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def translated_bad(tiny_base, stage2, tmp_path_factory) -> tuple[Path, int, list[str]]:
-    """One folder of all the bad images and a good one, translated by a process of its own => (folder, exit code, lines)."""
+    """One folder of all the bad images and a good one, translated => (folder, exit code, lines on stderr)."""
     folder = tmp_path_factory.mktemp("bad")
-    (folder / "sar").mkdir()
-    for name, content, _ in BAD_IMAGES:
-        (folder / "sar" / name.replace(".", "_of.", 1)).with_name(name).write_bytes(content)
-    for place, (name, _, _) in enumerate(BAD_IMAGES):  # a folder for each: names that differ in the suffix alone would meet
-        (folder / "sar" / f"{place:02}").mkdir()
-        (folder / "sar" / name).rename(folder / "sar" / f"{place:02}" / name)
-    (folder / "sar" / "good.png").write_bytes(PNG)
+    for place, (name, content, _) in enumerate(
+        BAD_IMAGES
+    ):  # a folder for each: names that differ in the suffix alone would meet
+        (folder / f"sar/{place:02}").mkdir(parents=True)
+        (folder / f"sar/{place:02}" / name).write_bytes(content)
+    (folder / "sar/good.png").write_bytes(PNG)
     argv = translate(tiny_base, stage2, "sar", "out", "--variance-dir", "variance")
-    ended = subprocess.run([sys.executable, str(REPO / "test.py"), *argv], cwd=folder, capture_output=True, text=True)
-    return folder, ended.returncode, re.split(r"[\r\n]+", ended.stderr)
+    with contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()) as told:
+        code = errors.run(translate_command.main, argv)
+    return folder, code, re.split(r"[\r\n]+", told.getvalue())
 
 
 @pytest.mark.parametrize("place", range(len(BAD_IMAGES)), ids=[name for name, _, _ in BAD_IMAGES])
@@ -442,33 +400,22 @@ def test_bad_images_leave_nothing_and_the_good_one_is_done(translated_bad):
     assert made == {"out", "out/good.png", "variance", "variance/good.tif"} | records
 
 
-def exif_rotated() -> bytes:
-    exif = Image.Exif()
-    exif[274] = 6  # to be turned by 90 degrees to the right
-    return saved(Image.fromarray(GREY[:4]), "PNG", exif=exif)
-
-
+EXIF = Image.Exif()
+EXIF[274] = 6  # to be turned by 90 degrees to the right
 BINARY = ((GREY > 90) * 255).astype(np.uint8)
-COLOURS = Image.fromarray(NOISE[:8, :8] // 64 * 64)
 DEEP = np.where(GREY == GREY.max(), np.nan, GREY.astype(np.float32))
 DEEP[0, 0] = np.inf
 TWO = np.stack([GREY, GREY.T]) // 2 * 2  # so that their mean is whole
 # Name, content, and the plain image of which it must be the equal; None: that it works is enough.
 GOOD_IMAGES = [
-    ("one_pixel.png", saved(Image.fromarray(GREY[5:6, 5:6]), "PNG"), None),
+    ("one_pixel.png", saved(GREY[5:6, 5:6], "PNG"), None),
     ("strip.png", saved(Image.fromarray(np.resize(GREY, (1, 4000))), "PNG"), None),
     ("column.png", saved(Image.fromarray(np.resize(GREY, (600, 1))), "PNG"), None),
-    ("palette.png", saved(COLOURS.quantize(64), "PNG"), np.array(COLOURS.quantize(64).convert("RGB"))),
-    ("rgba.png", saved(Image.merge("RGBA", [*COLOURS.split(), Image.fromarray(GREY)]), "PNG"), np.array(COLOURS)),
-    ("grey_alpha.png", saved(Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(GREY.T)]), "PNG"), GREY),
     ("cmyk.tif.jpg", saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), None),
-    ("one_bit.png", saved(Image.fromarray(BINARY).convert("1"), "PNG"), BINARY),
-    ("exif_rotated.png", exif_rotated(), np.rot90(GREY[:4], -1)),
+    ("exif_rotated.png", saved(GREY[:4], "PNG", exif=EXIF), np.rot90(GREY[:4], -1)),
     ("sixteen_bit.png", saved(Image.fromarray(BINARY.astype(np.uint16) * 200), "PNG"), BINARY),
-    ("sixteen_bit.tiff", tiff(BINARY[None].astype(np.uint16) * 200), BINARY),
     ("nan_and_inf.tif", tiff(DEEP[None]), None),
     ("two_bands.tif", tiff(TWO), np.stack([TWO[0], TWO[0] // 2 + TWO[1] // 2, TWO[1]], -1)),
-    ("array.npy", npy(GREY), GREY),
     ("jpeg_by_content.png", saved(Image.new("L", (8, 8), 90), "JPEG"), np.full((8, 8), 90, np.uint8)),
     ("UPPER.PNG", PNG, GREY),
 ]  # fmt: skip
@@ -502,21 +449,11 @@ def test_odd_images_that_are_good(place, translated_good):
         assert eo.shape == expected.shape and np.abs(eo - expected).max() <= 1
 
 
-def test_the_limit_of_pixels_is_the_users(tiny_base, stage2, tmp_path, capsys):
-    (tmp_path / "sar").mkdir()
-    (tmp_path / "sar/x.png").write_bytes(PNG)
-    argv = translate(tiny_base, stage2, tmp_path / "sar", tmp_path / "out", "--max-pixels")
-    assert errors.run(translate_command.main, [*argv, "63"]) == 1
-    assert "8 x 8 px in 1 bands; at most 63 px" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    assert errors.run(translate_command.main, [*argv, "64"]) == 0
-
-
 def test_a_mask_beside_a_raster_belongs_to_it(tmp_path):
     """Also one that names another file, which docs/security.md warns of."""
-    pixels = GREY.astype(np.float32) + 1
-    (tmp_path / "x.tif").write_bytes(tiff(pixels[None]))
+    (tmp_path / "x.tif").write_bytes(tiff(GREY[None].astype(np.float32) + 1))
     (tmp_path / "mask.tif").write_bytes(tiff(BINARY[None]))
-    source = "<SimpleSource><SourceFilename>" + str(tmp_path / "mask.tif") + "</SourceFilename></SimpleSource>"
+    source = f"<SimpleSource><SourceFilename>{tmp_path / 'mask.tif'}</SourceFilename></SimpleSource>"
     (tmp_path / "x.tif.msk").write_text(
         '<VRTDataset rasterXSize="8" rasterYSize="8"><Metadata><MDI key="INTERNAL_MASK_FLAGS_1">2</MDI></Metadata>'
         f'<VRTRasterBand dataType="Byte" band="1">{source}</VRTRasterBand></VRTDataset>'
@@ -525,59 +462,109 @@ def test_a_mask_beside_a_raster_belongs_to_it(tmp_path):
     assert (valid == (BINARY > 0)).all() and not pixels[~valid].any()
 
 
-def test_links_are_followed_by_a_translation(tiny_base, stage2, outside, tmp_path):
-    """To images, to folders of images, and to folders of results."""
-    (tmp_path / "sar/sub").mkdir(parents=True)
-    (tmp_path / "sar/sub/x.png").write_bytes(PNG)
-    (tmp_path / "sar/3.png").symlink_to(outside / "1.png")
-    (tmp_path / "sar/more").symlink_to(outside)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "out/sub").symlink_to(tmp_path / "elsewhere")
-    before = everything(outside)
-    assert errors.run(translate_command.main, translate(tiny_base, stage2, tmp_path / "sar", tmp_path / "out")) == 0
-    assert everything(tmp_path / "out") == {"3.png", "more", "more/1.png", "more/2.png", "sub", FILE_NAME}
-    assert everything(tmp_path / "elsewhere") == {"x.png"} and everything(outside) == before
-
-
-def test_an_output_that_is_a_link_is_replaced_and_not_written_through(tiny_base, stage2, outside, tmp_path):
-    for folder in ("sar", "out"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "sar/1.png").write_bytes(PNG)
-    (tmp_path / "out/1.png").symlink_to(outside / "1.png")
-    before = (outside / "1.png").read_bytes()
-    assert errors.run(translate_command.main, translate(tiny_base, stage2, tmp_path / "sar", tmp_path / "out")) == 0
-    assert (outside / "1.png").read_bytes() == before and not (tmp_path / "out/1.png").is_symlink()
-
-
-def test_results_are_not_writable_by_all(tiny_base, stage2, tmp_path):
-    (tmp_path / "sar").mkdir()
-    (tmp_path / "sar/1.png").write_bytes(PNG)
-    argv = translate(tiny_base, stage2, tmp_path / "sar", tmp_path / "out", "--variance-dir", tmp_path / "variance")
+def test_a_translation_follows_links_but_writes_through_no_file(tiny_base, stage2, tmp_path, capsys):
+    """To images, to folders of images, and to folders of results; a result that is a link is replaced, and none is writable by
+    all. Then the limit of pixels is the user's."""
+    sar, out, outside = (tmp_path / name for name in ("sar", "out", "outside"))
+    for name in ("outside/1.png", "outside/2.png"):
+        save_image(tmp_path / name, np.full((16, 16), 200))
+    for folder in (sar / "sub", out, tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+    (sar / "sub/x.png").write_bytes(PNG)
+    (sar / "3.png").symlink_to(outside / "1.png")
+    (sar / "more").symlink_to(outside)
+    (out / "sub").symlink_to(tmp_path / "elsewhere")
+    (out / "3.png").symlink_to(outside / "2.png")
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
     old = os.umask(0o022)
     try:
-        assert errors.run(translate_command.main, argv) == 0
+        assert (
+            errors.run(translate_command.main, translate(tiny_base, stage2, sar, out, "--variance-dir", tmp_path / "var")) == 0
+        )
     finally:
         os.umask(old)
-    for path in (tmp_path / "out/1.png", tmp_path / "variance/1.tif"):
-        assert path.stat().st_mode & 0o777 == 0o644
+    assert everything(out) == {"3.png", "more", "more/1.png", "more/2.png", "sub", FILE_NAME}
+    assert everything(tmp_path / "elsewhere") == {"x.png"} and not (out / "3.png").is_symlink()
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+    assert {path.stat().st_mode & 0o777 for path in (out / "3.png", tmp_path / "var/3.tif")} == {0o644}
+    argv = translate(tiny_base, stage2, sar / "sub", tmp_path / "limited", "--max-pixels")
+    assert errors.run(translate_command.main, [*argv, "63"]) == 1
+    assert "8 x 8 px in 1 bands; at most 63 px" in capsys.readouterr().err and not (tmp_path / "limited").exists()
+    assert errors.run(translate_command.main, [*argv, "64"]) == 0
 
 
 # --------------------------------------------------------------------------------------------------------------- checkpoints
-def weights_of(**changes) -> dict[str, torch.Tensor]:
-    return tiny_unet(**{"in_channels": 8, "out_channels": 5, **changes}).state_dict()
 
 
-def bare(change=lambda tensors: None, **changes):
+def net(**changes):
+    """A maker of a folder of a U-Net of stage 2, unless changed, with its config.json."""
+
+    def make(folder: Path) -> Path:
+        tiny_unet(**{"in_channels": 8, "out_channels": 5, **changes}).save_pretrained(folder / "net")
+        return folder / "net"
+
+    return make
+
+
+def bare(change=lambda tensors: None, name="unet.safetensors", **changes):
     """A maker of a bare safetensors file, its tensors changed before."""
 
     def make(folder: Path) -> Path:
-        tensors = {name: tensor.clone() for name, tensor in weights_of(**changes).items()}
+        unet = tiny_unet(**{"in_channels": 8, "out_channels": 5, **changes})
+        tensors = {key: tensor.clone() for key, tensor in unet.state_dict().items()}
         change(tensors)
-        save_file(tensors, folder / "unet.safetensors")
-        return folder / "unet.safetensors"
+        (folder / name).parent.mkdir(exist_ok=True)
+        save_file(tensors, folder / name)
+        return folder / name
 
     return make
+
+
+def inside(make):
+    """A maker of the folder of what is made."""
+    return lambda folder: make(folder).parent
+
+
+def with_json(make, name: str = "config.json", **values):
+    """A maker with other values in a JSON file beside what is made; a text in place of all of them."""
+
+    def change(folder: Path) -> Path:
+        made = make(folder)
+        file = made / name
+        content = values.get("text") or json.dumps({**json.loads(file.read_text()), **values})
+        file.write_text(content)
+        return made
+
+    return change
+
+
+def checkpoint(text: str):
+    """A maker of a checkpoint's folder with this in its checkpoint.json."""
+
+    def make(folder: Path) -> Path:
+        tiny_unet(in_channels=8, out_channels=5).save_pretrained(folder / "best/unet")
+        (folder / "best/checkpoint.json").write_text(text)
+        return folder / "best"
+
+    return make
+
+
+def sharded(change=lambda shard, index: None):
+    """A maker of a folder of several files and their index."""
+
+    def make(folder: Path) -> Path:
+        tiny_unet(in_channels=8, out_channels=5).save_pretrained(folder / "net", max_shard_size="300KB")
+        shards = sorted((folder / "net").glob("*-of-*.safetensors"))
+        assert len(shards) > 1
+        change(shards[0], folder / f"net/{WEIGHTS}.index.json")
+        return folder / "net"
+
+    return make
+
+
+def upwards(shard: Path, index: Path) -> None:
+    shard.rename(shard.parent.with_name("outside.safetensors"))
+    index.write_text(index.read_text().replace(shard.name, "../outside.safetensors"))
 
 
 def spoiled(content):
@@ -591,63 +578,10 @@ def spoiled(content):
     return make
 
 
-def without_config(folder: Path) -> Path:
-    (folder / "net").mkdir()
-    save_file(weights_of(layers_per_block=2), folder / "net" / WEIGHTS)
-    return folder / "net"
-
-
-def with_config(**values):
-    def make(folder: Path) -> Path:
-        tiny_unet(in_channels=8, out_channels=5).save_pretrained(folder / "net")
-        config = json.loads((folder / "net/config.json").read_text())
-        (folder / "net/config.json").write_text(json.dumps({**config, **values}))
-        return folder / "net"
-
-    return make
-
-
-def of_sd15_width(folder: Path) -> Path:
-    tiny_unet(in_channels=8, out_channels=5, cross_attention_dim=48).save_pretrained(folder / "net")
-    return folder / "net"
-
-
 def pickled(name: str):
     def make(folder: Path) -> Path:
         torch.save({"conv_in.weight": Touch(str(folder / "touched"))}, folder / name)
         return folder / name
-
-    return make
-
-
-def pickled_folder(folder: Path) -> Path:
-    pickled("diffusion_pytorch_model.bin")(folder)
-    return folder
-
-
-def sharded(folder: Path) -> Path:
-    tiny_unet(in_channels=8, out_channels=5).save_pretrained(folder / "net", max_shard_size="300KB")
-    return folder / "net"
-
-
-def sharded_upwards(folder: Path) -> Path:
-    shutil.move(bare()(folder), folder / "outside.safetensors")
-    (folder / "net").mkdir()
-    index = {"weight_map": {name: "../outside.safetensors" for name in weights_of()}}
-    (folder / f"net/{WEIGHTS}.index.json").write_text(json.dumps(index))
-    return folder / "net"
-
-
-def without_a_shard(folder: Path) -> Path:
-    sorted(sharded(folder).glob("*-of-*.safetensors"))[0].unlink()
-    return folder / "net"
-
-
-def with_meta(content: str):
-    def make(folder: Path) -> Path:
-        tiny_unet(in_channels=8, out_channels=5).save_pretrained(folder / "best/unet")
-        (folder / "best/checkpoint.json").write_text(content)
-        return folder / "best"
 
     return make
 
@@ -671,27 +605,26 @@ CHECKPOINTS = [
     ("empty folder", lambda folder: (folder / "net").mkdir() or folder / "net", ("--checkpoint", "holds none of")),
     ("unpatched", bare(in_channels=4, out_channels=4), ("unet.safetensors", "expected 8 input channels", "found 4 and 4")),
     ("7 outputs", bare(out_channels=7), ("unet.safetensors", "4 (stage 1) or 5 (stage 2)", "found 8 and 7")),
+    ("stage 1, which has no variance", bare(out_channels=4), ("--variance-dir", "stage 1 checkpoint (4 output channels)")),
     ("missing tensor", bare(lambda tensors: tensors.pop("conv_norm_out.bias")), ("1 missing (conv_norm_out.bias",)),
     ("extra tensor", bare(lambda tensors: tensors.update(more=torch.ones(2))), ("1 unexpected (more",)),
     ("other names", bare(rename_all), ("unet.safetensors is no U-Net", "conv_in.weight")),
     ("transposed", bare(transpose), ("attn2.to_k.weight of shape [32, 64], found [64, 32]",)),
     ("NaN", bare(poison), ("time_embedding.linear_1.weight holds NaN or Inf",)),
-    ("width of SD 1.5", of_sd15_width, ("prompts of width 48", "gives 64", "do not belong together")),
-    ("width of SD 1.5, bare", bare(cross_attention_dim=48), ("[32, 64], found [32, 48]", "wrong base model?")),
-    ("folder without config, other layers", without_config, ("tensors, found", "wrong base model?")),
-    ("config that is no U-Net's", with_config(block_out_channels="many"), ("config.json of", "describes no U-Net")),
-    ("config of another size", with_config(block_out_channels=[16, 64]), ("of shape",)),
-    ("truncated header", spoiled(lambda content: content[:100]), ("damaged or no safetensors file",)),
+    ("width of SD 1.5", net(cross_attention_dim=48), ("prompts of width 48", "gives 64", "do not belong together")),
+    ("folder of other layers", inside(bare(name=f"net/{WEIGHTS}", layers_per_block=2)), ("tensors, found", "wrong base")),
+    ("config that is no U-Net's", with_json(net(), block_out_channels="many"), ("config.json of", "describes no U-Net")),
+    ("config of another size", with_json(net(), block_out_channels=[16, 64]), ("of shape",)),
     ("truncated weights", spoiled(lambda content: content[:-100]), ("damaged or no safetensors file",)),
     ("header that claims 2^60 bytes", spoiled(lambda content: (2**60).to_bytes(8, "little") + content[8:]), ("damaged or no",)),
     ("empty file", spoiled(lambda content: b""), ("damaged or no safetensors file",)),
     ("pickle named .safetensors", pickled("unet.safetensors"), ("damaged or no safetensors file",)),
     ("pickle named .bin", pickled("unet.bin"), ("is a .bin file", "expected a .safetensors file")),
-    ("folder of a pickle", pickled_folder, ("holds none of",)),
-    ("shards out of the folder", sharded_upwards, ("is no index of safetensors files", "no .safetensors file beside it")),
-    ("shard that is not there", without_a_shard, ("-00001-of-", "damaged or no safetensors file", "No such file")),
-    ("damaged checkpoint.json", with_meta('{"iteration": '), ("checkpoint.json is damaged",)),
-    ("checkpoint.json that is a list", with_meta("[]"), ("checkpoint.json is damaged", "expected a mapping")),
+    ("folder of a pickle", inside(pickled("diffusion_pytorch_model.bin")), ("holds none of",)),
+    ("shards out of the folder", sharded(upwards), ("is no index of safetensors files", "no .safetensors file beside it")),
+    ("shard that is not there", sharded(lambda shard, _: shard.unlink()), ("-00001-of-", "No such file")),
+    ("damaged checkpoint.json", checkpoint('{"iteration": '), ("checkpoint.json is damaged",)),
+    ("checkpoint.json that is a list", checkpoint("[]"), ("checkpoint.json is damaged", "expected a mapping")),
 ]  # fmt: skip
 
 
@@ -704,59 +637,55 @@ def sar(tmp_path) -> Path:
 
 @pytest.mark.parametrize("make, words", named(CHECKPOINTS))
 def test_checkpoints(make, words, tiny_base, sar, tmp_path, capsys):
-    argv = translate(tiny_base, make(tmp_path), sar, tmp_path / "out")
+    argv = translate(tiny_base, make(tmp_path), sar, tmp_path / "out", "--variance-dir", tmp_path / "variance")
     assert_refused(translate_command.main, argv, words, tmp_path, capsys)
     assert not (tmp_path / "touched").exists()
 
 
-def test_a_checkpoint_of_stage_1_has_no_variance(tiny_base, sar, tmp_path, capsys):
-    argv = translate(tiny_base, bare(out_channels=4)(tmp_path), sar, tmp_path / "out", "--variance-dir", tmp_path / "variance")
-    assert_refused(translate_command.main, argv, ("--variance-dir", "stage 1 checkpoint (4 output channels)"), tmp_path, capsys)
-
-
-def test_a_checkpoint_of_stage_2_starts_no_stage_1(tiny_base, stage2, pair_folders, tmp_path, capsys):
-    folders = {f"{kind}_dir": str(pair_folders / "train" / kind) for kind in ("sar", "eo")}
-    argv = ["--confidence", "false", "--accelerator-path", stage2, "--pretrained-model-name-or-path", tiny_base]
-    argv += ["--feeder", "feeders.feeder.PairedFolderFeeder", "--work-dir", tmp_path / "run", "--report-to", "none"]
-    for which in ("train", "test"):
-        argv += [f"--{which}-feeder-args", json.dumps({**folders, "split": which, "crop_size": 32})]
-    assert errors.run(train_command.main, [str(word) for word in argv]) == 2
-    (line,) = (line for line in said(capsys) if line.startswith("error: "))
-    assert "accelerator_path: stage 1 (confidence: false) expects 4 output channels" in line
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def half(folder: Path) -> Path:
-    return bare(lambda tensors: tensors.update({name: tensor.half() for name, tensor in tensors.items()}))(folder)
-
-
-def bare_without_config(folder: Path) -> Path:
-    shutil.move(bare()(folder), folder / WEIGHTS)
-    return folder / WEIGHTS
+def test_networks_that_cannot_be_trained(argv, tiny_base, stage2, tmp_path, capsys):
+    """A checkpoint of stage 2 starts no stage 1, and the U-Net of a base must be for its VAE."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    tiny_unet(in_channels=9).save_pretrained(base / "unet")
+    for options, words in (
+        ({"accelerator_path": stage2}, "accelerator_path: stage 1 (confidence: false) expects 4 output channels"),
+        ({"pretrained_model_name_or_path": base}, "has 9 input and 4 output channels, expected 4 of both"),
+    ):
+        assert errors.run(train_command.main, argv(tmp_path / "run", **options)) == 2
+        (line,) = (line for line in said(capsys) if line.startswith("error: "))
+        assert words in line and not list((tmp_path).glob("run/**/*.safetensors"))
 
 
 GOOD_CHECKPOINTS = {
-    "half precision": half,
-    "sharded": sharded,
-    "bare": bare_without_config,
-    "checkpoint.json without config": with_meta("{}"),
+    "half precision": bare(lambda tensors: tensors.update({name: tensor.half() for name, tensor in tensors.items()})),
+    "sharded": sharded(),
+    "bare": bare(name=WEIGHTS),
+    "checkpoint.json without config": checkpoint("{}"),
 }
 
 
+@pytest.fixture(scope="module")
+def expected(tiny_base, stage2, tmp_path_factory) -> np.ndarray:
+    folder = tmp_path_factory.mktemp("expected")
+    save_image(folder / "sar/x.png", GREY)
+    assert errors.run(translate_command.main, translate(tiny_base, stage2, folder / "sar", folder / "out")) == 0
+    return np.array(Image.open(folder / "out/x.png")).astype(int)
+
+
 @pytest.mark.parametrize("form", GOOD_CHECKPOINTS)
-def test_odd_checkpoints_that_are_good(form, tiny_base, sar, stage2, tmp_path):
-    outputs = []
-    for name, checkpoint in (("out", GOOD_CHECKPOINTS[form](tmp_path)), ("expected", stage2)):
-        assert errors.run(translate_command.main, translate(tiny_base, checkpoint, sar, tmp_path / name)) == 0
-        outputs.append(np.array(Image.open(tmp_path / name / "x.png")).astype(int))
-    assert np.abs(outputs[0] - outputs[1]).max() <= (2 if form == "half precision" else 0)
-    if form == "sharded":
-        assert len(list((tmp_path / "net").glob("*.safetensors"))) > 1
+def test_odd_checkpoints_that_are_good(form, tiny_base, sar, expected, tmp_path):
+    argv = translate(tiny_base, GOOD_CHECKPOINTS[form](tmp_path), sar, tmp_path / "out")
+    assert errors.run(translate_command.main, argv) == 0
+    found = np.array(Image.open(tmp_path / "out/x.png")).astype(int)
+    assert np.abs(found - expected).max() <= (2 if form == "half precision" else 0)
 
 
 # --------------------------------------------------------------------------------------------------------------- base models
-def without(name: str):
-    return lambda base: shutil.rmtree(base / name)
+def pickle_in_place_of(weights: str, name: str):
+    def change(base: Path) -> None:
+        (base / weights).unlink()
+        torch.save({"x": Touch(str(base / "touched"))}, base / name)
+
+    return change
 
 
 def vae_of_16_channels(base: Path) -> None:
@@ -764,22 +693,8 @@ def vae_of_16_channels(base: Path) -> None:
     type(vae)(**{**vae.config, "latent_channels": 16}).save_pretrained(base / "vae")
 
 
-def pickled_vae(base: Path) -> None:
-    (base / "vae" / WEIGHTS).unlink()
-    torch.save({"x": Touch(str(base / "touched"))}, base / "vae/diffusion_pytorch_model.bin")
-
-
-def pickled_text_encoder(base: Path) -> None:
-    (base / "text_encoder/model.safetensors").unlink()
-    torch.save({"x": Touch(str(base / "touched"))}, base / "text_encoder/pytorch_model.bin")
-
-
-def vae_config(**values):
-    def change(base: Path) -> None:
-        config = json.loads((base / "vae/config.json").read_text())
-        (base / "vae/config.json").write_text(json.dumps({**config, **values}))
-
-    return change
+def config_of(part: str, **values):
+    return with_json(lambda base: base, part, **values)
 
 
 def code_of_its_own(base: Path) -> None:
@@ -792,22 +707,18 @@ def code_of_its_own(base: Path) -> None:
     (base / "text_encoder/model.safetensors").write_bytes(b"")
 
 
-def scheduler_of_words(base: Path) -> None:
-    (base / "scheduler/scheduler_config.json").write_text('{"beta_schedule": "x"}')
-
-
 BASES = [
-    *((f"no {name}", without(name), ("no complete Stable Diffusion", f"lacks {name}/")) for name in ("vae", "tokenizer")),
+    ("no tokenizer", lambda base: shutil.rmtree(base / "tokenizer"), ("no complete Stable Diffusion", "lacks tokenizer/")),
     ("no weights of the VAE", lambda base: (base / "vae" / WEIGHTS).unlink(), ("vae/", f"lacks {WEIGHTS} (or ")),
     ("VAE cut short", lambda base: (base / "vae" / WEIGHTS).write_bytes(b"\x10"), ("cannot load vae/",)),
     ("VAE of 16 channels", vae_of_16_channels, ("--checkpoint", "expected 32 input channels", "found 8 and 5")),
-    ("VAE config that is no mapping", lambda base: (base / "vae/config.json").write_text("[]"), ("cannot load vae/",)),
-    ("VAE config of words", vae_config(block_out_channels="many"), ("cannot load vae/",)),
-    ("VAE of another size", vae_config(block_out_channels=[8, 8, 16]), ("vae/",)),
-    ("pickle as the VAE", pickled_vae, ("cannot load vae/",)),
-    ("pickle as the text encoder", pickled_text_encoder, ("cannot load text_encoder/",)),
+    ("VAE config that is no mapping", config_of("vae/config.json", text="[]"), ("cannot load vae/",)),
+    ("VAE of another size", config_of("vae/config.json", block_out_channels=[8, 8, 16]), ("vae/",)),
+    ("pickle as the VAE", pickle_in_place_of(f"vae/{WEIGHTS}", "vae/diffusion_pytorch_model.bin"), ("cannot load vae/",)),
+    ("pickle as the text encoder", pickle_in_place_of("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin"),
+     ("cannot load text_encoder/",)),
     ("code of its own", code_of_its_own, ("text_encoder/",)),
-    ("scheduler of words", scheduler_of_words, ("cannot load scheduler/",)),
+    ("scheduler of words", config_of("scheduler/scheduler_config.json", beta_schedule="x"), ("cannot load scheduler/",)),
 ]  # fmt: skip
 
 
@@ -819,23 +730,12 @@ def test_bases(damage, words, tiny_base, stage2, sar, tmp_path, capsys):
     assert not (base / "touched").exists()
 
 
-def test_a_base_whose_unet_is_not_for_its_vae_cannot_be_trained(tiny_base, pair_folders, tmp_path, capsys):
-    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    UNet2DConditionModel(**{**tiny_unet().config, "in_channels": 9}).save_pretrained(base / "unet")
-    folders = {f"{kind}_dir": str(pair_folders / "train" / kind) for kind in ("sar", "eo")}
-    argv = ["--pretrained-model-name-or-path", base, "--feeder", "feeders.feeder.PairedFolderFeeder"]
-    argv += ["--work-dir", tmp_path / "run", "--report-to", "none"]
-    for which in ("train", "test"):
-        argv += [f"--{which}-feeder-args", json.dumps({**folders, "split": which, "crop_size": 32})]
-    assert errors.run(train_command.main, [str(word) for word in argv]) == 2
-    assert "has 9 input and 4 output channels, expected 4 of both" in capsys.readouterr().err
-
-
 # ----------------------------------------------------------------------------------------------------------- splitting data
 SPLITS = [
     ("no data set", ["--dataroot", "data"], ("--dataset",)),
     ("unknown data set", ["--dataset", "x", "--dataroot", "data"], ("--dataset", "'x'", "qxs")),
     ("no data root", ["--dataset", "qxs", "--dataroot", "none"], ("--dataroot: no such folder: none",)),
+    ("ratio of 0", ["--dataset", "qxs", "--dataroot", "data", "--ratio", "0"], ("--ratio is 0; expected 1 to 99",)),
     ("ratio of 100", ["--dataset", "qxs", "--dataroot", "data", "--ratio", "100"], ("--ratio is 100; expected 1 to 99",)),
     ("ratio in words", ["--dataset", "qxs", "--dataroot", "data", "--ratio", "half"], ("--ratio", "'half'")),
     ("other layout", ["--dataset", "saropt", "--dataroot", "data"], ("does not have the layout trainB/N.png",)),
@@ -849,27 +749,15 @@ def test_splits(argv, words, root, tmp_path, capsys):
     assert_refused(data_split.main, argv, words, tmp_path, capsys)
 
 
-@pytest.mark.parametrize("name", ["a\nb.png", " 1.png", "a\\b.png", os.fsdecode(b"\xff.png")])
-def test_names_that_no_list_can_hold(name, root, tmp_path, capsys):
+@pytest.mark.parametrize("name, code", [("a\nb.png", 2), (" 1.png", 0), ("a\\b.png", 2), (os.fsdecode(b"\xff.png"), 2)])
+def test_names_that_no_list_can_hold(name, code, root, tmp_path):
     for kind in ("opt", "sar"):
-        Image.new("L", (4, 4)).save(root / f"{kind}_256_oc_0.2/3.png")
-        os.rename(root / qxs(3, kind), root / f"{kind}_256_oc_0.2" / name)
+        save_image(root / f"{kind}_256_oc_0.2" / name, GREY)
     argv = ["--dataset", "qxs", "--dataroot", "data", "--ratio", "50", "--output", "lists"]
-    assert errors.run(data_split.main, argv) == (2 if name != " 1.png" else 0)
-    assert (tmp_path / "lists").exists() == (name == " 1.png")
+    assert errors.run(data_split.main, argv) == code and (tmp_path / "lists").exists() == (code == 0)
 
 
 # -------------------------------------------------------------------------------------------------- real processes, and speed
-PROGRAMS = ["main.py", "test.py", "calibrate.py", "evaluate.py", "audit.py", "results/table.py"]
-PROGRAMS += ["data/data_split.py", "data/simulate.py"]
-
-
-def python(code: str, cwd: Path) -> subprocess.CompletedProcess:
-    for name in ("torch", "torchvision"):  # builds that fit each other; others are mended first, which imports PyTorch
-        (cwd / f"{name}-9.dist-info").mkdir()
-        (cwd / f"{name}-9.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 9\n")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(cwd), str(REPO)])}
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 AND_THEN = """
@@ -882,34 +770,30 @@ except SystemExit as ended:
 """
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_help_does_not_wait_for_pytorch(program, tmp_path):
-    ended = python(AND_THEN.format(argv=[str(REPO / program), "--help"]), tmp_path)
-    assert "usage:" in ended.stdout and ended.stdout.endswith("code 0 False False\n"), ended.stderr
+HELP = [
+    "main.py",
+    "test.py",
+    "calibrate.py",
+    "evaluate.py",
+    "audit.py",
+    "results/table.py",
+    "data/data_split.py",
+    "data/simulate.py",
+]
+WRONG = ["main.py --seed x", "test.py --seed x", "data/data_split.py --ratio x"]
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [["main.py", "--seed", "x"], ["test.py", "--seed", "x"], ["data/data_split.py", "--ratio", "x"]],
-    ids=lambda argv: argv[0],
-)
-def test_mistakes_do_not_wait_for_pytorch_and_are_one_line(argv, tmp_path):
-    ended = python(AND_THEN.format(argv=[str(REPO / argv[0]), *argv[1:]]), tmp_path)
-    assert ended.stdout == "code 2 False False\n"
-    assert re.fullmatch(r"error: .*\n", ended.stderr) and "x" in ended.stderr
-
-
-def test_yaml_makes_no_objects(tmp_path):
-    (tmp_path / HERE).write_text(f"work_dir: !!python/object/apply:os.mknod ['{tmp_path}/touched']\n")
-    ended = subprocess.run(
-        [sys.executable, str(REPO / "main.py"), "--config", HERE], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert ended.returncode == 2 and "could not determine a constructor" in ended.stderr and ended.stderr.count("\n") == 1
-    assert not (tmp_path / "touched").exists()
-    yaml.unsafe_load((tmp_path / HERE).read_text())
-    assert (tmp_path / "touched").exists()  # what the tag would have done
-
-
-def test_the_battery_is_large():
-    tables = (CONFIGS, COMMAND_LINES, LISTS, FEEDER_ARGUMENTS, PAIR_LISTS, BAD_IMAGES, CHECKPOINTS, BASES, SPLITS)
-    assert sum(map(len, tables)) >= 80
+@pytest.mark.parametrize("command", [*(f"{program} --help" for program in HELP), *WRONG])
+def test_help_and_mistakes_do_not_wait_for_pytorch(command, tmp_path):
+    program, *options = command.split()
+    for name in ("torch", "torchvision"):  # builds that fit each other; others are mended first, which imports PyTorch
+        (tmp_path / f"{name}-9.dist-info").mkdir()
+        (tmp_path / f"{name}-9.dist-info/METADATA").write_text(f"Name: {name}\nVersion: 9\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])}
+    code = AND_THEN.format(argv=[str(REPO / program), *options])
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    if "--help" in options:
+        assert "usage:" in ended.stdout and ended.stdout.endswith("code 0 False False\n"), ended.stderr
+    else:
+        assert ended.stdout == "code 2 False False\n"
+        assert re.fullmatch(r"error: .*\n", ended.stderr) and "x" in ended.stderr

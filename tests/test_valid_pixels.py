@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,8 @@ from cdiffset.evaluation.folders import EvaluationFolders, EvaluationPairs
 # isort: split
 import numpy as np
 import pytest
-import rasterio
 import torch
+from files import save_raster
 from PIL import Image
 from rasterio.enums import ColorInterp
 from scipy.ndimage import correlate
@@ -26,11 +27,10 @@ from scipy.stats import spearmanr
 import calibrate
 from cdiffset.auditing.auditor import continued, write_maps
 from cdiffset.auditing.report import EXCLUDED, write_findings
-from cdiffset.images import read_tiff, read_unstretched_eo, without_georeference, write_tiff
+from cdiffset.images import read_tiff, read_unstretched_eo, write_tiff
 from cdiffset.inference.record import OutputRecord
 from cdiffset.pairing import Pair
 
-REPO = Path(__file__).parents[1]
 HEIGHT, WIDTH, COUNT = 40, 32, 3
 
 
@@ -45,20 +45,12 @@ def excluded(seed: int = 0) -> np.ndarray:
     return mask
 
 
-def write_raster(path: Path, pixels: np.ndarray, alpha: np.ndarray | None = None, mask=None, driver="GTiff", **more) -> None:
-    """[H, W, C] with an alpha band or an internal mask."""
-    bands = np.moveaxis(pixels, -1, 0) if alpha is None else np.concatenate([np.moveaxis(pixels, -1, 0), alpha[None]])
-    shape = {"count": len(bands), "height": bands.shape[1], "width": bands.shape[2], "dtype": bands.dtype.name}
-    with (
-        without_georeference(),
-        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
-        rasterio.open(path, "w", driver=driver, **shape, **more) as target,
-    ):
-        target.write(bands)
-        if alpha is not None and driver == "GTiff":
-            target.colorinterp = [*[ColorInterp.red, ColorInterp.green, ColorInterp.blue][: len(bands) - 1], ColorInterp.alpha]
-        if mask is not None:
-            target.write_mask(mask)
+def write_raster(path: Path, pixels: np.ndarray, alpha: np.ndarray | None = None, **options) -> None:
+    """[H, W, C], with an alpha band of its own."""
+    bands = np.moveaxis(pixels if alpha is None else np.dstack([pixels, alpha]), -1, 0)
+    if alpha is not None and "driver" not in options:
+        options["colours"] = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
+    save_raster(path, bands, **options)
 
 
 DEEP = {  # suffix, pixels in 0-255 => what the file holds, its range
@@ -97,22 +89,28 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------------------ value ranges
-@pytest.mark.parametrize("kind", DEEP)
-def test_the_same_pictures_read_the_same_in_every_kind_of_file(kind, tmp_path):
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """pred/ and gt/ of 8 bits."""
     write_8_bit(tmp_path / "pred", range(COUNT))
     write_8_bit(tmp_path / "gt", range(10, 10 + COUNT))
-    expected = run(tmp_path)["means"]
-    for side, seeds in (("pred", range(COUNT)), ("gt", range(10, 10 + COUNT))):
-        for index, seed in enumerate(seeds):
-            write_deep(tmp_path / f"deep_{side}", str(index), kind, picture(seed))
-        report = run(
-            tmp_path, f"--{side}-dir", tmp_path / f"deep_{side}", f"--{side}-range", DEEP[kind][2], output=f"of_{side}"
-        )
-        assert report["inputs"][f"{side}_range"] == DEEP[kind][2] and report["counted"]["share"] == 1
-        assert report["means"]["share"].pop(f"clipped_{side}")["mean"] == 0
-        for group, metrics in expected.items():
-            for metric, entry in metrics.items():
-                assert report["means"][group][metric]["mean"] == pytest.approx(entry["mean"], abs=2e-5), (side, metric)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_the_same_pictures_read_the_same_in_every_kind_of_file(kind, pictures):
+    """And an opaque alpha excludes nothing."""
+    expected = run(pictures)["means"]
+    for index in range(COUNT):
+        with_alpha(pictures / "pred" / f"{index}.png", picture(index), excluded() & False)
+        write_deep(pictures / "deep", str(index), kind, picture(10 + index))
+    report = run(pictures, "--gt-dir", pictures / "deep", "--gt-range", DEEP[kind][2])
+    assert report["inputs"]["gt_range"] == DEEP[kind][2]
+    assert report["counted"] == {"share": 1, "images_with_excluded_pixels": 0}
+    assert report["means"]["share"].pop("clipped_gt")["mean"] == 0
+    for group, metrics in expected.items():
+        for metric, entry in metrics.items():
+            assert report["means"][group][metric]["mean"] == pytest.approx(entry["mean"], abs=2e-5), metric
 
 
 @pytest.mark.parametrize(
@@ -137,17 +135,7 @@ def test_a_range_that_does_not_fit_is_one_line(side, kind, options, words, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_single_file_of_another_kind_is_a_fault_of_its_own(tmp_path, capsys):
-    write_8_bit(tmp_path / "pred", range(COUNT))
-    write_8_bit(tmp_path / "gt", range(COUNT))
-    (tmp_path / "pred" / "2.png").unlink()
-    write_deep(tmp_path / "pred", "2", "float 0 to 1", picture(2))
-    report = run(tmp_path, code=1)
-    assert report["images"] == 2 and list(report["faults"]) == ["range"] and "float32" in report["faults"]["range"][0]
-    assert "value range is not declared" in capsys.readouterr().err
-
-
-def test_values_beyond_the_range_are_clipped_and_noted(tmp_path):
+def test_values_beyond_the_range_are_clipped_and_noted_or_refused(tmp_path):
     pixels = np.linspace(-0.05, 1, HEIGHT * WIDTH * 3).reshape(HEIGHT, WIDTH, 3)
     np.save(tmp_path / "a.npy", pixels)
     read = read_unstretched_eo(tmp_path / "a.npy", (0, 1), "--pred-range")
@@ -157,19 +145,14 @@ def test_values_beyond_the_range_are_clipped_and_noted(tmp_path):
     (tmp_path / "pred").mkdir()
     (tmp_path / "a.npy").rename(tmp_path / "pred" / "0.npy")
     run(tmp_path, "--pred-range", "0,1")
-    assert (
-        f"Warning: {100 * read.clipped:.3g} % of the pixels lie beyond --pred-range 0,1"
-        in (tmp_path / "report" / "report.md").read_text()
-    )
-
-
-# -------------------------------------------------------------------------------------------------------- excluded pixels
-def test_a_range_that_the_numbers_contradict_is_refused(tmp_path):
+    note = f"Warning: {100 * read.clipped:.3g} % of the pixels lie beyond --pred-range 0,1"
+    assert note in (tmp_path / "report" / "report.md").read_text()
     np.save(tmp_path / "a.npy", np.linspace(-1, 1, 8 * 9 * 3, dtype=np.float32).reshape(8, 9, 3))
     with pytest.raises(errors.UserError, match="a.npy: values from -1 to 1, of which 50% are beyond --pred-range 0,1"):
         read_unstretched_eo(tmp_path / "a.npy", (0, 1), "--pred-range")
 
 
+# -------------------------------------------------------------------------------------------------------- excluded pixels
 def with_alpha(path: Path, pixels: np.ndarray, out: np.ndarray, mode: str = "RGBA", **options) -> None:
     image = Image.fromarray(np.dstack([pixels, np.where(out, 0, 255).astype(np.uint8)]))
     image.convert(mode).save(path, **options)
@@ -195,17 +178,13 @@ EXCLUDING = {  # file name, how it is written, whether it takes a range
     "WebP with alpha": ("a.webp", lambda *a: with_alpha(*a, lossless=True, exact=True), False),
     "palette with transparency": ("a.png", palette, False),
     "GIF": ("a.gif", palette, False),
-    "TIFF with alpha": ("a.tif", lambda p, x, out: write_raster(p, x, np.where(out, 0, 255).astype(np.uint8)), False),
+    "TIFF with alpha": ("a.tif", lambda p, x, out: write_raster(p, x, np.uint8(255) * ~out), False),
     "TIFF with nodata": ("a.tif", lambda p, x, out: write_raster(p, without(0, x, out), nodata=0), False),
     "TIFF with a mask": ("a.tif", lambda p, x, out: write_raster(p, x, mask=~out), False),
     "16-bit PNG with alpha": (
-        "a.png", lambda p, x, out: write_raster(
-            p, x.astype(np.uint16), np.where(out, 0, 65535).astype(np.uint16), driver="PNG"
-        ), True
+        "a.png", lambda p, x, out: write_raster(p, x.astype(np.uint16), np.uint16(65535) * ~out, driver="PNG"), True
     ),
-    "float TIFF with alpha": (
-        "a.tif", lambda p, x, out: write_raster(p, x.astype(np.float32), np.where(out, 0, 1).astype(np.float32)), True
-    ),
+    "float TIFF with alpha": ("a.tif", lambda p, x, out: write_raster(p, x.astype(np.float32), np.float32(1) * ~out), True),
     "float TIFF with NaN": ("a.tif", lambda p, x, out: write_raster(p, as_float(x, out, np.nan)), True),
     "float TIFF with nodata": ("a.tif", lambda p, x, out: write_raster(p, as_float(x, out, -9999), nodata=-9999), True),
     "array with infinity": ("a.npy", lambda p, x, out: np.save(p, as_float(x, out, -np.inf)), True),
@@ -215,8 +194,9 @@ EXCLUDING = {  # file name, how it is written, whether it takes a range
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("side", ["pred", "gt"])
-@pytest.mark.parametrize("kind", EXCLUDING)
+@pytest.mark.parametrize(
+    "kind, side", [*product(EXCLUDING, ["gt"]), ("PNG with alpha", "pred"), ("float TIFF with NaN", "pred")]
+)
 def test_what_an_image_excludes_does_not_count(kind, side, tmp_path):
     name, write, takes_range = EXCLUDING[kind]
     other = ({"pred", "gt"} - {side}).pop()
@@ -233,9 +213,7 @@ def test_what_an_image_excludes_does_not_count(kind, side, tmp_path):
     difference = values["pred"] - values["gt"]
     (row,) = rows_of(tmp_path / "report")
     assert float(row["share/counted"]) == pytest.approx((~out).mean()) == report["counted"]["share"]
-    assert float(row["standard/psnr"]) == pytest.approx(
-        20 * math.log10(255) - 10 * math.log10((difference**2).mean()), abs=1e-4
-    )
+    assert float(row["standard/psnr"]) == pytest.approx(10 * math.log10(255**2 / (difference**2).mean()), abs=1e-4)
     assert float(row["8-bit/mae"]) == pytest.approx(np.abs(difference).mean(), rel=1e-5)
     to_sar = np.abs(values["pred"] - picture(3)[~out]).mean()
     ratio = report["set"]["identity_collapse"]["value"]
@@ -245,25 +223,17 @@ def test_what_an_image_excludes_does_not_count(kind, side, tmp_path):
         assert f"Pixels that count: {100 * (~out).mean():.4g} %. In 1 of 1 images" in text
 
 
-def test_an_opaque_alpha_excludes_nothing(tmp_path):
-    write_8_bit(tmp_path / "pred", range(COUNT))
-    write_8_bit(tmp_path / "gt", range(10, 10 + COUNT))
-    before = run(tmp_path)
-    for index in range(COUNT):
-        with_alpha(tmp_path / "pred" / f"{index}.png", picture(index), np.zeros((HEIGHT, WIDTH), bool))
-    after = run(tmp_path)
-    assert after["means"] == before["means"] and after["counted"] == {"share": 1, "images_with_excluded_pixels": 0}
-
-
-def test_images_without_a_pixel_that_counts_are_a_fault_of_their_own(tmp_path):
-    write_8_bit(tmp_path / "pred", range(COUNT))
-    write_8_bit(tmp_path / "gt", range(COUNT))
+def test_images_without_a_pixel_that_counts_or_a_declared_range_are_faults_of_their_own(pictures, capsys):
     upper = np.arange(HEIGHT)[:, None] < np.full(WIDTH, 20)
-    with_alpha(tmp_path / "pred" / "1.png", picture(1), upper)
-    with_alpha(tmp_path / "gt" / "1.png", picture(1), ~upper)
-    with_alpha(tmp_path / "gt" / "2.png", picture(1), upper | True)
-    report = run(tmp_path, code=1)
-    assert report["faults"] == {"empty": [f"{stem}: no pixel is valid in both images" for stem in "12"]}
+    with_alpha(pictures / "pred" / "1.png", picture(1), upper)
+    with_alpha(pictures / "gt" / "1.png", picture(1), ~upper)
+    with_alpha(pictures / "gt" / "2.png", picture(1), upper | True)
+    Image.fromarray(picture(3)).save(pictures / "gt" / "3.png")
+    write_deep(pictures / "pred", "3", "float 0 to 1", picture(3))
+    report = run(pictures, code=1)
+    assert report["images"] == 1 and report["faults"].keys() == {"empty", "range"}
+    assert report["faults"]["empty"] == [f"{stem}: no pixel is valid in both images" for stem in "12"]
+    assert "float32" in report["faults"]["range"][0] and "value range is not declared" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
@@ -310,19 +280,17 @@ def batch_of(*images: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("mask", ["nothing", "border and hole"])
 def test_masked_ssim_and_scc_are_those_of_the_windows_of_valid_pixels(mask):
     """Two different masks in one batch, and the excluded pixels themselves change nothing."""
-    rng = np.random.default_rng(5)
+    rng, metrics = np.random.default_rng(5), utils.PairMetrics(with_lpips=False)
     eo = [rng.random((HEIGHT, WIDTH, 3)) for _ in range(2)]
     generated = [np.clip(image + rng.normal(0, 0.1, image.shape), 0, 1) for image in eo]
-    valid = [~excluded(k) | (mask == "nothing") for k in range(2)]
-    found = utils.PairMetrics(with_lpips=False)(batch_of(*generated), batch_of(*eo), torch.from_numpy(np.stack(valid)))[
-        "standard"
-    ]
+    valid = np.stack([~excluded(k) | (mask == "nothing") for k in range(2)])
+    found = metrics(batch_of(*generated), batch_of(*eo), torch.from_numpy(valid))["standard"]
     for k in range(2):
         assert found["ssim"][k] == pytest.approx(independent_ssim(generated[k], eo[k], valid[k]), abs=2e-5)
         assert found["scc"][k] == pytest.approx(independent_scc(generated[k], eo[k], valid[k]), abs=2e-5)
     changed = [np.where(each[..., None], image, 0.9) for image, each in zip(generated, valid, strict=True)]
-    again = utils.PairMetrics(with_lpips=False)(batch_of(*changed), batch_of(*eo), torch.from_numpy(np.stack(valid)))
-    assert again["standard"] == {name: pytest.approx(values, abs=1e-6) for name, values in found.items()}
+    again = metrics(batch_of(*changed), batch_of(*eo), torch.from_numpy(valid))["standard"]
+    assert again == {name: pytest.approx(values, abs=1e-6) for name, values in found.items()}
 
 
 def test_strips_give_what_the_whole_gives(monkeypatch):
@@ -349,12 +317,11 @@ def test_a_metric_without_a_window_of_valid_pixels_is_absent():
     assert "standard/ssim" in rows[0] and set(rows[1]) == {"name", "standard/psnr"}
 
 
-class Distance(torch.nn.Module):
-    def forward(self, a, b):
-        return (a - b).abs().mean((1, 2, 3))
+def test_networks_see_the_images_without_excluded_pixels(pictures, monkeypatch):
+    class Distance(torch.nn.Module):
+        def forward(self, a, b):
+            return (a - b).abs().mean((1, 2, 3))
 
-
-def test_networks_see_the_images_without_excluded_pixels(tmp_path, monkeypatch):
     class Features(torch.nn.Module):
         def forward(self, images):
             return [images.mean((2, 3), keepdim=True)]
@@ -365,17 +332,15 @@ def test_networks_see_the_images_without_excluded_pixels(tmp_path, monkeypatch):
     for loader, network in (("_load_lpips", Distance), ("_load_dists", Distance), ("_load_inception", Features)):
         monkeypatch.setattr(utils, loader, network)
     monkeypatch.setattr(utils, "_load_inception_score", unavailable)
-    write_8_bit(tmp_path / "pred", range(COUNT))
-    write_8_bit(tmp_path / "gt", range(10, 10 + COUNT))
-    with_alpha(tmp_path / "gt" / "1.png", picture(11), excluded())
-    report = evaluation.evaluate_folders(EvaluationFolders(tmp_path / "pred", tmp_path / "gt"), tmp_path / "report")
+    with_alpha(pictures / "gt" / "1.png", picture(11), excluded())
+    report = evaluation.evaluate_folders(EvaluationFolders(pictures / "pred", pictures / "gt"), pictures / "report")
     mae = np.mean([np.abs(picture(k).astype(float) - picture(10 + k)).mean() for k in (0, 2)])
     assert report["means"]["standard"]["lpips"]["n"] == 2
     assert report["means"]["standard"]["lpips"]["mean"] == pytest.approx(mae / 127.5, rel=1e-5)
     assert report["set"]["fid"]["n"] == 2 and report["set"]["kid"]["subset_size"] == 2
     assert all(report["absent"][name] == utils.NEEDS_WHOLE for name in ("lpips", "dists", "fid", "kid"))
     assert report["absent"]["inception_score"] == "not here"
-    text = (tmp_path / "report" / "report.md").read_text()
+    text = (pictures / "report" / "report.md").read_text()
     assert "FID of 2 images is biased" in text and "| FID ↓ | " in text and "(n = 2)" in text
 
 
@@ -383,9 +348,9 @@ def test_networks_see_the_images_without_excluded_pixels(tmp_path, monkeypatch):
 def test_a_scene_as_test_py_writes_it_is_judged_by_its_valid_pixels(tmp_path):
     """RGBA with maps that are NaN where it is transparent; a NaN of a map alone costs the maps' measures that pixel alone."""
     rng = np.random.default_rng(0)
-    height, width = 700, 300
+    height, width = 560, 140
     out = np.zeros((height, width), bool)
-    out[:200] = True
+    out[:160] = True
     gt = rng.integers(30, 220, (height, width, 3), np.uint8)
     scale = rng.uniform(1, 20, (height, width))
     pred = np.clip(gt + rng.normal(0, scale[..., None], gt.shape), 0, 255).round().astype(np.uint8)
@@ -420,14 +385,11 @@ def test_quicklooks_beside_scenes_are_no_predictions(tmp_path):
     assert set(folders.images_by_stem(tmp_path)) == {"a", "b"}
 
 
-def test_masks_are_8_bit(tmp_path):
-    for folder in ("pred", "gt"):
-        write_8_bit(tmp_path / folder, range(1))
-    (tmp_path / "variance").mkdir()
-    write_tiff(tmp_path / "variance" / "0.tif", np.ones((HEIGHT, WIDTH)))
+def test_masks_are_8_bit(pictures):
+    write_tiff(pictures / "variance" / "0.tif", np.ones((HEIGHT, WIDTH)))
     for name in folders.MASKS:
-        write_deep(tmp_path / "masks" / f"mask_{name}", "0", "16-bit PNG", picture(0))
-    report = run(tmp_path, "--variance-dir", tmp_path / "variance", "--mask-dir", tmp_path / "masks")
+        write_deep(pictures / "masks" / f"mask_{name}", "0", "16-bit PNG", picture(0))
+    report = run(pictures, "--variance-dir", pictures / "variance", "--mask-dir", pictures / "masks")
     assert "uint16 pixels" in report["faults"]["beside"][0] and "LOW,HIGH" not in report["faults"]["beside"][0]
 
 
