@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 import re
 import shutil
@@ -130,14 +131,6 @@ def test_every_form_loads_bit_for_bit(tiny_base, tmp_path, form, stage):
         torch.testing.assert_close(loaded(z, 7, prompt).sample, unet(z, 7, prompt).sample, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_become_float32(tiny_base, tmp_path, dtype):
-    halves = {name: tensor.to(dtype) for name, tensor in trained().state_dict().items()}
-    save_file(halves, tmp_path / "half.safetensors")
-    loaded, _ = load_unet(str(tmp_path / "half.safetensors"), tiny_base, 4, "checkpoint")
-    assert_same(loaded, {name: tensor.float() for name, tensor in halves.items()})
-
-
 def test_a_net_loads_straight_into_another_type(tiny_base, tmp_path):
     path, expected = prefixed("")(trained(), tmp_path), trained().to(torch.bfloat16).state_dict()
     form = Form(torch.device("cpu"), torch.bfloat16, torch.channels_last)
@@ -152,12 +145,6 @@ def test_weights_are_read_before_anyone_asks_for_them(tiny_base, tmp_path):
     wait([weights.reading, weights.listed], timeout=60)
     path.unlink()
     assert_same(build_unet(weights, tiny_base, 4), trained().state_dict())
-
-
-def test_the_average_is_preferred_where_there_is_one(tiny_base, tmp_path):
-    write_checkpoint(tmp_path, ["latest"], trained(seed=1), trained(seed=2), PROMPT, {}, {"iteration": 1})
-    for path, seed in (("latest", 2), ("latest/unet", 1), ("latest/unet_ema", 2)):
-        assert_same(load_unet(str(tmp_path / path), tiny_base, 4, "checkpoint")[0], trained(seed=seed).state_dict())
 
 
 def test_a_folders_own_config_goes_before_the_bases(tiny_base, tmp_path):
@@ -194,45 +181,9 @@ def refusal(path, base: str, latent_channels: int = 4) -> str:
     return message
 
 
-def drop(tensors):
-    del tensors["mid_block.attentions.0.norm.bias"]
-
-
-def add(tensors):
-    tensors["surplus.weight"] = torch.zeros(3)
-
-
-def add_empty(tensors):
-    tensors["surplus.weight"] = torch.zeros(0, 4)
-
-
-def flatten(tensors):
-    tensors["conv_out.weight"] = tensors["conv_out.weight"].flatten(1)
-
-
-def cut(tensors):
-    tensors["conv_in.bias"] = tensors["conv_in.bias"][:-1].clone()
-
-
-def transpose(tensors):
-    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    tensors[name] = tensors[name].T.contiguous()
-
-
-def poison(value):
-    def change(tensors):
-        tensors["time_embedding.linear_1.weight"][3, 5] = value
-
-    return change
-
-
 def mix_prefixes(tensors):
     for name in sorted(tensors)[-10:]:
         tensors[f"module.{name}"] = tensors.pop(name)
-
-
-def five_inputs(tensors):
-    tensors["conv_in.weight"] = tensors["conv_in.weight"][:, :5].clone()
 
 
 def outputs(count: int):
@@ -243,25 +194,30 @@ def outputs(count: int):
     return change
 
 
-def variance_bias_missing(tensors):
-    tensors["conv_out.bias"] = tensors["conv_out.bias"][:4].clone()
+def changed(name: str, function):
+    return lambda tensors: tensors.update({name: function(tensors[name])})
 
 
+def added(tensor: torch.Tensor):
+    return lambda tensors: tensors.update({"surplus.weight": tensor})
+
+
+KEY, NORM = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight", "conv_norm_out.weight"
+CHANNELS = "4 (stage 1) or 5 (stage 2) output channels"
 REFUSED = {
-    "missing tensor": (drop, ["expected 208 tensors, found 207", "1 missing (mid_block.attentions.0.norm.bias"]),
-    "unexpected tensor": (add, ["expected 208 tensors, found 209", "1 unexpected (surplus.weight"]),
-    "unexpected and empty": (add_empty, ["expected 208 tensors, found 209", "1 unexpected (surplus.weight"]),
+    "missing": (lambda tensors: tensors.pop(NORM), ["expected 208 tensors, found 207", f"1 missing ({NORM}"]),
+    "unexpected": (added(torch.zeros(3)), ["expected 208 tensors, found 209", "1 unexpected (surplus.weight"]),
+    "unexpected and empty": (added(torch.zeros(0, 4)), ["expected 208 tensors, found 209", "1 unexpected (surplus.weight"]),
     "half of the names prefixed": (mix_prefixes, ["10 missing", "10 unexpected (module."]),
-    "wrong shape": (cut, ["expected conv_in.bias of shape [16], found [15]"]),
-    "transposed": (transpose, ["attn2.to_k.weight of shape [32, 64], found [64, 32]"]),
-    "NaN": (poison(float("nan")), ["time_embedding.linear_1.weight", "expected finite"]),
-    "infinite": (poison(float("-inf")), ["time_embedding.linear_1.weight", "expected finite"]),
-    "5 inputs": (five_inputs, ["expected 8 input channels", "found 5 and 5"]),
-    "3 outputs": (outputs(3), ["4 (stage 1) or 5 (stage 2) output channels", "found 8 and 3"]),
-    "6 outputs": (outputs(6), ["4 (stage 1) or 5 (stage 2) output channels", "found 8 and 6"]),
-    "weight and bias disagree": (variance_bias_missing, ["expected conv_out.bias of shape [5], found [4]"]),
+    "transposed": (changed(KEY, lambda w: w.T), ["attn2.to_k.weight of shape [32, 64], found [64, 32]"]),
+    "NaN": (lambda tensors: tensors[NORM][3:4].fill_(math.nan), [NORM, "expected finite"]),
+    "infinite": (lambda tensors: tensors[NORM][3:4].fill_(-math.inf), [NORM, "expected finite"]),
+    "5 inputs": (changed("conv_in.weight", lambda w: w[:, :5]), ["expected 8 input channels", "found 5 and 5"]),
+    "3 outputs": (outputs(3), [CHANNELS, "found 8 and 3"]),
+    "6 outputs": (outputs(6), [CHANNELS, "found 8 and 6"]),
+    "one bias too few": (changed("conv_out.bias", lambda b: b[:4]), ["expected conv_out.bias of shape [5], found [4]"]),
     "no U-Net": (lambda tensors: tensors.pop("conv_in.weight"), ["is no U-Net", "207 tensors"]),
-    "no convolution": (flatten, ["is no U-Net", "208 tensors"]),
+    "no convolution": (changed("conv_out.weight", lambda w: w.flatten(1)), ["is no U-Net", "208 tensors"]),
     "nothing in it": (lambda tensors: tensors.clear(), ["is no U-Net", "0 tensors"]),
 }
 
@@ -272,7 +228,7 @@ def test_what_does_not_fit_is_refused_with_expected_and_found(tiny_base, tmp_pat
     tensors = {name: tensor.clone() for name, tensor in trained().state_dict().items()}
     assert len(tensors) == 208
     change(tensors)
-    save_file(tensors, tmp_path / "unet.safetensors")
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, tmp_path / "unet.safetensors")
     message = refusal(tmp_path / "unet.safetensors", tiny_base)
     assert all(word in message for word in words), message
 
@@ -283,32 +239,26 @@ def test_an_unpatched_unet_is_called_so(tiny_base, tmp_path):
     assert "expected 8 input channels" in message and "found 4 and 4, an unpatched U-Net" in message
 
 
-def test_a_bare_file_of_another_prompt_width_is_refused(tiny_base, tmp_path):
-    save_file(trained(cross_attention_dim=48).state_dict(), tmp_path / "unet.safetensors")
-    message = refusal(tmp_path / "unet.safetensors", tiny_base)
-    assert "[32, 64], found [32, 48]" in message and "wrong base model?" in message
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"cross_attention_dim": 48}, "[32, 64], found [32, 48]"), ({"layers_per_block": 2}, "expected 208 tensors, found")],
+)
+def test_a_bare_file_of_another_architecture_is_refused(tiny_base, tmp_path, changes, words):
+    message = refusal(prefixed("")(trained(**changes), tmp_path), tiny_base)
+    assert words in message and "wrong base model?" in message
 
 
-def test_a_bare_file_of_another_architecture_is_refused(tiny_base, tmp_path):
-    save_file(trained(layers_per_block=2).state_dict(), tmp_path / "unet.safetensors")
-    assert "expected 208 tensors, found" in refusal(tmp_path / "unet.safetensors", tiny_base)
-
-
-def test_a_config_that_contradicts_the_weights_beside_it_is_refused(tiny_base, tmp_path):
+def test_a_config_that_contradicts_the_weights_beside_it_or_is_damaged_is_refused(tiny_base, tmp_path):
     path = diffusers_folder(trained(), tmp_path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "block_out_channels": [16, 64]}))
     assert "of shape" in refusal(path, tiny_base)
-
-
-def test_a_damaged_config_beside_the_weights_is_refused(tiny_base, tmp_path):
-    path = diffusers_folder(trained(), tmp_path)
     (path / "config.json").write_text('{"in_channels": ')
     with pytest.raises(UserError, match="config.json"):
         load_unet(str(path), tiny_base, 4, "accelerator_path")
 
 
-@pytest.mark.parametrize("keep", [0, 4, 1000, -1])
+@pytest.mark.parametrize("keep", [0, 1000, -1])
 def test_truncated_files_are_refused(tiny_base, tmp_path, keep):
     path = prefixed("")(trained(), tmp_path)
     path.write_bytes(path.read_bytes()[:keep])
@@ -325,7 +275,7 @@ class Payload:
         return Path.touch, (self.file,)
 
 
-@pytest.mark.parametrize("name", ["unet.safetensors", "unet.bin", "unet.pt", "unet.ckpt", "unet"])
+@pytest.mark.parametrize("name", ["unet.safetensors", "unet.bin", "unet"])
 @pytest.mark.parametrize("write", ["pickle", "torch"])
 def test_pickles_are_never_opened_whatever_their_name(tiny_base, tmp_path, name, write):
     sign = tmp_path / "executed"
@@ -429,19 +379,6 @@ def test_what_an_interrupted_write_left_does_not_disturb_the_next(tmp_path):
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2", "latest"]
 
 
-def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    write(tmp_path, 1, ["latest"])
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write(tmp_path, 2, ["latest"])
-    assert read_state(tmp_path / "latest")[1]["iteration"] == 1
-    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["latest"]
-
-
 def test_pruning_keeps_the_newest_numbered_ones_and_the_others_whole(tiny_base, tmp_path, monkeypatch):
     write(tmp_path, 1, ["checkpoint-1", "best"])
     write(tmp_path, 2, ["epoch-1"])
@@ -462,25 +399,19 @@ def test_pruning_keeps_the_newest_numbered_ones_and_the_others_whole(tiny_base, 
         assert_same(load_unet(str(tmp_path / name), tiny_base, 4, "resume")[0], trained(seed=iteration).state_dict())
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "pickle"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "pickle", "meta"])
 def test_a_damaged_training_state_is_refused(tmp_path, damage):
     write(tmp_path, 1, ["latest"])
-    file, sign = tmp_path / "latest/training_state.pt", tmp_path / "executed"
+    name, sign = "checkpoint.json" if damage == "meta" else "training_state.pt", tmp_path / "executed"
+    file = tmp_path / "latest" / name
     content = file.read_bytes()
     if damage == "pickle":
         torch.save({"optimizer": Payload(sign)}, file)
     else:
-        file.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "foreign": b"hello" * 99}[damage])
-    with pytest.raises(UserError, match="resume: .*training_state.pt is damaged"):
+        file.write_bytes({"empty": b"", "foreign": b"hello" * 99}.get(damage, content[: len(content) // 2]))
+    with pytest.raises(UserError, match=f"{name} is damaged"):
         read_state(tmp_path / "latest")
     assert not sign.exists()
-
-
-def test_a_damaged_meta_file_is_refused(tmp_path):
-    write(tmp_path, 1, ["latest"])
-    (tmp_path / "latest/checkpoint.json").write_text('{"iteration": ')
-    with pytest.raises(UserError, match=r"checkpoint\.json is damaged"):
-        read_state(tmp_path / "latest")
 
 
 def test_only_a_whole_checkpoint_folder_can_be_resumed(tmp_path):

@@ -1,7 +1,6 @@
 """The configuration: what wins, what is refused and with which words, and that no setting is dead."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -197,7 +196,6 @@ def launched(monkeypatch, load):
     [
         ("seed: 1", {}, {"mixed_precision": "no", "gradient_accumulation_steps": 1, "torch_compile": False}),
         ("seed: 1", {"MIXED_PRECISION": "bf16"}, {"mixed_precision": "bf16"}),
-        ("mixed_precision: bf16", {"MIXED_PRECISION": "bf16"}, {"mixed_precision": "bf16"}),
         ("mixed_precision: bf16", {"MIXED_PRECISION": "no"}, {"mixed_precision": "bf16"}),
         ("mixed_precision: bf16_copy", {"MIXED_PRECISION": "bf16"}, {"mixed_precision": "bf16_copy"}),
         ("batch_size: 8", {"GRADIENT_ACCUMULATION_STEPS": "2"}, {"gradient_accumulation_steps": 2}),
@@ -218,7 +216,7 @@ def test_what_the_launcher_was_told_counts_where_the_configuration_gives_nothing
         ("mixed_precision: no", {"MIXED_PRECISION": "bf16"}, "gives 'no', accelerate launch 'bf16'"),
         ("mixed_precision: bf16_copy", {"MIXED_PRECISION": "fp16"}, "gives 'bf16_copy', accelerate launch 'fp16'"),
         ("gradient_accumulation_steps: 4", {"GRADIENT_ACCUMULATION_STEPS": "2"}, "gives 4, accelerate launch 2: leave one"),
-        ("max_grad_norm: 0.5", {"GRADIENT_CLIPPING": "1.0"}, "max_grad_norm: the configuration gives 0.5,"),
+
         ("torch_compile: false", {"DYNAMO_BACKEND": "INDUCTOR"}, "torch_compile: the configuration gives False"),
         ("seed: 1", {"DYNAMO_BACKEND": "EAGER"}, "--dynamo_backend eager is not supported"),
         ("seed: 1", {"DYNAMO_BACKEND": "INDUCTOR", "DYNAMO_MODE": "max-autotune"}, "--dynamo_mode is not supported"),
@@ -250,14 +248,10 @@ def test_what_the_launcher_hands_on_to_deepspeed_alone_is_read_from_its_command_
 
 
 # ----------------------------------------------------------------------------------------------------------- what wins
-def test_command_line_over_yaml_over_defaults(load):
-    config = load("batch_size: 8\nnum_iter: 700\n", "--batch-size", "4")
-    assert (config.batch_size, config.num_iter, config.num_worker) == (4, 700, Config().num_worker)
-
-
 @pytest.mark.parametrize("argv", [["--batch-size", "4"], ["--batch_size", "4"], ["--batch-size=4"], ["--batch_size=4"]])
-def test_dashes_underscores_and_equal_signs(argv):
-    assert load_config(argv).batch_size == 4
+def test_command_line_over_yaml_over_defaults(load, argv):
+    config = load("batch_size: 8\nnum_iter: 700\n", *argv)
+    assert (config.batch_size, config.num_iter, config.num_worker) == (4, 700, Config().num_worker)
 
 
 @pytest.mark.parametrize("option", ["--train-feeder-args", "--train_feeder_args"])
@@ -268,6 +262,7 @@ def test_one_feeder_argument_is_overridden_and_the_others_stay(load, option, equ
     config = load("train_feeder_args: {crop_size: 256, dataroot: /data}\n", *argv, "--seed", "5")
     assert config.train_feeder_args == {"crop_size": 128, "dataroot": "/data"} and config.seed == 5
     assert config.test_feeder_args == {}
+    assert "expected a mapping" in refusal(load, "train_feeder_args: null\n", *argv)
 
 
 def test_several_overrides_in_any_order(load):
@@ -278,11 +273,6 @@ def test_several_overrides_in_any_order(load):
     )  # fmt: skip
     assert config.train_feeder_args == {"a": -2, "c": [1, 2], "d": "/data/with space"}
     assert config.test_feeder_args == {"a": 1, "b": "x=y"} and (config.seed, config.num_iter) == (5, 200)
-
-
-def test_inline_yaml_adds_to_a_mapping(load):
-    config = load("test_feeder_args: {a: 1, b: 2}\n", "--test-feeder-args", "{b: 3, c: null}")
-    assert config.test_feeder_args == {"a": 1, "b": 3, "c": None}
 
 
 def test_an_override_of_one_mapping_leaves_its_alias_alone(load):
@@ -307,72 +297,54 @@ def test_null_and_the_empty_prompt_on_the_command_line(load):
 
 # -------------------------------------------------------------------------------------------------------- kinds of values
 @pytest.mark.parametrize(
-    "written, value", [("1e-5", 1e-5), ("1.0e-5", 1e-5), ("'0.5'", 0.5), ("2", 2.0), ("1E-3", 1e-3), ("3.e-5", 3e-5)]
-)
-def test_floats_in_every_notation(load, written, value):
-    found = [load(f"learning_rate: {written}\n"), load_config(["--learning-rate", written.strip("'")])]
-    assert all(config.learning_rate == value and isinstance(config.learning_rate, float) for config in found)
+    "name, written, value",
+    [
+        ("learning_rate", "1e-5", 1e-5), ("learning_rate", "'0.5'", 0.5), ("learning_rate", "2", 2.0),
+        ("learning_rate", "3.e-5", 3e-5), ("mixed_precision", "no", "no"), ("mixed_precision", "'no'", "no"),
+        ("mixed_precision", "false", "no"), ("mixed_precision", "BF16", "bf16"), ("gpu", "0", [0]), ("gpu", "[0, 2]", [0, 2]),
+        ("gpu", "0,2", [0, 2]), ("gpu", "null", None), ("beta", "timestep", "timestep"), ("beta", "0", 0.0),
+        ("beta", "5e-1", 0.5),
+        ("prompt", "\u5149\u5b66\u56fe\u50cf", "\u5149\u5b66\u56fe\u50cf"),
+    ],
+)  # fmt: skip
+def test_values_in_every_notation(load, name, written, value):
+    """In YAML `no` is a boolean, and 3.e-5 is text."""
+    for config in (load(f"{name}: {written}\n"), load_config([f"--{name.replace('_', '-')}", written.strip("'")])):
+        found = getattr(config, name)
+        assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("written, value", [("no", "no"), ("'no'", "no"), ("false", "no"), ("BF16", "bf16"), ("fp16", "fp16")])
-def test_mixed_precision_no_is_no_boolean(load, written, value):
-    assert load(f"mixed_precision: {written}\n").mixed_precision == value
-    assert load_config(["--mixed-precision", written.strip("'")]).mixed_precision == value
-
-
-@pytest.mark.parametrize("written, value", [("0", [0]), ("[0, 2]", [0, 2]), ("0,2", [0, 2]), ("null", None)])
-def test_gpu_is_a_number_or_a_list(load, written, value):
-    assert load(f"gpu: {written}\n").gpu == value == load_config(["--gpu", written]).gpu
-
-
-@pytest.mark.parametrize("written, value", [("timestep", "timestep"), ("0", 0.0), ("1", 1.0), ("0.5", 0.5), ("5e-1", 0.5)])
-def test_beta_is_timestep_or_a_constant(load, written, value):
-    assert load(f"beta: {written}\n").beta == value == load_config([f"--beta={written}"]).beta
-
-
-COUNTS = ["num_iter", "batch_size", "test_batch_size", "val_len", "log_iter", "gradient_accumulation_steps"]
-FROM_ZERO = ["seed", "num_worker", "num_warmup", "eval_epoch", "save_iter", "save_epoch"]
 HUGE = "1" + 30 * "0"
 IMPOSSIBLE = [
-    *(
-        (name, value, "whole number of at least 1")
-        for name in COUNTS
-        for value in ("0", "-1", "1.5", "x", "true", "null", HUGE)
-    ),
-    *(
-        (name, value, "whole number of at least 0")
-        for name in FROM_ZERO
-        for value in ("-1", "0.5", ".nan", ".inf", "[1]", HUGE)
-    ),
-    *(("num_inference_steps", value, "at least 1 and at most 999") for value in ("0", "1000", "50.0", "-50")),
-    *(
-        ("learning_rate", value, "a number above 0")
-        for value in ("0", "-1.0", ".nan", "nan", ".inf", "1e999", "x", "true", "[]")
-    ),
-    *(
-        ("weight_decay", value, "a number of at least 0")
-        for value in ("-0.1", ".nan", "-.inf", ".inf", "null", "1" + 400 * "0")
-    ),
-    *(("max_grad_norm", value, "a number above 0, or null") for value in ("0", "-1", ".nan", ".inf", "off")),
-    *(("ema_decay", value, "at least 0 and at most 1, or null") for value in ("1.1", "-0.5", ".nan", "true")),
-    *(("eval_each_epoch_from", value, "at least 0 and at most 1") for value in ("1.01", "-0.01", ".nan")),
-    *(("beta", value, "timestep, or a number of at least 0 and at most 1") for value in ("1.5", "-1", ".nan", "steps", "true")),
-    *(("checkpoints_total_limit", value, "at least 1, or null") for value in ("0", "-3", "1.0")),
-    *(
-        ("gpu", value, "a GPU number or a list of them")
-        for value in ("-1", "[]", "[0, -1]", "[true]", "cuda", "1.0", "'0,x'", "''", "'-1'")
-    ),
-    *(("confidence", value, "true or false") for value in ("1", "0", "'true'", "null", "maybe")),
-    *(("work_dir", value, "text that is not empty") for value in ("''", "' '", "null", "5", "[a]")),
-    *(("prompt", value, "expected text") for value in ("5", "null", "[a]", "{a: b}")),
-    *(("accelerator_path", value, "text that is not empty, or null") for value in ("''", "5")),
-    *(("phase", value, "one of train, test") for value in ("val", "true", "null")),
-    *(("prediction_type", value, "one of epsilon, sample, v_prediction") for value in ("eps", "1")),
-    *(("mixed_precision", value, "one of no, fp16, bf16") for value in ("yes", "fp8", "16", "null")),
-    *(("optimizer", value, "one of AdamW, Adam, AdamW8bit") for value in ("SGD", "null")),
-    *(("lr_scheduler", value, "one of cosine, linear") for value in ("step", "null")),
-    *(("report_to", value, "one of tensorboard, none") for value in ("wandb", "null")),
-    *(("train_feeder_args", value, "a mapping of names to values") for value in ("null", "5", "[a]", "{1: 2}")),
+    (name, value, allowed)
+    for names, values, allowed in (
+        ("num_iter", ("0", "-1", "1.5", "x", "true", "null", HUGE), "whole number of at least 1"),
+        ("batch_size test_batch_size val_len log_iter gradient_accumulation_steps", ("0",), "whole number of at least 1"),
+        ("seed", ("-1", "0.5", ".nan", ".inf", "[1]", HUGE), "whole number of at least 0"),
+        ("num_worker num_warmup eval_epoch save_iter save_epoch", ("-1",), "whole number of at least 0"),
+        ("num_inference_steps", ("0", "1000", "50.0", "-50"), "at least 1 and at most 999"),
+        ("learning_rate", ("0", "-1.0", ".nan", "nan", ".inf", "1e999", "x", "true", "[]"), "a number above 0"),
+        ("weight_decay", ("-0.1", ".nan", "-.inf", "null", "1" + 400 * "0"), "a number of at least 0"),
+        ("max_grad_norm", ("0", ".nan", "off"), "a number above 0, or null"),
+        ("ema_decay", ("1.1", "-0.5", ".nan", "true"), "at least 0 and at most 1, or null"),
+        ("eval_each_epoch_from", ("1.01", "-0.01"), "at least 0 and at most 1"),
+        ("beta", ("1.5", "-1", ".nan", "steps", "true"), "timestep, or a number of at least 0 and at most 1"),
+        ("checkpoints_total_limit", ("0", "1.0"), "at least 1, or null"),
+        ("gpu", ("-1", "[]", "[0, -1]", "[true]", "cuda", "1.0", "'0,x'", "''"), "a GPU number or a list of them"),
+        ("confidence", ("1", "'true'", "null", "maybe"), "true or false"),
+        ("work_dir", ("''", "' '", "null", "5", "[a]"), "text that is not empty"),
+        ("prompt", ("5", "null", "[a]", "{a: b}"), "expected text"),
+        ("accelerator_path", ("''", "5"), "text that is not empty, or null"),
+        ("phase", ("val", "true", "null"), "one of train, test"),
+        ("prediction_type", ("eps",), "one of epsilon, sample, v_prediction"),
+        ("mixed_precision", ("yes", "fp8", "16", "null"), "one of no, fp16, bf16"),
+        ("optimizer", ("SGD",), "one of AdamW, Adam, AdamW8bit"),
+        ("lr_scheduler", ("step",), "one of cosine, linear"),
+        ("report_to", ("wandb",), "one of tensorboard, none"),
+        ("train_feeder_args", ("null", "5", "[a]", "{1: 2}"), "a mapping of names to values"),
+    )
+    for name in names.split()
+    for value in values
 ]
 
 
@@ -382,16 +354,10 @@ def test_impossible_values_are_refused_with_key_value_and_what_is_allowed(load, 
     assert message.startswith(f"{name}: expected ") and allowed in message and "found " in message
 
 
-def test_the_command_line_is_checked_as_the_yaml_is():
-    for name, written in (
-        ("batch-size", "0"),
-        ("learning_rate", "-1"),
-        ("learning-rate", "-1e-5"),
-        ("beta", "2"),
-        ("seed", "x"),
-    ):
-        message = refusal(load_config, [f"--{name}={written}"])
-        assert message.startswith(f"{name.replace('-', '_')}: expected ") and written.removesuffix("e-5") in message
+@pytest.mark.parametrize("option, found", [("--batch-size=0", "0"), ("--learning_rate=-1e-5", "-1"), ("--seed=x", "x")])
+def test_the_command_line_is_checked_as_the_yaml_is(option, found):
+    message = refusal(load_config, [option])
+    assert message.startswith(f"{option[2:].partition('=')[0].replace('-', '_')}: expected ") and found in message
 
 
 def test_settings_are_checked_against_each_other(load):
@@ -411,32 +377,15 @@ def test_placeholders_are_named(load, key):
 
 
 # -------------------------------------------------------------------------------------------------- keys that do not exist
-@pytest.mark.parametrize(
-    "wrong, right",
-    [
-        ("batchsize", "batch_size"),
-        ("lr_schedular", "lr_scheduler"),
-        ("num_workers", "num_worker"),
-        ("mixed-precision", "mixed_precision"),
-    ],
-)
+@pytest.mark.parametrize("wrong, right", [("batchsize", "batch_size"), ("mixed-precision", "mixed_precision")])
 def test_an_unknown_key_is_answered_with_the_nearest(load, wrong, right):
+    assert "--help lists all keys" in refusal(load, "1: 2\n")
     message = refusal(load, f"{wrong}: 5\n")
     assert f"unknown key {wrong!r} in " in message and "run.yaml" in message and f"did you mean {right!r}?" in message
     if wrong.replace("-", "_") != right:  # which on the command line is right
         for argv in ([f"--{wrong}", "5"], [f"--{wrong}=5"]):
             message = refusal(load_config, argv)
             assert "unknown key" in message and "command line" in message and f"did you mean {right!r}?" in message
-
-
-def test_a_key_near_to_none_points_to_the_help(load):
-    for message in (refusal(load, "zzzzzz: 1\n"), refusal(load_config, ["--zzzzzz", "1"]), refusal(load, "1: 2\n")):
-        assert "--help lists all keys" in message
-
-
-def test_options_are_not_abbreviated():
-    assert "unknown key 'seed_'" in refusal(load_config, ["--seed_", "1"])
-    assert "unknown key 'feede'" in refusal(load_config, ["--feede", "x.Y"])
 
 
 @pytest.mark.parametrize(
@@ -446,16 +395,15 @@ def test_options_are_not_abbreviated():
         (["--train-feeder-args.crop_size"], "expected a value"), (["--train-feeder-args.", "1"], "train_feeder_args"),
         (["--optimizer.lr", "1"], "optimizer holds no names"), (["--optimiser.lr", "1"], "did you mean 'optimizer'"),
         (["--train-feeder-args", "{a: 1"], "no valid inline YAML"), (["--batch-size"], "--batch_size: expected one argument"),
-        (["--seed", "--num-iter", "200"], "--seed: expected one argument"), (["--config"], "--config: expected one argument"),
+        (["--seed_", "1"], "unknown key 'seed_'"), (["--feede", "x.Y"], "unknown key 'feede'"),
+        (["--zzzzzz", "1"], "--help lists all keys"),
+        (["--seed", "--num-iter", "200"], "--seed: expected one argument"),
+        (["--config"], "--config: expected one argument"),
     ],
 )  # fmt: skip
 def test_a_malformed_command_line_is_one_line(argv, words):
     message = refusal(load_config, argv)
     assert words in message and "\n" not in message
-
-
-def test_a_feeder_argument_cannot_be_put_into_what_is_no_mapping(load):
-    assert "expected a mapping" in refusal(load, "train_feeder_args: null\n", "--train-feeder-args.a", "1")
 
 
 # ------------------------------------------------------------------------------------------------------------- YAML itself
@@ -485,35 +433,20 @@ def test_a_config_that_is_not_there_is_refused(tmp_path):
         assert f"--config: cannot read {path}" in refusal(load_config, ["--config", str(path)])
 
 
-@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/object/new:os.system", "!!python/name:os.system"])
-def test_yaml_never_makes_objects(load, tmp_path, tag):
-    sign = tmp_path / "executed"
-    written = f"{tag} ['touch {sign}']"
-    assert "could not determine a constructor" in refusal(load, f"work_dir: {written}\n")
-    for argv in (["--learning-rate", written], ["--train-feeder-args", written], ["--train-feeder-args.a", written]):
-        try:
-            config = load_config(argv)
-            assert config.train_feeder_args == {"a": written}  # plain text
-        except UserError:
-            pass
-    assert not sign.exists()
-    os.system(f"touch {sign}")
-    assert sign.exists()  # what the tag would have done
-
-
-def test_anchors_and_merge_keys_work(load):
-    config = load(
-        "train_feeder_args: &data\n  dataroot: /data\n  crop_size: 64\n  split: train\n"
-        "test_feeder_args:\n  <<: *data\n  split: test\n"
-    )
-    assert config.train_feeder_args == {"dataroot": "/data", "crop_size": 64, "split": "train"}
-    assert config.test_feeder_args == {"dataroot": "/data", "crop_size": 64, "split": "test"}
-
-
 def test_merge_keys_in_a_chain_are_no_duplicates(load):
     """Keys of several letters: PyYAML 6.0.4 takes equal letters of two mappings for one key that was merged twice."""
-    config = load("test_feeder_args: {x: &a {key: 1}, y: &b {<<: *a, key: 2}, <<: *b}\n")
-    assert config.test_feeder_args == {"key": 2, "x": {"key": 1}, "y": {"key": 2}}
+    config = load("test_feeder_args: {x: &a {key: 1}, y: &b {<<: *a, key: 2, other: 3}, <<: *b}\n")
+    assert config.test_feeder_args == {"key": 2, "other": 3, "x": {"key": 1}, "y": {"key": 2, "other": 3}}
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/name:os.system"])
+def test_yaml_never_makes_objects(load, tmp_path, tag):
+    written = f"{tag} ['touch {tmp_path / 'executed'}']"
+    assert "could not determine a constructor" in refusal(load, f"work_dir: {written}\n")
+    assert load_config(["--train-feeder-args.a", written]).train_feeder_args == {"a": written}  # plain text
+    for option in ("--learning-rate", "--train-feeder-args"):
+        refusal(load_config, [option, written])
+    assert not (tmp_path / "executed").exists()
 
 
 PLAIN = st.recursive(
@@ -523,7 +456,7 @@ PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(st.text(min_size=1, max_size=6), PLAIN, max_size=4), st.booleans())
 def test_any_feeder_arguments_come_back_as_they_were_written(tmp_path_factory, arguments, flow):
     file = tmp_path_factory.mktemp("yaml") / "run.yaml"
@@ -552,10 +485,6 @@ def test_any_value_is_taken_or_refused_by_name(tmp_path_factory, name, value):
 
 def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(load):
     assert load(b"\xef\xbb\xbfseed: 7\r\nbatch_size: 4\r\n").seed == 7
-
-
-def test_other_alphabets_survive(load):
-    assert load("prompt: \u5149\u5b66\u56fe\u50cf\n").prompt == load_config(["--prompt", "\u5149\u5b66\u56fe\u50cf"]).prompt
 
 
 # --------------------------------------------------------------------------------------------------------------- the help

@@ -22,7 +22,6 @@ from cdiffset.diffusion import (
     training_loss,
     translate,
     variance_weights,
-    weighted_mean,
 )
 from cdiffset.errors import UserError
 from cdiffset.inference.ensemble import ensemble, reduce_samples
@@ -36,7 +35,7 @@ from cdiffset.inference.options import (
     sampling_settings,
 )
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
-from cdiffset.losses import cdiff_loss, variance
+from cdiffset.losses import variance
 from cdiffset.model import load_scheduler, make_sampler, patch_conv_in, patch_conv_out
 
 SIZE = (4, 16, 16)
@@ -97,12 +96,6 @@ def test_the_sar_latent_comes_first_and_the_variance_last():
     assert torch.equal(prediction, output[:, :4]) and torch.equal(raw, output[:, 4:])
 
 
-def test_a_stage_1_net_gives_no_variance():
-    z_sar, z_t = latents(2)
-    prediction, raw = predict(Probe(lambda x, _: x[:, 4:]), z_sar, z_t, torch.tensor(7), PROMPT)
-    assert torch.equal(prediction, z_t) and raw is None
-
-
 # ------------------------------------------------------------------------------------------------------------- the target
 def recovered(prediction_type: str, z_t, prediction, a):
     """z_eo from z_t and a perfect prediction, a = ᾱ_t."""
@@ -148,8 +141,9 @@ def test_stage_1_trains_by_the_mse_on_the_noise(tiny_base, nets):
     assert sigma2 is None and loss.item() == pytest.approx((output - noise).square().mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
-@pytest.mark.parametrize("beta", ["timestep", 0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("prediction_type", "beta"), [("epsilon", "timestep"), ("sample", "timestep"), ("epsilon", 0), ("sample", 0.5)]
+)
 def test_stage_2_trains_by_the_cdiff_loss(tiny_base, nets, prediction_type, beta):
     z_sar, z_eo, noise = latents(3)
     timesteps = torch.tensor([3, 500, 999])
@@ -167,20 +161,6 @@ def test_stage_2_trains_by_the_cdiff_loss(tiny_base, nets, prediction_type, beta
     assert not mean_sigma2.requires_grad and mean_sigma2.sub(1).abs().min() > 1e-3
 
 
-@pytest.mark.parametrize("timestep", [0, 1, 250, 999])
-def test_the_timestep_beta_is_the_square_root_of_alpha_bar(tiny_base, timestep):
-    z_sar, z_eo, noise = latents(3, batch=1)
-    raw = torch.full((1, 1, 16, 16), 2.0)
-    probe = Probe(lambda x, _: torch.cat([torch.zeros(1, *SIZE), raw], 1))
-    scheduler = load_scheduler(tiny_base, "epsilon")
-    loss, _ = training_loss(probe, scheduler, z_sar, z_eo, noise, torch.tensor([timestep]), PROMPT, "timestep")
-    # With a constant σ² the loss is σ²^β · NLL, so that β can be read off.
-    sigma2 = variance(raw)
-    nll = cdiff_loss(torch.zeros(1, *SIZE), noise, sigma2, torch.zeros(1))
-    beta = (loss / nll).log() / sigma2[0, 0, 0, 0].log()
-    assert beta.item() == pytest.approx(alpha_bar()[timestep].sqrt().item(), abs=2e-6)
-
-
 def test_the_loss_reaches_every_parameter_of_the_net(tiny_base, nets):
     z_sar, z_eo, noise = latents(3)
     scheduler = load_scheduler(tiny_base, "epsilon")
@@ -190,8 +170,7 @@ def test_the_loss_reaches_every_parameter_of_the_net(tiny_base, nets):
 
 
 # ------------------------------------------------------------------------------------------------------------ the sampler
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "steps"), [(1, 7), (2, 50)])
 def test_the_sampler_is_the_plain_ddim_loop(tiny_base, nets, stage, steps):
     z_sar, noise = latents(2, batch=2)
     z_eo, sigma2 = sample(nets[stage], load_scheduler(tiny_base, "epsilon"), z_sar, noise, PROMPT, steps)
@@ -209,34 +188,12 @@ def test_the_sampler_is_the_plain_ddim_loop(tiny_base, nets, stage, steps):
         assert torch.equal(sigma2, variance(middle))
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("steps", [1, 3, 50])
-def test_an_oracle_leads_the_sampler_to_the_eo_latent(tiny_base, prediction_type, steps):
-    """The end is z_0 at ᾱ_0, not z_eo itself: with set_alpha_to_one false a last sqrt(1 - ᾱ_0) of noise (3 %) stays."""
-    z_sar, z_eo, noise = latents(3)
-    scheduler = load_scheduler(tiny_base, prediction_type)
-    alphas = alpha_bar().float()
-
-    def oracle(x, index):
-        a, z_t = alphas[scheduler.timesteps[index]], x[:, 4:]
-        eps = (z_t - a.sqrt() * z_eo) / (1 - a).sqrt()
-        return {"epsilon": eps, "sample": z_eo, "v_prediction": a.sqrt() * eps - (1 - a).sqrt() * z_eo}[prediction_type]
-
-    probe = Probe(oracle)
-    got, _ = sample(probe, scheduler, z_sar, noise, PROMPT, steps)
-    first = alphas[(steps - 1) * (1000 // steps) + 1]
-    eps = (noise - first.sqrt() * z_eo) / (1 - first).sqrt()  # DDIM carries the first step's noise to the end
-    torch.testing.assert_close(got, alphas[0].sqrt() * z_eo + (1 - alphas[0]).sqrt() * eps, atol=2e-4, rtol=0)
-    assert len(probe.calls) == steps
-
-
 # ------------------------------------------------------------------------------------------------ schedulers and spacings
 SOLVERS = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
     "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
 }  # every number written out, the rest diffusers' own defaults
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SAMPLINGS = [(scheduler, spacing) for scheduler in SCHEDULERS for spacing in TIMESTEP_SPACINGS]
 
 
@@ -244,43 +201,27 @@ def sampler(base: str, scheduler: str, spacing: str, prediction_type: str = "eps
     return make_sampler(load_scheduler(base, prediction_type), scheduler, spacing)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 50])
+@pytest.mark.parametrize("steps", [1, 5, 50])
 @pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
-def test_every_sampler_is_the_plain_diffusers_loop_time_and_again(tiny_base, name, spacing, steps):
-    z_sar, noise = latents(2, batch=2)
-    net = Probe(lambda x, _: (x[:, :4] + x[:, 4:]).sin() - net.calls[-1][1] / 1000)
-    solver, settings = SOLVERS[name]
-    plain, x = solver(**SCHEDULE, **settings, timestep_spacing=spacing), noise
-    plain.set_timesteps(steps)
-    for t in plain.timesteps:
-        x = plain.step(net(torch.cat([z_sar, x], 1), t, None).sample, t, x).prev_sample
-    ours = sampler(tiny_base, name, spacing)
-    for _ in range(2):  # what a sampling remembers of its steps does not reach the next one
-        assert torch.equal(sample(net, ours, z_sar, noise, PROMPT, steps)[0], x)
-    assert len(ours.timesteps) == steps
-
-
-@pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
-def test_a_bases_own_sampler_lends_its_noise_schedule_and_nothing_else(tmp_path, name, spacing):
+def test_every_sampler_is_the_plain_diffusers_loop_time_and_again(tmp_path, name, spacing, steps):
+    """From a base whose own sampler lends its noise schedule and nothing else."""
     schedule = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear"}
     other = {"use_karras_sigmas": True, "solver_order": 3, "algorithm_type": "sde-dpmsolver++", "euler_at_final": True}
     DPMSolverMultistepScheduler(**schedule, **other).save_pretrained(tmp_path / "scheduler")
+    z_sar, noise = latents(2, batch=2)
+    net = Probe(lambda x, _: (x[:, :4] + x[:, 4:]).sin() - net.calls[-1][1] / 1000)
     solver, settings = SOLVERS[name]
-    plain = solver(**schedule, **settings, steps_offset=1, timestep_spacing=spacing, prediction_type="sample")
-    ours, (x, prediction) = sampler(str(tmp_path), name, spacing, "sample"), latents(2)
-    for scheduler in (plain, ours):
-        scheduler.set_timesteps(4)
-    assert ours.timesteps.tolist() == plain.timesteps.tolist()
-    ends = []
-    for scheduler in (plain, ours):
-        z = x
-        for t in scheduler.timesteps:
-            z = scheduler.step(prediction * (1 + t / 1000), t, z).prev_sample
-        ends.append(z)
-    assert torch.equal(*ends)
+    plain, x = solver(**schedule, **settings, steps_offset=1, timestep_spacing=spacing, prediction_type="sample"), noise
+    plain.set_timesteps(steps)
+    for t in plain.timesteps:
+        x = plain.step(net(torch.cat([z_sar, x], 1), t, None).sample, t, x).prev_sample
+    ours = sampler(str(tmp_path), name, spacing, "sample")
+    for _ in range(2):  # what a sampling remembers of its steps does not reach the next one
+        assert torch.equal(sample(net, ours, z_sar, noise, PROMPT, steps)[0], x)
+    assert ours.timesteps.tolist() == plain.timesteps.tolist() and len(ours.timesteps) == steps
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50])
+@pytest.mark.parametrize("steps", [1, 3, 7, 50])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_trailing_timesteps_begin_at_pure_noise_and_are_spread_evenly(tiny_base, name, steps):
     scheduler = sampler(tiny_base, name, "trailing")
@@ -291,7 +232,8 @@ def test_trailing_timesteps_begin_at_pure_noise_and_are_spread_evenly(tiny_base,
 @pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
 def test_all_numbers_of_steps_that_are_allowed_keep_within_the_noise_schedule(tiny_base, name, spacing):
     scheduler = sampler(tiny_base, name, spacing)
-    for steps in range(1, 1000 if (name, spacing) == ("ddim", "leading") else 51):
+    every = range(1, 51)
+    for steps in (*every, *range(51, 999, 79), 999) if (name, spacing) == ("ddim", "leading") else every:
         scheduler.set_timesteps(steps)
         timesteps = scheduler.timesteps.tolist()
         assert len(timesteps) == len(set(timesteps)) == steps and timesteps == sorted(timesteps, reverse=True)
@@ -299,7 +241,7 @@ def test_all_numbers_of_steps_that_are_allowed_keep_within_the_noise_schedule(ti
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 50])
+@pytest.mark.parametrize("steps", [1, 3, 50])
 @pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
 def test_an_oracle_leads_every_sampler_to_the_eo_latent(tiny_base, name, spacing, steps, prediction_type):
     """Multistep solvers end without noise, at z_eo itself; DDIM ends at ᾱ_0, where sqrt(1 - ᾱ_0) of the first noise stays."""
@@ -315,23 +257,6 @@ def test_an_oracle_leads_every_sampler_to_the_eo_latent(tiny_base, name, spacing
     got, _ = sample(Probe(oracle), scheduler, z_sar, noise, PROMPT, steps)
     a = alphas[0] if name == "ddim" else torch.tensor(1.0)
     torch.testing.assert_close(got, a.sqrt() * z_eo + (1 - a).sqrt() * noises[-1], atol=2e-4, rtol=0)
-
-
-@pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
-def test_no_sampler_mixes_the_images_of_a_batch(tiny_base, nets, name, spacing):
-    z_sar, noise = latents(2)
-    scheduler = sampler(tiny_base, name, spacing)
-    together, sigma2 = sample(nets[2], scheduler, z_sar, noise, PROMPT, 4)
-    alone = [sample(nets[2], scheduler, *pair, PROMPT, 4) for pair in zip(z_sar.split(1), noise.split(1), strict=True)]
-    torch.testing.assert_close(together, torch.cat([z_eo for z_eo, _ in alone]), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(sigma2, torch.cat([each for _, each in alone]), atol=1e-4, rtol=1e-4)
-
-
-def test_most_steps_that_a_configuration_allows_can_be_sampled(tiny_base):
-    z_sar, noise = latents(2, batch=1)
-    probe = Probe(lambda x, _: x[:, 4:])
-    sample(probe, load_scheduler(tiny_base, "epsilon"), z_sar, noise, PROMPT, 999)
-    assert len(probe.calls) == 999
 
 
 # ------------------------------------------------------------------------------------------------------------ translation
@@ -381,26 +306,28 @@ def test_the_starting_noise_is_a_function_of_seed_and_size():
 
 
 # ------------------------------------------------------------------------------------------------------- on another device
+@pytest.fixture(scope="module")
 def far_away() -> tuple:
     """A stage 2 U-Net, latents and a prompt on a device beside the CPU: "meta", whose values nobody can read."""
     unet = patch_conv_out(patch_conv_in(tiny_unet())).to("meta")
     return unet, torch.empty(3, *SIZE, device="meta"), PROMPT.to("meta")
 
 
-@pytest.mark.parametrize("wanted", READ.values(), ids=READ)
-@pytest.mark.parametrize(("name", "spacing"), SAMPLINGS)
-def test_sampling_never_waits_for_the_device(tiny_base, name, spacing, wanted):
-    unet, z, prompt = far_away()
+@pytest.mark.parametrize(
+    ("name", "spacing", "wanted"), [(*sampling, "all") for sampling in SAMPLINGS] + [("ddim", "leading", "midpoint")]
+)
+def test_sampling_never_waits_for_the_device(tiny_base, far_away, name, spacing, wanted):
+    unet, z, prompt = far_away
     sampler = make_sampler(load_scheduler(tiny_base, "epsilon"), name, spacing)
-    z_eo, sigma2 = sample(unet, sampler, z, z, prompt, 5, wanted)
+    z_eo, sigma2 = sample(unet, sampler, z, z, prompt, 3, READ[wanted])
     assert z_eo.is_meta and z_eo.shape == z.shape and sigma2.is_meta and sigma2.shape == (3, 1, *SIZE[1:])
     with pytest.raises(RuntimeError, match="meta"):
         z_eo.max().item()  # as it would, had it looked
 
 
 @pytest.mark.parametrize("beta", ["timestep", 0.5])
-def test_neither_does_the_loss(tiny_base, beta):
-    unet, z, prompt = far_away()
+def test_neither_does_the_loss(tiny_base, far_away, beta):
+    unet, z, prompt = far_away
     scheduler, timesteps = load_scheduler(tiny_base, "epsilon"), torch.empty(3, dtype=torch.long, device="meta")
     loss, sigma2 = training_loss(unet, scheduler, z, z, z, timesteps, prompt, beta)
     loss.backward()
@@ -477,17 +404,6 @@ def test_the_midpoint_is_interpolated_between_the_steps_beside_it(timesteps, exp
 
 
 @pytest.mark.parametrize("wanted", READ.values(), ids=READ)
-@pytest.mark.parametrize("steps", [3, 8, 50, 100])
-def test_a_variance_that_is_linear_in_the_timestep_reads_the_same_at_any_step_count(tiny_base, wanted, steps):
-    scheduler = load_scheduler(tiny_base, "epsilon")
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.tolist()
-    read = [min(max(timestep, timesteps[-1]), timesteps[0]) for timestep in wanted]  # constant beyond the ends
-    got = weighted_mean([torch.tensor(float(timestep)) for timestep in timesteps], variance_weights(wanted, timesteps))
-    assert got.item() == pytest.approx(sum(read) / len(read), rel=1e-6)
-
-
-@pytest.mark.parametrize("wanted", READ.values(), ids=READ)
 @pytest.mark.parametrize(
     ("name", "spacing", "steps"), [("ddim", "leading", 50), ("ddim", "trailing", 5), ("unipc", "trailing", 8)]
 )
@@ -506,18 +422,6 @@ def test_the_variance_is_the_mean_over_the_timesteps_that_are_read(tiny_base, wa
     assert torch.equal(z_eo, plain)  # where σ² is read does not touch the result
 
 
-@pytest.mark.parametrize("wanted", READ.values(), ids=READ)
-def test_the_variance_does_not_depend_on_the_batch_and_a_stage_1_net_has_none(tiny_base, nets, wanted):
-    vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
-    pixels, sar = images(3, 32, 32)
-    noise = image_noise(vae, 1, pixels)
-    _, together = translate(nets[2], vae, scheduler, sar, noise, PROMPT, 4, wanted)
-    pairs = zip(sar.split(1), noise.split(1), strict=True)
-    alone = [translate(nets[2], vae, scheduler, *pair, PROMPT, 4, wanted)[1] for pair in pairs]
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-3)
-    assert translate(nets[1], vae, scheduler, sar[:1], noise[:1], PROMPT, 2, wanted)[1] is None
-
-
 # --------------------------------------------------------------------------------------------------------------- ensembles
 def test_members_of_an_ensemble_are_plain_translations(tiny_base, nets):
     vae, scheduler = tiny_vae(), load_scheduler(tiny_base, "epsilon")
@@ -531,7 +435,7 @@ def test_members_of_an_ensemble_are_plain_translations(tiny_base, nets):
     deviation = ((units - units.mean(0)).square().sum(0) / 2).sqrt().mean(1, keepdim=True)
     torch.testing.assert_close(spread.double(), deviation, atol=1e-3, rtol=1e-4)
     assert spread.shape == (2, 1, 32, 32) and spread.mean() > 1
-    for batch_size in (1, 4, 100):
+    for batch_size in (1, 4):
         others = ensemble(nets[2], vae, scheduler, sar, noise, PROMPT, 3, batch_size=batch_size)
         for one, other, atol in zip((samples, sigma2, spread), others, (1e-4, 1e-4, 1e-2), strict=True):
             torch.testing.assert_close(one, other, atol=atol, rtol=0)
@@ -544,7 +448,7 @@ def test_one_member_has_no_spread_and_a_stage_1_net_no_variance(tiny_base, nets)
     assert samples.shape == (1, 1, 3, 32, 32) and sigma2 is None and spread is None
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 3, 4])
 def test_samples_become_one_image(count):
     samples = torch.randn(count, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(reduce_samples(samples, "first"), samples[0])

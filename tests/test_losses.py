@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import mse_loss as torch_mse
 
 from cdiffset.losses import cdiff_loss, mse_loss, variance
 
@@ -13,22 +12,19 @@ B, C, H, W = 3, 4, 5, 6
 OFFSET = math.log(math.expm1(1 - 1e-6))  # c of the method
 
 
-def reference(prediction, target, raw, beta, detached=True):
+def reference(prediction, target, raw, beta):
     """The formula in float64 numpy, one channel after the other => (loss, its gradient for prediction, for raw)."""
     prediction, target, raw, beta = (np.asarray(a, dtype=np.float64) for a in (prediction, target, raw, beta))
     softplus = np.logaddexp(0, raw + OFFSET) + 1e-6
     s = np.clip(softplus, 1e-6, 10)[:, 0]  # [B,h,w]
     ds_draw = (1 / (1 + np.exp(-(raw + OFFSET))) * (softplus < 10))[:, 0]
-    beta = beta[:, None, None]
+    weight = s ** beta[:, None, None]  # a constant: it carries no gradient
     count, loss, d_s, d_prediction = prediction.size, 0.0, np.zeros_like(s), np.zeros_like(prediction)
     for channel in range(prediction.shape[1]):
         r = target[:, channel] - prediction[:, channel]
-        nll = 0.5 * (r**2 / s + np.log(s) + np.log(2 * np.pi))
-        loss += (s**beta * nll).sum() / count
-        d_prediction[:, channel] = -(s**beta) * r / s / count
-        d_s += s**beta * 0.5 * (1 / s - r**2 / s**2) / count
-        if not detached:
-            d_s += beta * s ** (beta - 1) * nll / count
+        loss += (weight * 0.5 * (r**2 / s + np.log(s) + np.log(2 * np.pi))).sum() / count
+        d_prediction[:, channel] = -weight * r / s / count
+        d_s += weight * 0.5 * (1 / s - r**2 / s**2) / count
     return loss, d_prediction, (d_s * ds_draw)[:, None]
 
 
@@ -58,7 +54,7 @@ def test_variance_follows_the_formula_in_value_and_gradient():
     np.testing.assert_allclose(raw.grad.double().numpy(), 1 / (1 + np.exp(-x)), rtol=3e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("raw, limit", [(-1e4, 1e-6), (-200.0, 1e-6), (9.6, 10.0), (1e4, 10.0), (1e30, 10.0), (-1e30, 1e-6)])
+@pytest.mark.parametrize("raw, limit", [(-1e30, 1e-6), (-200.0, 1e-6), (9.6, 10.0), (1e30, 10.0)])
 def test_variance_ends_at_its_limits_without_gradient(raw, limit):
     v = torch.tensor([raw], requires_grad=True)
     sigma2 = variance(v)
@@ -66,94 +62,20 @@ def test_variance_ends_at_its_limits_without_gradient(raw, limit):
     assert sigma2.item() == pytest.approx(limit, rel=1e-6) and v.grad.item() == 0
 
 
-def test_variance_below_the_upper_limit_is_not_clamped():
-    v = torch.tensor([9.4], requires_grad=True)
-    sigma2 = variance(v)
-    sigma2.sum().backward()
-    assert 9.9 < sigma2.item() < 10 and v.grad.item() == pytest.approx(1, abs=1e-3)
-
-
 @pytest.mark.parametrize("beta", [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.5, 0.5, 0.5), (0.05, 0.4, 0.999)], ids=str)
-def test_cdiff_loss_is_the_formula_in_value_and_both_gradients(beta):
+@pytest.mark.parametrize("at_limits", [False, True])
+def test_cdiff_loss_is_the_formula_in_value_and_both_gradients(beta, at_limits):
     prediction, target, raw = inputs()
-    loss = cdiff_loss(prediction, target, variance(raw), torch.tensor(beta))
-    loss.backward()
-    value, d_prediction, d_raw = reference(prediction.detach(), target, raw.detach(), beta)
-    assert loss.item() == pytest.approx(value, rel=1e-5)
-    close(prediction.grad, d_prediction)
-    close(raw.grad, d_raw)
-
-
-def test_cdiff_loss_is_finite_and_right_at_the_limits_of_the_variance():
-    prediction, target, raw = inputs(seed=3)
-    with torch.no_grad():
-        raw[0], raw[1] = -1e4, 1e4
-    beta = (0.9, 0.2, 0.5)
+    if at_limits:
+        with torch.no_grad():
+            raw[0], raw[1] = -1e4, 1e4
     loss = cdiff_loss(prediction, target, variance(raw), torch.tensor(beta))
     loss.backward()
     value, d_prediction, d_raw = reference(prediction.detach(), target, raw.detach().clamp(-600, 600), beta)
     assert loss.item() == pytest.approx(value, rel=1e-5)
     close(prediction.grad, d_prediction)
     close(raw.grad, d_raw)
-    assert not raw.grad[:2].any() and raw.grad[2].all()
-
-
-def test_each_sample_has_its_own_beta():
-    prediction, target, raw = inputs()
-    beta = (0.0, 0.3, 1.0)
-    loss = cdiff_loss(prediction, target, variance(raw), torch.tensor(beta)).item()
-    alone = [
-        reference(prediction[i : i + 1].detach(), target[i : i + 1], raw[i : i + 1].detach(), beta[i : i + 1])[0]
-        for i in range(B)
-    ]
-    assert loss == pytest.approx(np.mean(alone), rel=1e-5)
-    assert abs(loss - cdiff_loss(prediction, target, variance(raw), torch.tensor(beta[::-1])).item()) > 0.01
-
-
-def test_the_weight_carries_no_gradient():
-    prediction, target, raw = inputs()
-    beta = (0.3, 0.6, 1.0)
-    cdiff_loss(prediction, target, variance(raw), torch.tensor(beta)).backward()
-    arguments = prediction.detach(), target, raw.detach(), beta
-    close(raw.grad, reference(*arguments)[2])
-    attached = reference(*arguments, detached=False)[2]  # what a forgotten stop-gradient would give
-    assert np.abs(raw.grad.numpy() - attached).max() > 0.3 * np.abs(attached).max()
-
-
-def test_the_attached_reference_is_the_gradient_without_detach():
-    """So that the test above compares with the mistake it is about."""
-    prediction, target, raw = inputs()
-    arguments = [a.detach().double() for a in (prediction, target, raw)] + [np.array([0.3, 0.6, 1.0])]
-    step = torch.zeros_like(arguments[2])
-    step[1, 0, 2, 3] = 1e-6
-    ends = [reference(arguments[0], arguments[1], arguments[2] + sign * step, arguments[3])[0] for sign in (1, -1)]
-    expected = reference(*arguments, detached=False)[2][1, 0, 2, 3]
-    assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(expected, rel=1e-5)
-
-
-def test_beta_0_is_the_gaussian_nll():
-    prediction, target, raw = inputs()
-    sigma2 = variance(raw).detach()
-    nll = torch.nn.GaussianNLLLoss(full=True, eps=1e-6)(prediction, target, sigma2.expand(-1, C, -1, -1))
-    assert cdiff_loss(prediction, target, sigma2, torch.zeros(B)).item() == pytest.approx(nll.item(), rel=1e-6)
-
-
-def test_beta_1_gives_half_the_mses_gradient_for_the_mean():
-    prediction, target, raw = inputs()
-    cdiff_loss(prediction, target, variance(raw), torch.ones(B)).backward()
-    expected = torch.autograd.grad(0.5 * torch_mse(prediction, target), prediction)[0]
-    torch.testing.assert_close(prediction.grad, expected, rtol=1e-5, atol=1e-9)
-
-
-def test_the_variance_is_shared_by_the_channels():
-    prediction, target, raw = inputs()
-    beta, sigma2 = torch.full((B,), 0.5), variance(raw)
-    loss = cdiff_loss(prediction, target, sigma2, beta)
-    single = [cdiff_loss(prediction[:, [c]], target[:, [c]], sigma2, beta) for c in range(C)]
-    assert loss.item() == pytest.approx(torch.stack(single).mean().item(), rel=1e-6)
-    (gradient,) = torch.autograd.grad(loss, raw, retain_graph=True)
-    assert gradient.shape == (B, 1, H, W)
-    torch.testing.assert_close(gradient, torch.autograd.grad(torch.stack(single).mean(), raw)[0], rtol=1e-5, atol=1e-9)
+    assert raw.grad[2].all() and (not at_limits or not raw.grad[:2].any())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,14 +1,23 @@
 """What the tests ask of a training run: its command line, and what it left behind."""
 
 import json
+import math
+import os
 import re
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
+
+REPO = Path(__file__).resolve().parents[1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 AUGMENTATIONS = {"hflip": True, "vflip": True, "rot": True}
 BATCH = 4  # of the 12 training pairs: 3 iterations an epoch
@@ -35,6 +44,42 @@ def command_line(work_dir: Path, base: str, pair_folders: Path, **changes) -> li
 def forget_accelerator():
     """Accelerate keeps one state for the life of a process, and refuses another precision."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def launch(argv: list[str], processes: int = 2, script: Path = REPO / "main.py") -> str:
+    """Run a script in several processes => what it printed."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(script), *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@contextmanager
+def stopping_at(iteration: int):
+    """Within it, a run is stopped by Ctrl-C in the first step after `iteration`."""
+    step = train.Trainer.step
+
+    def stopped(self, *args):
+        if self.state.iteration == iteration:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "step", stopped)
+        yield
+
+
+def spoil(monkeypatch, *iterations: int) -> None:
+    """The latents of the steps after these iterations are infinite."""
+    encode, step, now = train.encode, train.Trainer.step, []
+
+    def watched(self, *args):
+        now[:] = [self.state.iteration]
+        return step(self, *args)
+
+    monkeypatch.setattr(train.Trainer, "step", watched)
+    monkeypatch.setattr(train, "encode", lambda vae, pixels: encode(vae, pixels) * (math.inf if now[0] in iterations else 1))
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
