@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_config import RELEASED as RELEASED_KEYS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -46,11 +46,12 @@ import test as test_py
 import train
 import utils
 from cdiffset import errors
+from cdiffset.checkpoint import PROMPT_FILE, PROMPT_TENSOR
 from cdiffset.config import Config, load_config
 from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar
-from cdiffset.model import load_base_unet, patch_conv_in, patch_conv_out
+from cdiffset.model import embed_prompt, load_base_unet, patch_conv_in, patch_conv_out
 from cdiffset.training import batches as batches_module
 from cdiffset.training import logs, validation
 from cdiffset.training import weights as optimisation
@@ -120,6 +121,11 @@ def test_a_stage_leaves_checkpoints_that_plain_diffusers_loads(stages, stage, ou
     two, six = (weights_of(stages[stage] / name / "unet") for name in ("checkpoint-2", "checkpoint-6"))
     assert not same(two, six) and same(six, weights_of(stages[stage] / "latest" / "unet"))
     assert not same(six, weights_of(stages[stage] / "latest" / "unet_ema"))
+
+
+def test_a_checkpoint_holds_the_embedding_of_its_prompt(stages, tiny_base):
+    saved = load_file(stages[1] / "latest" / PROMPT_FILE)[PROMPT_TENSOR]
+    assert torch.equal(saved, embed_prompt(tiny_base, PROMPT))
 
 
 def test_a_checkpoint_records_what_its_training_images_were(stages, pair_folders):
