@@ -586,13 +586,14 @@ def test_resume_latest_continues_with_changed_settings(build, begun):
     assert group["weight_decay"] == 0.5
 
 
-def test_validation_gives_the_unet_back_in_training_mode(build, monkeypatch):
+def test_validation_takes_the_first_pairs_and_gives_the_unet_back_in_training_mode(build, monkeypatch):
     """Else gradient checkpointing and dropout would be off from the first validation on."""
-    trainer, seen = build(), []
+    trainer, seen = build(val_len=2), []
     monkeypatch.setattr(validation, "translate", lambda unet, *rest: seen.append(unet.training) or translate(unet, *rest))
     trainer.validate()
-    assert seen and not any(seen)
-    assert trainer.weights.network.training
+    assert seen and not any(seen) and trainer.weights.network.training
+    pictures = trainer.folder.path / "results" / "iteration-000000"
+    assert sorted(path.name for path in pictures.iterdir()) == ["0.png", "1.png"]
 
 
 def test_resume_from_a_folder(run, begun, tmp_path):
