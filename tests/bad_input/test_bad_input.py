@@ -676,7 +676,7 @@ CHECKPOINTS = [
     ("other names", bare(rename_all), ("unet.safetensors is no U-Net", "conv_in.weight")),
     ("transposed", bare(transpose), ("attn2.to_k.weight of shape [32, 64], found [64, 32]",)),
     ("NaN", bare(poison), ("time_embedding.linear_1.weight holds NaN or Inf",)),
-    ("width of SD 1.5", of_sd15_width, ("prompts of width 48", "gives 64", "do not belong together")),
+    ("width of SD 1.5", of_sd15_width, ("prompts of width 48", "gives 64")),
     ("width of SD 1.5, bare", bare(cross_attention_dim=48), ("[32, 64], found [32, 48]", "wrong base model?")),
     ("folder without config, other layers", without_config, ("tensors, found", "wrong base model?")),
     ("config that is no U-Net's", with_config(block_out_channels="many"), ("config.json of", "describes no U-Net")),
@@ -828,7 +828,7 @@ def test_a_base_whose_unet_is_not_for_its_vae_cannot_be_trained(tiny_base, pair_
     for which in ("train", "test"):
         argv += [f"--{which}-feeder-args", json.dumps({**folders, "split": which, "crop_size": 32})]
     assert errors.run(train_command.main, [str(word) for word in argv]) == 2
-    assert "has 9 input and 4 output channels, expected 4 of both" in capsys.readouterr().err
+    assert "expected 4 input and output channels, as its vae/ has, found 9 and 4" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- splitting data
