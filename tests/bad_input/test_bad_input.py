@@ -95,7 +95,7 @@ CONFIGS = [
     ("duplicate feeder argument", "test_feeder_args: {a: 1, a: 2}\n", (HERE, "'a' stands twice")),
     ("recursive alias", "test_feeder_args: {x: &a [*a]}\n", (HERE, "found unconstructable recursive node")),
     ("alias of nothing", "seed: *nothing\n", (HERE, "line 1", "undefined alias")),
-    ("endless brackets", "seed: " + "[" * 100_000, (HERE, "nested too deep")),
+    ("endless brackets", "seed: " + "[" * 100_000, (HERE, "no valid YAML")),
     ("tab", "seed: 1\n\tbatch_size: 2\n", (HERE, "line 2")),
     ("empty file", "", (HERE, "holds nothing", "expected lines of key: value")),
     ("no mapping", "- seed\n", (HERE, "holds no mapping")),
