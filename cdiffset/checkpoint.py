@@ -201,8 +201,11 @@ def seal(folder: Path) -> None:
 
 
 def size_and_hash(file: Path) -> dict:
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        while block := stream.read(2**20):
+            digest.update(block)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def flush(path: Path) -> None:
@@ -312,7 +315,7 @@ def newest_whole(work_dir: Path) -> tuple[Path | None, list[str]]:
 def prune(work_dir: Path, limit: int | None, just_written: Sequence[str] = ()) -> None:
     """Keep the newest `limit` numbered checkpoints; latest and best stay. Nothing goes while none of those kept is whole.
 
-    Those of the names `just_written` are known to be whole: hashing gigabytes once more would take as long as writing them.
+    Those `just_written` are known to be whole: hashing gigabytes once more would take as long as writing them.
     """
     numbered = [folder for folder in list_checkpoints(work_dir) if folder.name.startswith(("checkpoint-", "epoch-"))]
     surplus = numbered[:-limit] if limit else []
@@ -342,10 +345,7 @@ def read_state(folder: Path) -> tuple[dict, dict]:
 
 
 def lock(folder: Path) -> TextIO:
-    """Hold a folder for this process alone, until it ends or the returned file is closed; loader processes do not inherit it.
-
-    UserError names the process that holds it. A file left by a run that was killed holds nothing.
-    """
+    """Hold a folder for this process alone, until it ends or the returned file is closed; loaders do not inherit it."""
     file = (folder / LOCK).open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

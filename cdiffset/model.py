@@ -119,10 +119,7 @@ def load_base_unet(base: str) -> UNet2DConditionModel:
 
 
 def load_unet(path: str, base: str, latent_channels: int, option: str) -> tuple[UNet2DConditionModel, Path]:
-    """Load a stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net, whole or not at all => (it, its weights file).
-
-    float32, in evaluation mode; `option` is what errors name.
-    """
+    """A stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net, float32, in evaluation mode => (it, its weights file)."""
     weights = read_weights(path, option)
     return build_unet(weights, base, latent_channels), weights.file
 

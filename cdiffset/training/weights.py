@@ -26,8 +26,7 @@ class TrainedWeights:
     """A U-Net in training.
 
     `masters` holds the float32 weights, which are trained, averaged and saved. `network` is what computes: the same module or,
-    with bf16_copy, a bfloat16 copy of it; compiled, and wrapped for several processes. `average` is the exponential average, or
-    None without ema_decay.
+    with bf16_copy, a bfloat16 copy of it; compiled, and wrapped for several processes. `average` is None without ema_decay.
     """
 
     def __init__(
@@ -158,9 +157,8 @@ def make_optimizer(name: str, parameters: list, learning_rate: float, weight_dec
     try:
         from bitsandbytes.optim import AdamW8bit  # slow to import, and installed by those alone who ask for it
     except ImportError as error:
-        raise UserError(
-            f"optimizer: {name} is that of bitsandbytes ({error}), install it: pip install -r requirements-extra.txt"
-        ) from error
+        remedy = "install it: pip install -r requirements-extra.txt"
+        raise UserError(f"optimizer: {name} is that of bitsandbytes ({error}), {remedy}") from error
     return AdamW8bit(parameters, **settings)
 
 
@@ -172,7 +170,8 @@ def load_moments(name: str, optimizer: Optimizer, state: dict) -> None:
     laid_out = {}
     for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
         entries = state["state"][index]
-        moment = flat(entries).get(FIRST_MOMENT[name])
+        nested = (value for value in entries.values() if isinstance(value, dict))  # bitsandbytes has one for its tensors
+        moment = next((each[FIRST_MOMENT[name]] for each in (entries, *nested) if FIRST_MOMENT[name] in each), None)
         if moment is None:
             raise ValueError(f"it is not of {name}")
         if moment.shape != parameter.shape:
@@ -182,12 +181,6 @@ def load_moments(name: str, optimizer: Optimizer, state: dict) -> None:
             for key, value in entries.items()
         }
     optimizer.load_state_dict({"state": laid_out, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def flat(entries: dict) -> dict:
-    """One weight's state; bitsandbytes saves its tensors in a dictionary of their own."""
-    nested = (value for value in entries.values() if isinstance(value, dict))
-    return {**entries, **{key: value for inner in nested for key, value in inner.items()}}
 
 
 def gradient_norm(parameters: list) -> torch.Tensor:
