@@ -170,8 +170,7 @@ def load_moments(name: str, optimizer: Optimizer, state: dict) -> None:
     laid_out = {}
     for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
         entries = state["state"][index]
-        nested = (value for value in entries.values() if isinstance(value, dict))  # bitsandbytes has one for its tensors
-        moment = next((each[FIRST_MOMENT[name]] for each in (entries, *nested) if FIRST_MOMENT[name] in each), None)
+        moment = flat(entries).get(FIRST_MOMENT[name])
         if moment is None:
             raise ValueError(f"it is not of {name}")
         if moment.shape != parameter.shape:
@@ -181,6 +180,12 @@ def load_moments(name: str, optimizer: Optimizer, state: dict) -> None:
             for key, value in entries.items()
         }
     optimizer.load_state_dict({"state": laid_out, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def flat(entries: dict) -> dict:
+    """One weight's state; bitsandbytes saves its tensors in a dictionary of their own."""
+    nested = (value for value in entries.values() if isinstance(value, dict))
+    return {**entries, **{key: value for inner in nested for key, value in inner.items()}}
 
 
 def gradient_norm(parameters: list) -> torch.Tensor:
