@@ -66,8 +66,9 @@ def image_seed(seed: int, pixels: np.ndarray) -> int:
 
     Images of one size must not share their noise: it shapes the layout, so all pictures would show the same one.
     """
-    digest = hashlib.sha256(str(seed).encode("ascii") + b"\0" + np.ascontiguousarray(pixels, "<f4").tobytes()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    digest = hashlib.sha256(str(seed).encode("ascii") + b"\0")
+    digest.update(np.ascontiguousarray(pixels, "<f4"))
+    return int.from_bytes(digest.digest()[:8], "big") >> 1
 
 
 def starting_noise(generator_seed: int, shape: tuple[int, int, int]) -> torch.Tensor:
