@@ -61,20 +61,14 @@ class Convention(NamedTuple):
     description: str
 
 
-def _to_unit(images: torch.Tensor) -> torch.Tensor:
-    return images * 0.5 + 0.5
-
-
 def _stretch(images: torch.Tensor) -> torch.Tensor:
     return (images + 0.5).clamp(0, 1)
 
 
 CONVENTIONS = {
-    "standard": Convention(_to_unit, lambda images: images, "images as x * 0.5 + 0.5; LPIPS in [-1, 1]"),
+    "standard": Convention(lambda x: x * 0.5 + 0.5, lambda x: x, "images as x * 0.5 + 0.5; LPIPS in [-1, 1]"),
     "paper": Convention(_stretch, _stretch, "images as clamp(x + 0.5, 0, 1); LPIPS in [0, 1] with normalize=False"),
 }
-
-
 PIXEL_METRICS = {  # two images [B, 3, H, W] in [0, 1] => [B]
     "psnr": partial(peak_signal_noise_ratio, data_range=1.0, reduction="none", dim=(1, 2, 3)),
     "ssim": partial(structural_similarity_index_measure, data_range=1.0, reduction="none"),
@@ -131,8 +125,7 @@ MASKED_METRICS = {"psnr": _masked_psnr, "ssim": _masked_ssim, "scc": _masked_scc
 class PairMetrics:
     """PSNR, SSIM, SCC, DISTS (torchmetrics) and LPIPS with VGG (lpips) of image pairs, per image, in every one of CONVENTIONS.
 
-    `absent` holds the reason for each metric that could not be computed, so far, for some image. The networks' weights are
-    fetched here, once; where that fails the rest is still computed.
+    `absent` holds the reason for each metric that could not be computed, so far, for some image.
     """
 
     def __init__(
@@ -156,8 +149,7 @@ class PairMetrics:
         """=> {convention: {metric: [one value per image, None where it is undefined]}}. PSNR of equal images is inf.
 
         Where `valid` is given, PSNR is of the valid pixels, SSIM and SCC are means over the windows of valid pixels only, and
-        LPIPS and DISTS are left out. So is a metric that these images are too small or too large for. `absent` then holds the
-        reason. ValueError where the shapes differ, a value is not finite, or `eo` leaves [-1, 1].
+        LPIPS and DISTS are left out, as is any metric that these images are too small or too large for.
         """
         if generated.shape != eo.shape or eo.ndim != 4 or eo.shape[1] != 3:
             raise ValueError(f"image pairs must be [B, 3, H, W], got {list(generated.shape)} and {list(eo.shape)}")
@@ -180,24 +172,23 @@ class PairMetrics:
         else:
             counted = torch.ones_like(eo[:, 0], dtype=torch.bool) if valid is None else valid
             values = {name: self._defined(name, MASKED_METRICS[name](*pixels, counted).tolist()) for name in fitting}
-        if self._sees("lpips", self._lpips, eo, valid):
-            values["lpips"] = self._lpips(convention.lpips(generated), convention.lpips(eo)).flatten().tolist()
-        if self._sees("dists", self._dists, eo, valid):
-            values["dists"] = self._dists(*pixels).flatten().tolist()
+        networks = {
+            "lpips": (self._lpips, (convention.lpips(generated), convention.lpips(eo))),
+            "dists": (self._dists, pixels),
+        }
+        for name, (network, images) in networks.items():
+            if network is None or not self._fits(name, eo):
+                continue
+            if valid is None:
+                values[name] = network(*images).flatten().tolist()
+            else:
+                self.absent[name] = NEEDS_WHOLE
         return values
 
     def _defined(self, metric: str, values: list[float]) -> list[float | None]:
         if any(map(math.isnan, values)):
             self.absent[metric] = "no window of an image is free of excluded pixels"
         return [None if math.isnan(value) else value for value in values]
-
-    def _sees(self, metric: str, network: torch.nn.Module | None, images: torch.Tensor, valid: torch.Tensor | None) -> bool:
-        """Whether there is a network for the metric that may see these images."""
-        if network is None or not self._fits(metric, images):
-            return False
-        if valid is not None:
-            self.absent[metric] = NEEDS_WHOLE
-        return valid is None
 
     def _fits(self, metric: str, images: torch.Tensor) -> bool:
         height, width = images.shape[-2:]
@@ -212,12 +203,12 @@ class PairMetrics:
 
 def _loaded(load: Callable, wanted: bool | None, device: torch.device, absent: dict[str, str], *metrics: str):
     """The network of some metrics, or None with the reason in `absent`, where `wanted` is not None."""
-    reason = "switched off"
-    if wanted:
-        try:
+    try:
+        if wanted:
             return load().to(device)
-        except MetricUnavailable as error:
-            reason = str(error)
+        reason = "switched off"
+    except MetricUnavailable as error:
+        reason = str(error)
     if wanted is not None:
         absent |= dict.fromkeys(metrics, reason)
     return None
@@ -358,13 +349,9 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 def image_rows(names: list[str], values: dict[str, dict[str, list[float]]]) -> list[dict]:
     """PairMetrics's answer for a batch => one flat row per image: {"name": ..., "standard/psnr": ..., ...}."""
-    rows = [{"name": name} for name in names]
-    for convention, metrics in values.items():
-        for metric, per_image in metrics.items():
-            for row, value in zip(rows, per_image, strict=True):
-                if value is not None:
-                    row[f"{convention}/{metric}"] = value
-    return rows
+    columns = {f"{convention}/{metric}": each for convention, metrics in values.items() for metric, each in metrics.items()}
+    rows = [{"name": name} | {column: each[index] for column, each in columns.items()} for index, name in enumerate(names)]
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 
 def summarise(rows: list[dict]) -> dict[str, dict[str, dict]]:
@@ -407,15 +394,11 @@ def panel(images: list[torch.Tensor], titles: list[str] | None = None) -> np.nda
     canvas = Image.new("RGB", (len(images) * (width + GAP_PX) - GAP_PX, header_px + height), "white")
     for column, image in enumerate(images):
         left = column * (width + GAP_PX)
-        canvas.paste(Image.fromarray(_picture(image)), (left, header_px))
+        rgb = image if image.shape[0] == 3 else image.expand(3, -1, -1) * 2 - 1
+        canvas.paste(Image.fromarray(to_uint8(rgb)), (left, header_px))
         if titles is not None:
             canvas.paste(_title(titles[column], width, header_px), (left, 0))
     return np.array(canvas)
-
-
-def _picture(image: torch.Tensor) -> np.ndarray:
-    """[3, H, W] in [-1, 1] or [1, H, W] in [0, 1] => uint8 [H, W, 3]."""
-    return to_uint8(image if image.shape[0] == 3 else image.expand(3, -1, -1) * 2 - 1)
 
 
 def _title(text: str, width_px: int, height_px: int) -> Image.Image:

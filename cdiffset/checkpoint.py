@@ -12,10 +12,8 @@ import os
 import shutil
 import socket
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -44,10 +42,9 @@ def find_weights(path: Path, option: str) -> Path:
         raise UserError(f"{option}: there is no {path}, expected {FORMS}")
     names = [*WEIGHTS, *(f"{name}{INDEX}" for name in WEIGHTS)]
     names += [with_variant(name, "fp16") for name in names]
-    for folder in (path / "unet_ema", path / "unet", path):
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
+    files = [folder / name for folder in (path / "unet_ema", path / "unet", path) for name in names]
+    if found := next((file for file in files if file.is_file()), None):
+        return found
     wanted = (*WEIGHTS, with_variant(WEIGHTS[0], "fp16"))
     raise UserError(f"{option}: {path} holds none of unet_ema/, unet/, {', '.join(wanted)}; expected {FORMS}")
 
@@ -58,7 +55,34 @@ def with_variant(name: str, variant: str | None) -> str:
     return f"{stem}.{variant}.{suffix}" if variant else name
 
 
-def read_weights(file: Path, option: str) -> dict[str, torch.Tensor]:
+class Weights(NamedTuple):
+    """A U-Net's tensors, with what errors about them name."""
+
+    tensors: dict[str, torch.Tensor]
+    file: Path
+    option: str
+
+
+def read_weights(path: str, option: str, form: Form = AS_STORED) -> Weights:
+    """A U-Net's weights from a checkpoint in any of FORMS. UserError where they are damaged or not finite."""
+    file = find_weights(Path(path).expanduser(), option)
+    if (listed := listed_in_manifest(file, option)) and size_and_hash(file) != listed:
+        raise UserError(f"{option}: {file} is damaged: not as it was written by {MANIFEST}, take another checkpoint")
+    tensors, finite = read_tensors(file, option), {}
+    if any(name not in tensors or tensors[name].dim() != 4 for name in ("conv_in.weight", "conv_out.weight")):
+        kernels = f"conv_in.weight and conv_out.weight among its {len(tensors)} tensors"
+        raise UserError(f"{option}: {file} is no U-Net: expected {kernels}")
+    for name, tensor in tensors.items():
+        if tensor.numel():  # extremes are NaN where one value is; far quicker than to ask every value
+            finite[name] = torch.stack(tensor.float().aminmax()).isfinite().all()
+        memory_format = form.memory_format if tensor.dim() == 4 else torch.preserve_format
+        tensors[name] = tensor.to(form.device).to(form.dtype, memory_format=memory_format)
+    if nonfinite := next((name for name, is_finite in finite.items() if not is_finite), None):
+        raise UserError(f"{option}: {file}: {nonfinite} holds NaN or Inf, expected finite weights")
+    return Weights(tensors, file, option)
+
+
+def read_tensors(file: Path, option: str) -> dict[str, torch.Tensor]:
     """Safetensors file or index => state dict as stored, mapped into memory, without what wrappers put before names."""
     tensors = {}
     for part in parts_of(file, option):
@@ -84,58 +108,16 @@ def parts_of(file: Path, option: str) -> list[Path]:
     return [file.with_name(name) for name in names]
 
 
-class Weights:
-    """A U-Net's weights file, read and brought into form by threads that begin at once.
-
-    A command has it read while the libraries of the networks are imported, and builds the U-Net by `model.build_unet`.
-    """
-
-    def __init__(self, path: str, option: str, form: Form = AS_STORED):
-        """`option` is what errors name. UserError where there is no weights file in a known form."""
-        self.file, self.option, self.form = find_weights(Path(path).expanduser(), option), option, form
-        pool = ThreadPoolExecutor(2, "weights")
-        self.reading, self.listed = pool.submit(self.read), pool.submit(check_listed, self.file, option)
-        pool.shutdown(wait=False)
-
-    def read(self) -> tuple[dict[str, torch.Tensor], str | None]:
-        """=> (the tensors, the name of one that holds NaN or Inf)."""
-        tensors, extremes = read_weights(self.file, self.option), {}
-        check_kernels(tensors, f"{self.option}: {self.file}")  # before gigabytes of something else are gone through
-        for name, tensor in tensors.items():
-            if tensor.numel():
-                extremes[name] = tensor.float().aminmax()  # NaN where there is one; far quicker than to ask every value
-            memory_format = self.form.memory_format if tensor.dim() == 4 else torch.preserve_format
-            tensors[name] = tensor.to(self.form.device).to(self.form.dtype, memory_format=memory_format)
-        finite = torch.stack([torch.stack(pair) for pair in extremes.values()]).isfinite().all(1).tolist()
-        return tensors, next((name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite), None)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Once they are all there. UserError where the file is damaged, or not as our own checkpoint was written."""
-        try:
-            return self.reading.result()[0]
-        finally:
-            self.listed.result()  # of a damaged file this says more than what the damage leads to
-
-    def check(self, expected: dict[str, torch.Tensor]) -> None:
-        """Every expected tensor is there in its shape, finite, and nothing else."""
-        found, where = self.tensors(), f"{self.option}: {self.file}"
-        missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-        if missing or unexpected:
-            kinds = (("missing", missing), ("unexpected", unexpected))
-            faults = ", ".join(f"{len(names)} {kind} ({names[0]} …)" for kind, names in kinds if names)
-            raise UserError(f"{where}: expected {len(expected)} tensors, found {len(found)}: {faults}; wrong base model?")
-        for name, tensor in expected.items():
-            if (shape := found[name].shape) != tensor.shape:
-                raise UserError(
-                    f"{where}: expected {name} of shape {list(tensor.shape)}, found {list(shape)}; wrong base model?"
-                )
-        if (nonfinite := self.reading.result()[1]) is not None:
-            raise UserError(f"{where}: {nonfinite} holds NaN or Inf, expected finite weights")
-
-
-def check_kernels(tensors: dict[str, torch.Tensor], where: str) -> None:
-    if any(tensors[name].dim() != 4 if name in tensors else True for name in ("conv_in.weight", "conv_out.weight")):
-        raise UserError(f"{where} is no U-Net: expected conv_in.weight and conv_out.weight among its {len(tensors)} tensors")
+def check_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], where: str) -> None:
+    """Every expected tensor is there in its shape, and nothing else."""
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unexpected:
+        kinds = (("missing", missing), ("unexpected", unexpected))
+        faults = ", ".join(f"{len(names)} {kind} ({names[0]} …)" for kind, names in kinds if names)
+        raise UserError(f"{where}: expected {len(expected)} tensors, found {len(found)}: {faults}; wrong base model?")
+    for name, tensor in expected.items():
+        if (shape := found[name].shape) != tensor.shape:
+            raise UserError(f"{where}: expected {name} of shape {list(tensor.shape)}, found {list(shape)}; wrong base model?")
 
 
 def check_channels(tensors: dict[str, torch.Tensor], latent_channels: int, where: str) -> None:
@@ -214,20 +196,16 @@ def seal(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = {path.relative_to(folder).as_posix(): size_and_hash(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=2) + "\n")
-    for path in (*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+    for path in (*folder.rglob("*"), folder):
         flush(path)
 
 
 def size_and_hash(file: Path) -> dict:
-    return {"bytes": file.stat().st_size, "sha256": hash_file(file)}
-
-
-def hash_file(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(2**20):
             digest.update(block)
-    return digest.hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def flush(path: Path) -> None:
@@ -290,9 +268,8 @@ def damage(folder: Path) -> str | None:
 
 def identity(weights: Path, option: str) -> str:
     """SHA-256 of a weights file or of all that an index names; that of a checkpoint of ours is taken from its manifest."""
-    manifest = weights.parent.parent / MANIFEST
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # weights of another origin; `check_listed` tells
-        return json.loads(manifest.read_text())["files"][weights.relative_to(manifest.parent).as_posix()]["sha256"]
+    if listed := listed_in_manifest(weights, option):
+        return listed["sha256"]
     try:
         hashes = [size_and_hash(part)["sha256"] for part in parts_of(weights, option)]
     except OSError as error:
@@ -300,30 +277,29 @@ def identity(weights: Path, option: str) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def check_listed(weights: Path, option: str) -> None:
-    """Refuse a weights file of a checkpoint of ours that is not as it was written."""
+def listed_in_manifest(weights: Path, option: str) -> dict | None:
+    """Size and hash with which a checkpoint of ours wrote a weights file; None for weights of another origin."""
     manifest = weights.parent.parent / MANIFEST
     try:
         listed = json.loads(manifest.read_text())["files"].get(weights.relative_to(manifest.parent).as_posix())
+        return listed and {name: listed[name] for name in ("bytes", "sha256")}
     except FileNotFoundError:
-        return  # weights of another origin
+        return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{option}: {manifest} is damaged ({type(error).__name__}), take another checkpoint") from error
-    if listed is not None and size_and_hash(weights) != listed:
-        raise UserError(f"{option}: {weights} is damaged: not as it was written by {manifest.name}, take another checkpoint")
 
 
 def list_checkpoints(work_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, whole or not, the earliest iteration first, those that hide theirs last."""
+
+    def age(folder: Path) -> tuple[float, str]:
+        try:
+            return float(read_meta(folder)["iteration"]), folder.name
+        except (UserError, OSError, KeyError, TypeError, ValueError):
+            return float("inf"), folder.name
+
     folders = {file.parent for name in (META, MANIFEST) for file in work_dir.glob(f"*/{name}")}
     return sorted((folder for folder in folders if not folder.name.startswith(".")), key=age)
-
-
-def age(folder: Path) -> tuple[float, str]:
-    try:
-        return float(read_meta(folder)["iteration"]), folder.name
-    except (UserError, OSError, KeyError, TypeError, ValueError):
-        return float("inf"), folder.name
 
 
 def newest_whole(work_dir: Path) -> tuple[Path | None, list[str]]:
@@ -339,7 +315,7 @@ def newest_whole(work_dir: Path) -> tuple[Path | None, list[str]]:
 def prune(work_dir: Path, limit: int | None, just_written: Sequence[str] = ()) -> None:
     """Keep the newest `limit` numbered checkpoints; latest and best stay. Nothing goes while none of those kept is whole.
 
-    Those of the names `just_written` are known to be whole: hashing gigabytes once more would take as long as writing them.
+    Those `just_written` are known to be whole: hashing gigabytes once more would take as long as writing them.
     """
     numbered = [folder for folder in list_checkpoints(work_dir) if folder.name.startswith(("checkpoint-", "epoch-"))]
     surplus = numbered[:-limit] if limit else []
@@ -369,10 +345,7 @@ def read_state(folder: Path) -> tuple[dict, dict]:
 
 
 def lock(folder: Path) -> TextIO:
-    """Hold a folder for this process alone, until it ends or the returned file is closed; loader processes do not inherit it.
-
-    UserError names the process that holds it. A file left by a run that was killed holds nothing.
-    """
+    """Hold a folder for this process alone, until it ends or the returned file is closed; loaders do not inherit it."""
     file = (folder / LOCK).open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -41,42 +41,37 @@ def whole(low: int, high: int = 2**63 - 1) -> Callable:
 
 def number(low: float, high: float = math.inf, above: bool = False) -> Callable:
     def check(value):
-        allowed = f"a number {'above' if above else 'of at least'} {low}" + ("" if high == math.inf else f" and at most {high}")
         try:  # YAML reads 1e-5, without a point, as a string
             parsed = float(value) if not isinstance(value, bool) else math.nan
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(allowed) from None
+            parsed = math.nan
         if not (low < parsed if above else low <= parsed) or not parsed <= high or math.isinf(parsed):
-            raise ValueError(allowed)
+            limit = "" if high == math.inf else f" and at most {high}"
+            raise ValueError(f"a number {'above' if above else 'of at least'} {low}{limit}")
         return parsed
 
     return check
 
 
-def boolean(value):
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
+def accepting(is_allowed: Callable, allowed: str) -> Callable:
+    def check(value):
+        if not is_allowed(value):
+            raise ValueError(allowed)
+        return value
+
+    return check
 
 
-def text(value):
-    if not isinstance(value, str):
-        raise ValueError("text")
-    return value
-
-
-def filled_text(value):
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("text that is not empty")
-    return value
+boolean = accepting(lambda value: isinstance(value, bool), "true or false")
+text = accepting(lambda value: isinstance(value, str), "text")
+filled_text = accepting(lambda value: isinstance(value, str) and value.strip(), "text that is not empty")
 
 
 def choice(*allowed: str) -> Callable:
     def check(value):
-        if value is False and "no" in allowed:  # YAML reads a bare no as false
-            return "no"
+        written = "no" if value is False else value  # YAML reads a bare no as false
         for name in allowed:
-            if isinstance(value, str) and value.lower() == name.lower():
+            if isinstance(written, str) and written.lower() == name.lower():
                 return name
         raise ValueError(f"one of {', '.join(allowed)}")
 
@@ -88,8 +83,8 @@ def mapping(value):
         raise ValueError("a mapping of names to values")
     try:
         json.dumps(value)  # as which the run keeps them
-    except (TypeError, ValueError):
-        raise ValueError("a mapping of names to values that are numbers, text, true, false, null or lists of them") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError("a mapping of names to numbers, text, true, false, null or lists of them") from error
     return value
 
 
@@ -238,7 +233,7 @@ class Config:
     report_to: str = knob("tensorboard", choice("tensorboard", "none"), "scalars beside the text logs", may_change=True)
 
 
-KNOBS = {f.name: f for f in fields(Config)}
+KNOBS, DEFAULTS = {each.name: each for each in fields(Config)}, Config()
 
 
 def load_config(argv: list[str] | None = None, launcher: dict[str, str] | None = None) -> Config:
@@ -249,15 +244,16 @@ def load_config(argv: list[str] | None = None, launcher: dict[str, str] | None =
     parser = make_parser()
     known, rest = parser.parse_known_args(argv)
     values = read_yaml(known.config) if known.config else {}
-    if unread := [name for name in UNREAD if name in values or getattr(known, name) is not None]:
+    overrides = {name: written for name, written in vars(known).items() if name != "config" and written is not None}
+    if unread := [name for name in UNREAD if name in values or name in overrides]:
         print(f"note: {', '.join(unread)}: known to the released code, without effect", file=sys.stderr)
-        values = {name: value for name, value in values.items() if name not in UNREAD}
+        values, overrides = ({k: v for k, v in each.items() if k not in UNREAD} for each in (values, overrides))
     for name in values:
         if name not in KNOBS:
             raise unknown_key(name, f" in {known.config}")
-    overrides = {name: text for name, text in vars(known).items() if name in KNOBS and text is not None}
     for name, written in overrides.items():
-        merge(values, name, parse_written(name, written))
+        value, before = parse_written(name, written), values.get(name)
+        values[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
     for key, written in nested_overrides(rest):
         name, inner = key.split(".", 1)
         if not isinstance(values.setdefault(name, {}), dict):
@@ -273,19 +269,19 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="YAML", help="settings that differ from the defaults below")
+
+    def add(group, name: str, text: str) -> None:
+        spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+        group.add_argument(*spellings, dest=name, metavar="VALUE", help=text)
+
     for name in UNREAD:
-        parser.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), dest=name, help=argparse.SUPPRESS)
+        add(parser, name, argparse.SUPPRESS)
     group: argparse._ActionsContainer = parser
-    for name, knob_field in KNOBS.items():
-        if heading := knob_field.metadata["group"]:
+    for name, each in KNOBS.items():
+        if heading := each.metadata["group"]:
             group = parser.add_argument_group(heading)
-        default = knob_field.default if knob_field.default_factory is not dict else {}
-        group.add_argument(
-            *dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")),
-            dest=name,
-            metavar="VALUE",
-            help=f"{knob_field.metadata['help']} [{'null' if default is None else default}]".replace("%", "%%"),
-        )
+        default = "null" if (value := getattr(DEFAULTS, name)) is None else value
+        add(group, name, f"{each.metadata['help']} [{default}]".replace("%", "%%"))
     return parser
 
 
@@ -317,10 +313,7 @@ def unknown_key(name: str, where: str) -> UserError:
 
 
 def parse_written(name: str, written: str) -> Any:
-    """A value as written on the command line, read as YAML would read it; text that is no YAML stays text.
-
-    Settings that are text take it as it stands: YAML would end `image #3` at the #. Only null keeps its meaning.
-    """
+    """A value of the command line as YAML; what is no YAML, or for a setting that is text (`image #3`), stays as it is."""
     try:
         value = yaml.load(written, CarefulLoader)
     except Exception as error:  # see read_yaml
@@ -331,12 +324,6 @@ def parse_written(name: str, written: str) -> Any:
     if not written.strip() or (value is not None and getattr(kind, "inner", kind) in (text, filled_text)):
         return written
     return value
-
-
-def merge(values: dict, name: str, value: Any) -> None:
-    """The command line replaces a value, but adds to a mapping."""
-    both_mappings = isinstance(values.get(name), dict) and isinstance(value, dict)
-    values[name] = {**values[name], **value} if both_mappings else value
 
 
 class CarefulLoader(yaml.SafeLoader):
@@ -383,9 +370,7 @@ def read_yaml(path: str) -> dict:
         raise UserError(f"--config: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--config: {path} is not UTF-8 text: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"--config: {path}: brackets nested too deep") from error
-    except Exception as error:  # besides its own errors those of dates that do not exist, of tags on what they do not fit, ...
+    except Exception as error:  # also of dates that do not exist, of tags on what they do not fit, of brackets nested too deep
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"--config: {path}{where}: {getattr(error, 'problem', None) or f'no valid YAML ({error})'}") from error
@@ -401,9 +386,7 @@ def check(values: dict, launcher: dict[str, str]) -> Config:
         told = converted(name, parse_written(name, written), "accelerate launch: ")
         given = values.setdefault(name, told)
         if AUTOCAST_TYPE.get(given, given) != told:
-            raise UserError(
-                f"{name}: the configuration gives {shown(given)}, accelerate launch {shown(told)}: leave one of them out"
-            )
+            raise UserError(f"{name}: the configuration gives {shown(given)}, accelerate launch {shown(told)}: leave one out")
     config = Config(**values)
     for name, value in flatten(asdict(config)):
         unread = config.phase == "test" and name.startswith("train_feeder_args")
@@ -411,13 +394,10 @@ def check(values: dict, launcher: dict[str, str]) -> Config:
             raise UserError(f"{name}: {value!r} is a placeholder, expected your own path there")
     if config.num_warmup > config.num_iter:
         raise UserError(f"num_warmup: expected at most num_iter ({config.num_iter}), found {config.num_warmup}")
-    if config.batch_size % config.gradient_accumulation_steps:
-        raise UserError(
-            f"gradient_accumulation_steps: expected a divisor of batch_size ({config.batch_size}), "
-            f"found {config.gradient_accumulation_steps}"
-        )
-    for name, knob_field in KNOBS.items():
-        if config.fsdp and (value := getattr(config, name)) in knob_field.metadata["not_with_fsdp"]:
+    if config.batch_size % (steps := config.gradient_accumulation_steps):
+        raise UserError(f"gradient_accumulation_steps: expected a divisor of batch_size ({config.batch_size}), found {steps}")
+    for name, each in KNOBS.items():
+        if config.fsdp and (value := getattr(config, name)) in each.metadata["not_with_fsdp"]:
             raise UserError(f"fsdp: true is not available with {name}: {shown(value)}, expected another {name} or fsdp: false")
     return config
 

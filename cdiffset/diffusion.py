@@ -47,10 +47,7 @@ def training_loss(
     prompt_embedding: torch.Tensor,  # [1,L,D]
     beta: str | float,  # "timestep": β = sqrt(ᾱ_t), or a constant 0 ... 1
 ):
-    """The loss of one batch => (scalar, mean σ² of each sample [B] or None): MSE in stage 1, C-Diff in stage 2.
-
-    A U-Net with a variance channel trains by the C-Diff loss, one without by the MSE.
-    """
+    """The loss of one batch => (scalar, mean σ² of each sample [B] or None): C-Diff with a variance channel, else the MSE."""
     z_t = scheduler.add_noise(z_eo, noise, timesteps)  # [B,C,h,w]
     prediction, raw = predict(unet, z_sar, z_t, timesteps, prompt_embedding)
     target = target_of(scheduler, z_eo, noise, timesteps)
@@ -101,8 +98,8 @@ def sample(
 ):
     """From noise to the EO latent => (z_eo [B, C, h, w], σ² [B, 1, h, w] or None from a stage 1 U-Net).
 
-    The paper samples by DDIM (η = 0) in n = 50 steps and reads σ² for its confidence map at the midpoint of the loop, at step
-    index n // 2. Here it is read at the timestep of that step, however many steps there are.
+    The paper samples by DDIM (η = 0) in n = 50 steps and reads σ² for its confidence map at step index n // 2 of the loop. Here
+    it is read at the timestep of that step, however many steps there are.
     """
     # On the CPU, since schedulers look at them, which would wait for a GPU in every step. Forgets earlier samplings, too.
     scheduler.set_timesteps(num_inference_steps)
@@ -121,8 +118,7 @@ def sample(
 def variance_weights(wanted: Sequence[int], timesteps: Sequence[int]) -> dict[int, float]:
     """Timesteps whose σ² is wanted, falling timesteps of a sampling => {index of a step: weight of its σ², above 0}.
 
-    σ² at a timestep that the sampling leaves out is interpolated linearly between the two steps beside it, or taken from the
-    nearest where there is but one. Linear, so that it can be summed up while sampling.
+    σ² at a timestep that the sampling leaves out is interpolated linearly between the two steps beside it.
     """
     rising = timesteps[::-1]
     weights = [float(np.interp(wanted, rising, step[::-1]).sum()) for step in np.eye(len(timesteps))]

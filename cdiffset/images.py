@@ -53,7 +53,7 @@ def read_sar(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 def read_sar_valid(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, np.ndarray]:
     """As `read_sar` => (pixels, bool [H, W]: where every band is data, see `read_bands`)."""
-    bands, valid = _read(Path(path), max_pixels)
+    bands, valid = _read(path, max_pixels)
     return _to_channels(path, bands, valid), valid.all(-1)
 
 
@@ -76,8 +76,7 @@ def three_channels(bands: list[np.ndarray]) -> list[np.ndarray]:
             return [first, (first + second) / 2, second]
         case [hh, hv, vh, vv]:
             return [hh, (hv + vh) / 2, vv]
-        case _:
-            return bands
+    return bands
 
 
 def sar_statistics(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> dict | None:
@@ -88,7 +87,7 @@ def sar_statistics(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> dict 
     """
     numbers, pixels, kinds = [], [], set()
     for path in paths[:: -(-len(paths) // STATISTICS_IMAGES)]:
-        bands, valid = _read(Path(path), max_pixels)
+        bands, valid = _read(path, max_pixels)
         kinds.add((bands.shape[-1], bands.dtype.name))
         used = valid.all(-1)
         every = max(1, int(used.sum()) // STATISTICS_PX)
@@ -109,7 +108,7 @@ def read_eo(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     8-bit data is taken as is; deeper data is stretched from the 1st-99th percentile of all bands together, which keeps its
     colours. UserError names the file if it is unreadable or claims more than max_pixels.
     """
-    bands, valid = _read(Path(path), max_pixels)
+    bands, valid = _read(path, max_pixels)
     _require_rgb(path, bands)
     if bands.dtype != np.uint8:
         bands = stretch(bands, valid)
@@ -133,9 +132,8 @@ def read_unstretched_eo(
 ) -> UnstretchedEO:
     """EO file to compare with another. 8-bit data is taken as is; of deeper data, the declared `limits` become 0 and 255.
 
-    UndeclaredRange where deeper data comes without limits, or 8-bit data with limits other than 0 and 255; its message says
-    what was found and names `option`, which declares them (None: there is no such option). Other UserErrors as in read_eo. A
-    file without a valid pixel is no error.
+    UndeclaredRange where deeper data comes without limits, or 8-bit data with limits other than 0 and 255; its message names
+    `option`, which declares them (None: there is no such option). A file without a valid pixel is no error.
     """
     bands, valid = _decoded(Path(path), max_pixels)
     _require_rgb(path, bands)
@@ -146,15 +144,14 @@ def read_unstretched_eo(
             raise UndeclaredRange(f"{path}: 8-bit pixels, which are taken as 0 to 255; leave out {option}")
     elif values.size:
         if limits is None:
-            what = f"{path}: {values.dtype} pixels from {values.min():g} to {values.max():g}, expected 8-bit"
-            raise UndeclaredRange(f"{what}; declare what 0 and 255 are by {option} LOW,HIGH" if option else what)
+            remedy = f"; declare what 0 and 255 are by {option} LOW,HIGH" if option else ""
+            found = f"{values.dtype} pixels from {values.min():g} to {values.max():g}"
+            raise UndeclaredRange(f"{path}: {found}, expected 8-bit{remedy}")
         low, high = limits
         clipped = float(((values < low) | (values > high)).any(-1).mean())
         if clipped > MAX_CLIPPED:
-            raise UndeclaredRange(
-                f"{path}: values from {values.min():g} to {values.max():g}, of which {clipped:.0%} are beyond "
-                f"{option} {low:g},{high:g}: give the range that they have"
-            )
+            found = f"values from {values.min():g} to {values.max():g}, of which {clipped:.0%} are beyond {option}"
+            raise UndeclaredRange(f"{path}: {found} {low:g},{high:g}: give the range that they have")
         values = to_255(values, low, high)
     pixels = np.zeros((*valid.shape, 3), np.float32)
     pixels[valid] = values
@@ -237,8 +234,7 @@ def require_writable(option: str, folder: str | Path) -> None:
     folder, missing = Path(folder), []
     try:
         missing = [each for each in (folder, *folder.parents) if not each.exists()]
-        if missing:
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:
@@ -291,10 +287,9 @@ def list_images(folder: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     found, dead, wanted = [], [], suffixes or IMAGE_SUFFIXES
-    for parent, files in _walk(folder):
-        names = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in wanted]
-        for name in names:
-            (found if os.path.isfile(parent / name) else dead).append(parent / name)
+    for file in _walk(folder):
+        if not file.name.startswith(".") and file.suffix.lower() in wanted:
+            (found if os.path.isfile(file) else dead).append(file)
     if dead:
         print(f"note: {len(dead)} links of {folder} lead to no file and are left out: {dead[0]}", file=sys.stderr)
     if not found:
@@ -303,8 +298,8 @@ def list_images(folder: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
     return sorted((path.relative_to(folder) for path in found), key=_counting_order)
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder under root with the names of its files, links followed but for those back into a folder above."""
+def _walk(root: Path) -> Iterator[Path]:
+    """Every file under root, links followed but for those back into a folder above."""
     links = 0
     real: dict[str, tuple[str, ...]] = {os.fspath(root): (os.path.realpath(root),)}  # of each folder and those above it
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -314,7 +309,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
         if links > MAX_LINKS:  # a few folders full of links to each other have endless paths
             raise UserError(f"{root}: over {MAX_LINKS} links to folders, expected fewer: do they lead to each other?")
-        yield Path(folder), files
+        yield from map(Path(folder).joinpath, files)
 
 
 def require_utf8(paths: Sequence[Path]) -> None:
@@ -339,9 +334,9 @@ def without_georeference() -> Iterator[None]:
         yield
 
 
-def _read(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: str | Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
     """`_decoded`, but a deep band without a valid pixel is a UserError: it has no percentiles."""
-    bands, valid = _decoded(path, max_pixels)
+    bands, valid = _decoded(Path(path), max_pixels)
     if bands.dtype != np.uint8 and not valid.any(axis=(0, 1)).all():
         raise UserError(f"{path}: a band without a single valid pixel (all NaN, infinite, nodata or masked)")
     return bands, valid
@@ -369,10 +364,8 @@ def _decoded(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
 def require_size(path: Path, height: int, width: int, bands: int, max_pixels: int) -> None:
     """Refuse the size that a header claims before memory is taken for it; bands beyond a SAR image's four count as pixels."""
     if height * width * max(bands, 4) > 4 * max_pixels:
-        raise UserError(
-            f"{path}: {width} x {height} px in {bands} bands; at most {max_pixels} px are opened, cut it into tiles or raise "
-            f"the limit (--max-pixels, or max_pixels among the feeder's arguments)"
-        )
+        remedy = "cut it into tiles or raise the limit (--max-pixels, or max_pixels among the feeder's arguments)"
+        raise UserError(f"{path}: {width} x {height} px in {bands} bands; at most {max_pixels} px are opened, {remedy}")
 
 
 def _read_picture(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -411,8 +404,9 @@ def _read_raster(path: Path, max_pixels: int, driver: str = "GTiff") -> tuple[np
         if len(kept) < source.count:
             _note_alpha()
         if source.colorinterp[0] == ColorInterp.palette:
-            bands, unmasked = source.read(kept), source.read_masks(kept) > 0
-            bands, unmasked = _expand_palette(bands[0], source.colormap(1)), np.repeat(unmasked, 3, axis=0)
+            colours = np.zeros((max(source.colormap(1)) + 1, 3), np.uint8)
+            colours[list(source.colormap(1))] = [colour[:3] for colour in source.colormap(1).values()]
+            bands, unmasked = np.moveaxis(colours[source.read(1)], -1, 0), np.repeat(source.read_masks(kept) > 0, 3, axis=0)
         else:
             bands, unmasked = read_bands(source, kept)
             if bands.dtype == np.uint8:  # GDAL unpacks 1 to 7 bits without scaling them
@@ -467,17 +461,8 @@ def alpha_band(source: rasterio.DatasetReader) -> int | None:
 
 
 def complex_message(path: Path, dtype: str) -> str:
-    return (
-        f"{path}: complex pixels ({dtype}), expected real ones; write the amplitude to a GeoTIFF first: "
-        f"gdal_translate DERIVED_SUBDATASET:AMPLITUDE:{path.name} amplitude.tif"
-    )
-
-
-def _expand_palette(indices: np.ndarray, colormap: dict[int, tuple]) -> np.ndarray:
-    """Palette indices [H, W] => uint8 [3, H, W]."""
-    colours = np.zeros((max(colormap) + 1, 3), np.uint8)
-    colours[list(colormap)] = [colour[:3] for colour in colormap.values()]
-    return np.moveaxis(colours[indices], -1, 0)
+    remedy = f"gdal_translate DERIVED_SUBDATASET:AMPLITUDE:{path.name} amplitude.tif"
+    return f"{path}: complex pixels ({dtype}), expected real ones; write the amplitude to a GeoTIFF first: {remedy}"
 
 
 def _read_array(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:

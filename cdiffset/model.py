@@ -22,27 +22,15 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 
-from cdiffset.checkpoint import INDEX, Weights, check_channels, with_variant
+from cdiffset.checkpoint import INDEX, Weights, check_channels, check_tensors, read_weights, with_variant
 from cdiffset.errors import UserError
 
 # The libraries' retries and bars say less than our own one-line error.
 hub_logging.set_verbosity_error()
 diffusers_logging.set_verbosity_error()
 
-COMPONENTS = {  # of a base: files of which each holds one
-    "scheduler": ("scheduler_config.json",),
-    "tokenizer": ("tokenizer.json", "vocab.json"),
-    "text_encoder": ("config.json",),
-    "vae": ("config.json",),
-    "unet": ("config.json",),
-}
-WEIGHTS = {
-    "text_encoder": ("model.safetensors", "pytorch_model.bin"),
-    "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-    "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-}
-
-
+CONFIGS = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json", "vocab.json")}  # either file
+COMPONENTS = ("scheduler", "tokenizer", "text_encoder", "vae", "unet")
 HOW_TO_GET_A_BASE = (
     f"expected the name of a model on the Hugging Face Hub (reachable or already in its cache) or a local folder in diffusers "
     f"layout ({', '.join(f'{name}/' for name in COMPONENTS)})"
@@ -64,10 +52,10 @@ def check_base(base: str) -> None:
         )
 
 
-def load_component(loader, base: str, name: str, **options):
-    """Load one component of a base, every tensor of it or not at all."""
+def load_component(from_pretrained, base: str, name: str, **options):
+    """Load one component of a base by its class's from_pretrained, every tensor of it or not at all."""
     try:
-        loaded = from_pretrained(loader, base, name, **options)
+        loaded = load_files(from_pretrained, base, name, **options)
     except UserError:
         raise
     except Exception as error:  # on damaged and strange folders the libraries raise almost anything
@@ -83,9 +71,9 @@ def load_component(loader, base: str, name: str, **options):
     return model
 
 
-def from_pretrained(loader, base: str, name: str, **options):
-    """`loader.from_pretrained`, with weights from their fp16 variant where there are no others."""
-    load = partial(loader.from_pretrained, str(Path(base).expanduser()), subfolder=name)
+def load_files(from_pretrained, base: str, name: str, **options):
+    """A component, with weights from their fp16 variant where there are no others."""
+    load = partial(from_pretrained, str(Path(base).expanduser()), subfolder=name)
     has_weights = "output_loading_info" in options
     if (folder := Path(base).expanduser() / name).is_dir():
         variant = check_files(folder, base, has_weights)
@@ -102,11 +90,12 @@ def from_pretrained(loader, base: str, name: str, **options):
 
 def check_files(folder: Path, base: str, has_weights: bool) -> str | None:
     """Refuse a component's local folder that lacks a file => the variant of its weights."""
-    variant, lacking = None, []
-    if not any((folder / name).is_file() for name in COMPONENTS[folder.name]):
-        lacking.append(" or ".join(COMPONENTS[folder.name]))
+    variant, lacking, configs = None, [], CONFIGS.get(folder.name, ("config.json",))
+    if not any((folder / name).is_file() for name in configs):
+        lacking.append(" or ".join(configs))
     if has_weights:
-        names = WEIGHTS[folder.name]
+        stems = ("model", "pytorch_model") if folder.name == "text_encoder" else ("diffusion_pytorch_model",) * 2
+        names = f"{stems[0]}.safetensors", f"{stems[1]}.bin"
         whole_or_split = [*names, *(f"{name}{INDEX}" for name in names)]
         has = {kind: any((folder / with_variant(name, kind)).is_file() for name in whole_or_split) for kind in (None, "fp16")}
         variant = "fp16" if has["fp16"] and not has[None] else None
@@ -119,28 +108,26 @@ def check_files(folder: Path, base: str, has_weights: bool) -> str | None:
 
 def load_vae(base: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """The frozen VAE, in evaluation mode."""
-    vae = load_component(AutoencoderKL, base, "vae", torch_dtype=dtype, output_loading_info=True)
+    vae = load_component(AutoencoderKL.from_pretrained, base, "vae", torch_dtype=dtype, output_loading_info=True)
     return vae.requires_grad_(False).eval()
 
 
 def load_base_unet(base: str) -> UNet2DConditionModel:
     """The base's own U-Net, unpatched (C in, C out), float32."""
-    return load_component(UNet2DConditionModel, base, "unet", torch_dtype=torch.float32, output_loading_info=True)
+    load = UNet2DConditionModel.from_pretrained
+    return load_component(load, base, "unet", torch_dtype=torch.float32, output_loading_info=True)
 
 
 def load_unet(path: str, base: str, latent_channels: int, option: str) -> tuple[UNet2DConditionModel, Path]:
-    """Load a stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net, whole or not at all => (it, its weights file).
-
-    float32, in evaluation mode; `option` is what errors name.
-    """
-    weights = Weights(path, option)
+    """A stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net, float32, in evaluation mode => (it, its weights file)."""
+    weights = read_weights(path, option)
     return build_unet(weights, base, latent_channels), weights.file
 
 
 def build_unet(weights: Weights, base: str, latent_channels: int) -> UNet2DConditionModel:
-    """The U-Net whose weights are being read; the base gives the architecture to those that come without a config.json."""
-    tensors = weights.tensors()
-    check_channels(tensors, latent_channels, f"{weights.option}: {weights.file}")
+    """The U-Net of these weights; the base gives the architecture to those that come without a config.json."""
+    tensors, where = weights.tensors, f"{weights.option}: {weights.file}"
+    check_channels(tensors, latent_channels, where)
     outputs = tensors["conv_out.weight"].shape[0]
     config = {**config_beside(weights.file, base), "in_channels": 2 * latent_channels, "out_channels": outputs}
     try:
@@ -149,7 +136,7 @@ def build_unet(weights: Weights, base: str, latent_channels: int) -> UNet2DCondi
     except Exception as error:  # values that make no sense break the constructor wherever they reach
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{weights.option}: config.json of {weights.file} describes no U-Net ({reason})") from error
-    weights.check(unet.state_dict())
+    check_tensors(tensors, unet.state_dict(), where)
     unet.load_state_dict(tensors, assign=True)
     return unet.requires_grad_(True).eval()
 
@@ -165,20 +152,12 @@ def config_beside(weights: Path, base: str) -> dict:
         pass
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {beside}: {str(error).splitlines()[0]}") from error
-    return load_component(UNet2DConfig, base, "unet")
-
-
-class UNet2DConfig:
-    """Reads a U-Net's config.json alone, through the same errors as the components."""
-
-    @staticmethod
-    def from_pretrained(base: str, subfolder: str) -> dict:
-        return UNet2DConditionModel.load_config(base, subfolder=subfolder)
+    return load_component(UNet2DConditionModel.load_config, base, "unet")
 
 
 def base_prediction_type(base: str) -> str:
     """What the base's own U-Net was trained to predict, by its scheduler's configuration."""
-    return load_component(DDIMScheduler, base, "scheduler").config.prediction_type
+    return load_component(DDIMScheduler.from_pretrained, base, "scheduler").config.prediction_type
 
 
 def load_scheduler(base: str, prediction_type: str) -> DDIMScheduler:
@@ -187,7 +166,7 @@ def load_scheduler(base: str, prediction_type: str) -> DDIMScheduler:
     The settings are stated here because a base's own scheduler, often PNDM, may leave them to other defaults.
     """
     ddim = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
-    return load_component(DDIMScheduler, base, "scheduler", prediction_type=prediction_type, **ddim)
+    return load_component(DDIMScheduler.from_pretrained, base, "scheduler", prediction_type=prediction_type, **ddim)
 
 
 NOISE_SCHEDULE = (
@@ -220,8 +199,9 @@ def embed_prompt(base: str, prompt: str) -> torch.Tensor:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    tokenizer = load_component(CLIPTokenizer, base, "tokenizer")
-    text_encoder = load_component(CLIPTextModel, base, "text_encoder", dtype=torch.float32, output_loading_info=True).eval()
+    tokenizer = load_component(CLIPTokenizer.from_pretrained, base, "tokenizer")
+    load = CLIPTextModel.from_pretrained
+    text_encoder = load_component(load, base, "text_encoder", dtype=torch.float32, output_loading_info=True).eval()
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without a vocabulary
         raise UserError(f"tokenizer/ of the base model {base!r} holds no vocabulary; {HOW_TO_GET_A_BASE}")
     length = {"padding": "do_not_pad", "truncation": True, "max_length": text_encoder.config.max_position_embeddings}
@@ -237,10 +217,7 @@ def check_prompt_width(unet: UNet2DConditionModel, prompt_embedding: torch.Tenso
     """Refuse a U-Net that belongs to another text encoder; `option` is what the error names."""
     expected, found = unet.config.cross_attention_dim, prompt_embedding.shape[-1]
     if expected != found:
-        raise UserError(
-            f"{option}: the U-Net attends to prompts of width {expected}, but the text encoder of {base} gives {found}: "
-            f"checkpoint and base model do not belong together"
-        )
+        raise UserError(f"{option}: expected prompts of width {expected}, but the text encoder of {base} gives {found}")
 
 
 def check_latent_channels(unet: UNet2DConditionModel, vae: AutoencoderKL, base: str) -> None:
@@ -248,8 +225,8 @@ def check_latent_channels(unet: UNet2DConditionModel, vae: AutoencoderKL, base: 
     expected, found = vae.config.latent_channels, (unet.config.in_channels, unet.config.out_channels)
     if found != (expected, expected):
         raise UserError(
-            f"pretrained_model_name_or_path: unet/ of {base!r} has {found[0]} input and {found[1]} output channels, expected "
-            f"{expected} of both, as many as the latents of its vae/ have"
+            f"pretrained_model_name_or_path: unet/ of {base!r}: expected {expected} input and output channels, as its vae/ "
+            f"has, found {found[0]} and {found[1]}"
         )
 
 
@@ -273,21 +250,18 @@ def patch_conv_in(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
     Fed with the same latent twice, the patched layer returns what the pretrained one returned for it.
     """
-    old = unet.conv_in
-    new = nn.Conv2d(2 * old.in_channels, old.out_channels, old.kernel_size, padding=old.padding).to(old.weight)
-    new.weight.data = old.weight.data.repeat(1, 2, 1, 1) * 0.5
-    new.bias.data = old.bias.data.clone()  # type: ignore[union-attr]  # a Conv2d may lack a bias, these do not
-    unet.conv_in = new
-    unet.register_to_config(in_channels=new.in_channels)
+    layer = unet.conv_in
+    layer.weight = nn.Parameter(layer.weight.detach().repeat(1, 2, 1, 1) * 0.5)
+    layer.in_channels *= 2
+    unet.register_to_config(in_channels=layer.in_channels)
     return unet
 
 
 def patch_conv_out(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """C => C + 1 output channels: the raw variance comes last and starts as 0 everywhere, which means σ² = 1."""
-    old = unet.conv_out
-    new = nn.Conv2d(old.in_channels, old.out_channels + 1, old.kernel_size, padding=old.padding).to(old.weight)
-    new.weight.data = torch.cat([old.weight.data, torch.zeros_like(old.weight.data[:1])])
-    new.bias.data = torch.cat([old.bias.data, torch.zeros_like(old.bias.data[:1])])  # type: ignore[union-attr]
-    unet.conv_out = new
-    unet.register_to_config(out_channels=new.out_channels)
+    layer = unet.conv_out
+    for name, old in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(torch.cat([old.detach(), torch.zeros_like(old[:1])])))
+    layer.out_channels += 1
+    unet.register_to_config(out_channels=layer.out_channels)
     return unet

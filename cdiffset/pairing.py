@@ -46,14 +46,13 @@ def read_list(listroot: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str
         raise UserError(f"{path}: cannot read the list ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the list is not UTF-8 text") from error
-    entries = [(f"{path}, line {number}", text.strip()) for number, text in enumerate(texts, start=1) if text.strip()]
-    if not entries:
+    numbers: dict[str, int] = {}
+    for number, text in enumerate(map(str.strip, texts), start=1):
+        if text and (earlier := numbers.setdefault(text, number)) != number:
+            raise UserError(f"{path}, line {number}: {text!r} stands in line {earlier} already; keep one of them")
+    if not numbers:
         raise UserError(f"{path}: the list is empty")
-    places: dict[str, str] = {}
-    for where, text in entries:
-        if (earlier := places.setdefault(text, where)) != where:
-            raise UserError(f"{where}: {text!r} stands in {earlier.rpartition(', ')[2]} already; keep one of them")
-    return entries
+    return [(f"{path}, line {number}", text) for text, number in numbers.items()]
 
 
 def _unpickle_strings(path: Path) -> list[str]:
@@ -113,16 +112,13 @@ def _pair_columns(names: list[str], where: str) -> tuple[int, int] | None:
     """The columns of SAR and EO by the words of their names; None for a line of paths, which is no header."""
     if any("/" in name or PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
         return None
-    words = [re.findall("[a-z]+", name.lower()) for name in names]
-    found = [
-        [column for column, named in enumerate(words) if any(word.startswith(kind) for word in named)]
-        for kind in ("sar", ("eo", "opt"))
-    ]
-    if not any(found):
+    kinds = (r"(?<![a-z])sar", r"(?<![a-z])(eo|opt)")  # each as the beginning of a word
+    sar, eo = ([column for column, name in enumerate(names) if re.search(kind, name.lower())] for kind in kinds)
+    if not sar and not eo:
         return None
-    if [len(columns) for columns in found] != [1, 1] or found[0] == found[1]:
+    if len(sar) != 1 or len(eo) != 1 or sar == eo:
         raise UserError(f"{where}: expected a header with one column of SAR and one of EO paths, found {', '.join(names)}")
-    return found[0][0], found[1][0]
+    return sar[0], eo[0]
 
 
 def match_folders(sar_dir: Path, eo_dir: Path) -> list[Pair]:
@@ -147,8 +143,7 @@ def by_stem(folder: Path, files: Sequence[Path]) -> dict[str, Path]:
 def require_files(pairs: list[Pair]) -> None:
     faults = []
     for pair in pairs:
-        missing = [kind for kind, path in (("SAR", pair.sar), ("EO", pair.eo)) if not os.path.isfile(path)]
-        if missing:
+        if missing := [kind for kind, path in (("SAR", pair.sar), ("EO", pair.eo)) if not os.path.isfile(path)]:
             faults.append(f"SAR {pair.sar}, EO {pair.eo} (missing: {' and '.join(missing)})")
     if faults:
         raise UserError(f"{len(faults)} of {len(pairs)} pairs are incomplete: {_first(faults)}")
@@ -168,10 +163,8 @@ def require_distinct_names(pairs: list[Pair]) -> None:
     first: dict[str, Pair] = {}
     for pair in pairs:
         if (other := first.setdefault(pair.name, pair)) is not pair:
-            raise UserError(
-                f"two pairs of one name, whose results would overwrite each other: SAR {other.sar}, EO {other.eo}; "
-                f"SAR {pair.sar}, EO {pair.eo}"
-            )
+            pairs_of_name = "; ".join(f"SAR {each.sar}, EO {each.eo}" for each in (other, pair))
+            raise UserError(f"two pairs of one name, whose results would overwrite each other: {pairs_of_name}")
 
 
 def _first(faults: list) -> str:
@@ -179,8 +172,7 @@ def _first(faults: list) -> str:
 
 
 def existing_folder(option: str, folder: str | Path) -> Path:
-    path = real_path(option, folder)
-    if not path.is_dir():
+    if not (path := real_path(option, folder)).is_dir():
         raise UserError(f"{option}: no such folder: {folder}")
     return path
 

@@ -54,12 +54,10 @@ class PairedFeeder:
     `split="train"` takes a random crop and, where `hflip`, `vflip` and `rot` say so, flips it horizontally, vertically and
     rotates it by 90 degrees, each with p = 0.5, the same for both images. `split="test"` takes the centre crop; an item has
     "sar_pixels" as well, the SAR as float32 [crop, crop, 3] in 0-255, from which its starting noise follows. `load_size` is
-    the side in px that every image must have (None: any). A file that is missing is reported at construction, one that does
-    not fit or claims more than `max_pixels` when it is read.
+    the side in px that every image must have (None: any).
 
-    An item is asked for as feeder[index] or feeder[epoch, index], an index alone meaning epoch 0. All its randomness comes
-    from a generator of its own, seeded from (seed, epoch, index). So no worker needs a seed: an item is the same whichever
-    worker or rank reads it, in whatever order and after any resume, yet differs between indices and between epochs.
+    An item is asked for as feeder[index] or feeder[epoch, index], an index alone meaning epoch 0. All its randomness is a
+    function of (seed, epoch, index), whichever worker or rank reads it, in whatever order and after any resume.
     """
 
     gsd_m: float | None = None  # ground sampling distance
@@ -93,8 +91,7 @@ class PairedFeeder:
         if split == "test" and any(self.augmentations):
             on = ", ".join(name for name, value in augmentations.items() if value)
             raise UserError(f"{on}: split test shows images as they are, expected false; leave it to the training feeder")
-        self.seed = _whole("seed", seed, 0)
-        self.max_pixels = _whole("max_pixels", max_pixels)
+        self.seed, self.max_pixels = _whole("seed", seed, 0), _whole("max_pixels", max_pixels)
         require_files(pairs)
         if type(self).read is PairedFeeder.read:
             require_formats(pairs)
@@ -158,18 +155,11 @@ class ListFeeder(PairedFeeder):
     default_crop_size: int  # px
 
     def __init__(
-        self,
-        dataroot: str | Path,
-        listroot: str | Path,
-        crop_size: int | None = None,
-        split: str | None = None,
-        **options,
+        self, dataroot: str | Path, listroot: str | Path, crop_size: int | None = None, split: str | None = None, **options
     ):
         root = existing_folder("dataroot", dataroot)
-        pairs = [
-            Pair(str(eo.with_suffix("")), root / self.eo_to_sar(eo), root / eo)
-            for eo in (relative_path(text, where) for where, text in read_list(listroot, (".txt", ".pkl")))
-        ]
+        paths = [relative_path(text, where) for where, text in read_list(listroot, (".txt", ".pkl"))]
+        pairs = [Pair(str(eo.with_suffix("")), root / self.eo_to_sar(eo), root / eo) for eo in paths]
         crop_size = self.default_crop_size if crop_size is None else crop_size
         super().__init__(pairs, crop_size, split or split_of(listroot), **options)
 
@@ -244,14 +234,9 @@ class StellarFeeder(PairedFeeder):
     """
 
     def __init__(
-        self,
-        dataroot: str | Path,
-        crop_size: int,
-        split: str = "test",
-        load_size: int | None = None,
-        seed: int = 2024,
+        self, dataroot: str | Path, crop_size: int, split: str = "test", load_size: int | None = None, seed: int = 2024,
         max_pixels: int = MAX_PIXELS,
-    ):
+    ):  # fmt: skip
         root = existing_folder("dataroot", dataroot)
         super().__init__(match_folders(root / "SAR/image", root / "EO/image"), crop_size, split, load_size, seed, max_pixels)
         self.augment = False
@@ -262,8 +247,7 @@ class PairedFolderFeeder(PairedFeeder):
 
     Give `sar_dir` and `eo_dir`, or `dataroot` and `listroot`: a .csv, .tsv or .txt file of pairs relative to `dataroot`, see
     `read_pair_list`. `split` may be left to the list's own name. `gsd_m` is the ground sampling distance in metres, for the
-    checkpoint's record; chips.json, which data/make_chips.py writes, records it for its chips, and how their scenes were read.
-    Other options are those of PairedFeeder.
+    checkpoint's record [that of chips.json, which data/make_chips.py writes]. Other options are those of PairedFeeder.
     """
 
     def __init__(
@@ -282,8 +266,7 @@ class PairedFolderFeeder(PairedFeeder):
         if given == ["sar_dir", "eo_dir"]:
             pairs = match_folders(existing_folder("sar_dir", sar_dir), existing_folder("eo_dir", eo_dir))
         elif given == ["dataroot", "listroot"]:
-            root = existing_folder("dataroot", dataroot)
-            pairs = read_pairs(root, listroot)
+            pairs = read_pairs(existing_folder("dataroot", dataroot), listroot)
         else:
             raise UserError(f"expected sar_dir and eo_dir, or dataroot and listroot; found {', '.join(given) or 'none'}")
         if split is None and listroot is None:
@@ -292,7 +275,8 @@ class PairedFolderFeeder(PairedFeeder):
         if gsd_m is not None and (isinstance(gsd_m, bool) or not isinstance(gsd_m, int | float) or not 0 < gsd_m < 1e5):
             raise UserError(f"gsd_m is {gsd_m!r}; expected metres per pixel")
         chips = _chips_record(Path(dataroot or sar_dir))
-        self.gsd_m = gsd_m or _chips_gsd(chips)
+        sizes = [math.sqrt(math.prod(scene["gsd_m"])) for scene in chips.get("scenes", []) if scene.get("gsd_m")]
+        self.gsd_m = gsd_m or (sum(sizes) / len(sizes) if sizes else None)  # the mean of the scenes that chips were cut from
         self.radiometry = chips.get("settings", {}).get("radiometry", {})
 
 
@@ -319,12 +303,6 @@ def _chips_record(folder: Path) -> dict:
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{file} is damaged ({error}); expected what data/make_chips.py writes") from error
     return {}
-
-
-def _chips_gsd(chips: dict) -> float | None:
-    """The mean pixel size of the scenes that chips were cut from, in metres; None where none records it."""
-    sizes = [math.sqrt(math.prod(scene["gsd_m"])) for scene in chips.get("scenes", []) if scene.get("gsd_m")]
-    return sum(sizes) / len(sizes) if sizes else None
 
 
 def _whole(option: str, value: int, least: int = 1) -> int:

@@ -6,7 +6,6 @@ import math
 import pickle
 import re
 import shutil
-from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from cdiffset import checkpoint
 from cdiffset.checkpoint import (
-    Weights,
     list_checkpoints,
     prune,
     read_meta,
     read_state,
+    read_weights,
     recorded_base,
     require_state,
     write_checkpoint,
@@ -134,15 +133,14 @@ def test_every_form_loads_bit_for_bit(tiny_base, tmp_path, form, stage):
 def test_a_net_loads_straight_into_another_type(tiny_base, tmp_path):
     path, expected = prefixed("")(trained(), tmp_path), trained().to(torch.bfloat16).state_dict()
     form = Form(torch.device("cpu"), torch.bfloat16, torch.channels_last)
-    found = build_unet(Weights(str(path), "checkpoint", form), tiny_base, 4).state_dict()
+    found = build_unet(read_weights(str(path), "checkpoint", form), tiny_base, 4).state_dict()
     assert found.keys() == expected.keys()
     assert all(found[name].dtype == torch.bfloat16 and torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_weights_are_read_before_anyone_asks_for_them(tiny_base, tmp_path):
     path = prefixed("")(trained(), tmp_path)
-    weights = Weights(str(path), "checkpoint")
-    wait([weights.reading, weights.listed], timeout=60)
+    weights = read_weights(str(path), "checkpoint")
     path.unlink()
     assert_same(build_unet(weights, tiny_base, 4), trained().state_dict())
 

@@ -78,9 +78,9 @@ def pooled_measures(drawn: list[dict[str, np.ndarray]], pixels_per_image: int) -
         "images": len(drawn), "pixels": int(errors["absolute"].size), "pixels_per_image": pixels_per_image,
         "mean_error": {name: float(error.mean(dtype=np.float64)) for name, error in errors.items()},
         "discrepant_pixels": {name: int(mask.sum()) for name, mask in masks.items()},
-        "maps": {name: {} for name in values}, "absent": {},
+        "maps": {name: {} for name in values},
+        "absent": {name: "no pixel of any image is marked" for name, mask in masks.items() if not mask.any()},
     }  # fmt: skip
-    part["absent"] |= {name: "no pixel of any image is marked" for name, mask in masks.items() if not mask.any()}
     try:
         ranked = {name: rank_error(error) for name, error in errors.items()}
         part["oracle"] = {name: (error.oracle * part["mean_error"][name]).tolist() for name, error in ranked.items()}
@@ -89,7 +89,7 @@ def pooled_measures(drawn: list[dict[str, np.ndarray]], pixels_per_image: int) -
     for name, score in values.items():
         measures = {mask: partial(_detection, score, positive, masks) for mask, positive in masks.items() if positive.any()}
         if ranked:
-            measures["ranking"] = partial(_ranking, score, ranked)
+            measures["ranking"] = partial(ranking_measures, score, ranked)
         if name in CALIBRATED:
             measures["calibration"] = partial(_calibrations, name, score, errors)
         for measure, compute in measures.items():
@@ -98,11 +98,6 @@ def pooled_measures(drawn: list[dict[str, np.ndarray]], pixels_per_image: int) -
             except ValueError as error:
                 part["absent"][f"{name}, {measure}"] = str(error)
     return part
-
-
-def _ranking(score: np.ndarray, ranked: dict) -> dict[str, dict]:
-    by_error = ranking_measures(score, ranked)
-    return {error: measures | {"discard": measures["discard"].tolist()} for error, measures in by_error.items()}
 
 
 def _detection(score: np.ndarray, positive: np.ndarray, masks: dict[str, np.ndarray]) -> dict[str, float]:

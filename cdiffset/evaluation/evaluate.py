@@ -169,8 +169,7 @@ def missing_folders(folders: EvaluationFolders, has_maps: bool) -> dict[str, str
 def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
     """Bootstrap over images: [n, k], NaN where an image has no value => means [RESAMPLES, k].
 
-    Each is of n images drawn with replacement; all columns share the draws, so their ratios may be taken row by row. NaN for a
-    column with fewer than two values: it does not say how much they vary.
+    All columns share the draws, so their ratios may be taken row by row. NaN for a column with fewer than two values.
     """
     rng, images = np.random.default_rng(seed), len(values)
     valid = np.isfinite(values)
@@ -186,15 +185,14 @@ def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
 def interval(means: np.ndarray) -> dict[str, float | None]:
     """Resampled means [RESAMPLES] => the ends of the 95 % interval; None where there is none."""
     means = means[np.isfinite(means)]
-    low, high = np.percentile(means, INTERVAL) if means.size else (math.nan, math.nan)
-    return {"low": None if math.isnan(low) else float(low), "high": None if math.isnan(high) else float(high)}
+    low, high = np.percentile(means, INTERVAL).tolist() if means.size else (None, None)
+    return {"low": low, "high": high}
 
 
 def column_values(rows: list[dict], columns: list[str]) -> np.ndarray:
     """Rows => [n, k] float64, NaN where a row lacks a column or its value is infinite."""
-    values = np.array([[row.get(column, math.nan) for column in columns] for row in rows], np.float64)
-    values = values.reshape(len(rows), len(columns))
-    return np.where(np.isfinite(values), values, math.nan)
+    values = np.array([row.get(column, math.nan) for row in rows for column in columns], np.float64)
+    return np.where(np.isfinite(values), values, math.nan).reshape(len(rows), len(columns))
 
 
 def means_with_intervals(rows: list[dict]) -> dict[str, dict[str, dict]]:
@@ -222,10 +220,9 @@ def identity_collapse(rows: list[dict]) -> dict[str, dict]:
 
 def examples(rows: list[dict]) -> dict[str, list[str]]:
     """Stems of the best, median and worst images by PSNR."""
-    ranked = sorted(rows, key=lambda row: (-row["standard/psnr"], row["name"]))
-    count, middle = min(EXAMPLES, len(rows)), (len(rows) - min(EXAMPLES, len(rows))) // 2
-    chosen = {"best": ranked[:count], "median": ranked[middle : middle + count], "worst": ranked[-count:]}
-    return {kind: [row["name"] for row in some] for kind, some in chosen.items()}
+    ranked = [row["name"] for row in sorted(rows, key=lambda row: (-row["standard/psnr"], row["name"]))]
+    middle = max(0, len(ranked) - EXAMPLES) // 2
+    return {"best": ranked[:EXAMPLES], "median": ranked[middle : middle + EXAMPLES], "worst": ranked[-EXAMPLES:]}
 
 
 # ---- two reports
@@ -236,11 +233,8 @@ def read_report(path: Path) -> tuple[dict, list[dict], Path]:
     table = path.parent / "metrics.csv"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        with table.open(newline="", encoding="utf-8") as file:
-            rows = [
-                {key: value if key == "name" else float(value) for key, value in row.items() if value != ""}
-                for row in csv.DictReader(file)
-            ]
+        written = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8"), newline=""))
+        rows = [{key: value if key == "name" else float(value) for key, value in row.items() if value != ""} for row in written]
         _ = report["images"], [row["name"] for row in rows], [entry["value"] for entry in report["set"].values()]
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; expected report.json with metrics.csv beside it") from error
@@ -272,12 +266,12 @@ def compare(rows: list[dict], set_values: dict, report: dict, other_rows: list[d
         entry = {"difference": float(finite.mean()) if finite.size else None, "n": int(finite.size), **interval(resampled)}
         groups.setdefault(group, {})[metric] = entry
     both = [name for name in set_values if name in report["set"]]
-    of_set = {name: {"value": set_values[name]["value"], "baseline": report["set"][name]["value"]} for name in both}
-    shares = ([row.get("share/counted", 1.0) for row in each] for each in (mine, theirs))
+    share = "share/counted"
     return {
         "baseline": str(path), "images": len(mine), "images_of_baseline": report["images"],
-        "images_of_other_pixels": sum(share != other for share, other in zip(*shares, strict=True)),
-        "means": groups, "set": of_set,
+        "images_of_other_pixels": sum(a.get(share, 1.0) != b.get(share, 1.0) for a, b in zip(mine, theirs, strict=True)),
+        "means": groups,
+        "set": {name: {"value": set_values[name]["value"], "baseline": report["set"][name]["value"]} for name in both},
     }  # fmt: skip
 
 
@@ -294,19 +288,13 @@ def write_report(output: Path, report: dict, rows: list[dict], pairs: Evaluation
         "metrics.csv": table.getvalue(),
         "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n",
         "report.md": render_markdown(report),
-        "report.html": render_html(report, pictures(report["examples"], pairs)),
+        "report.html": render_html(report, lambda stem: picture(pairs[pairs.stems.index(stem)])),
     }
     try:
         for name, text in texts.items():
             write_text(output / name, text)
     except OSError as error:
         raise UserError(f"cannot write the report to {output}: {error.strerror}") from error
-
-
-def pictures(chosen: dict[str, list[str]], pairs: EvaluationPairs) -> dict[str, dict[str, np.ndarray]]:
-    """{best, median, worst: {stem: a row of pictures, uint8 [H, W', 3]}}."""
-    drawn = {stem: picture(pairs[pairs.stems.index(stem)]) for stem in set().union(*chosen.values())}
-    return {kind: {stem: drawn[stem] for stem in stems} for kind, stems in chosen.items()}
 
 
 def picture(item: dict) -> np.ndarray:

@@ -31,11 +31,7 @@ from cdiffset.images import (
 from cdiffset.pairing import PAIR_SUFFIXES, by_stem, read_list, read_pair_list, size_words
 
 POOLED_PIXELS = 5_000_000  # pooled measures see at most about so many pixels, equally many of each image
-MAPS = {
-    "variance": "variance_dir",
-    "expected error": "error_dir",
-    "ensemble spread": "ensemble_dir",
-}  # name: its field in EvaluationFolders
+MAPS = {"variance": "variance_dir", "expected error": "error_dir", "ensemble spread": "ensemble_dir"}  # name: field of folders
 MASKS = ("sar_only", "eo_only")  # objects that only one of the two images shows
 MAP_SUFFIXES = (".tif", ".tiff")  # test.py --error-dir writes a picture to look at beside each map
 LIST_SUFFIXES = (*PAIR_SUFFIXES, ".pkl")
@@ -193,11 +189,6 @@ def images_by_stem(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> 
     return by_stem(folder, listed)
 
 
-def stem_of(relative_path: str) -> str:
-    path = PurePosixPath(relative_path)
-    return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
-
-
 def read_split(path: Path, stems: set[str]) -> tuple[set[str], list[str]]:
     """A list as the feeders read them, or of one path a line => (those of `stems` that it names, entries that name none).
 
@@ -210,7 +201,8 @@ def read_split(path: Path, stems: set[str]) -> tuple[set[str], list[str]]:
     if path.suffix.lower() in PAIR_SUFFIXES and re.search("[,\t]", entries[0][1]):
         entries = [(where, eo) for where, _, eo in read_pair_list(path)]
     for where, entry in entries:
-        parts = PurePosixPath(stem_of(entry)).parts
+        file = PurePosixPath(entry)
+        parts = (file.with_suffix("") if file.suffix.lower() in IMAGE_SUFFIXES else file).parts
         stem = next((tail for k in range(len(parts)) if (tail := "/".join(parts[k:])) in stems), None)
         if stem is None:
             unlisted.append(entry)

@@ -4,7 +4,7 @@ Numbers come from `cdiffset.evaluation.evaluate` and are only set here. A block 
 ("items", texts), ("table", rows, the header first) or ("chart", a Chart), which Markdown leaves out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +28,8 @@ LABELS = {  # with the unit, and an arrow towards better
     "mae_sar": "mean absolute difference to SAR",
 }
 RANKING = {"spearman": "Spearman, {} ↑", "ause": "AUSE, {} ↓", "aurg": "AURG, {} ↑"}  # {}: of which error
-LABELS |= {
-    f"{measure}_{error}": label.format(error)
-    for error in ERRORS
-    for measure, label in (RANKING | {"ence": "ENCE, {} ↓"}).items()
-}
+for _error in ERRORS:
+    LABELS |= {f"{name}_{_error}": label.format(_error) for name, label in (RANKING | {"ence": "ENCE, {} ↓"}).items()}
 DETECTION = {"auroc": "AUROC", "average_precision": "AP"}
 MASK_LABELS = {"sar_only": "SAR-only", "eo_only": "EO-only"}
 CLIPPED_SHARE = 0.01  # of the pixels beyond a declared range, from which it is doubtful
@@ -63,8 +60,7 @@ def markdown(kind: str, content: Any) -> str:
             return "\n".join(f"- {text}" for text in content)
         case "table":
             return markdown_table(content)
-        case _:
-            return content
+    return content
 
 
 def markdown_table(rows: list[list[str]]) -> str:
@@ -72,18 +68,16 @@ def markdown_table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def render_html(report: dict, pictures: dict[str, dict[str, np.ndarray]]) -> str:
-    """pictures: {"best", "median", "worst": {stem: uint8 [H, W, 3]}}."""
-    examples = {f"{kind}: {stem}": image_url(pixels) for kind, some in pictures.items() for stem, pixels in some.items()}
-    shown = [
-        ("figure", (chart_url(content), content.caption)) if kind == "chart" else (kind, content)
-        for kind, content in blocks(report)
-    ]
+def render_html(report: dict, picture: Callable[[str], np.ndarray]) -> str:
+    """picture: stem => uint8 [H, W, 3]."""
+    chosen, shown = report["examples"], []
+    examples = {f"{kind}: {stem}": image_url(picture(stem)) for kind, stems in chosen.items() for stem in stems}
+    for kind, content in blocks(report):
+        if kind == "chart":
+            url = image_url(line_chart(content.lines, content.x_label, content.y_label))
+            kind, content = "figure", (url, content.caption)
+        shown.append((kind, content))
     return render_page("evaluation/report.html.jinja", title=title_of(report), blocks=shown, examples=examples)
-
-
-def chart_url(chart: Chart) -> str:
-    return image_url(line_chart(chart.lines, chart.x_label, chart.y_label))
 
 
 def title_of(report: dict) -> str:
@@ -235,11 +229,8 @@ def uncertainty_blocks(part: dict, means: dict, images: int) -> Iterator[Block]:
     yield "text", "AUSE: 0 for a perfect ranking. AURG: 0 for a random one. Both are relative to the mean error."
     yield from detection_blocks(part)
     yield "text", "Mean absolute error of what remains when the least certain share is left out:"
-    rows = [
-        [name, *(number(measures["ranking"]["absolute"]["discard"][percent], 3) for percent in DISCARDED)]
-        for name, measures in maps.items()
-        if "ranking" in measures
-    ]
+    discard = {name: measures["ranking"]["absolute"]["discard"] for name, measures in maps.items() if "ranking" in measures}
+    rows = [[name, *(number(curve[percent], 3) for percent in DISCARDED)] for name, curve in discard.items()]
     yield "table", [["left out", *(f"{percent} %" for percent in DISCARDED)], *rows]
     for error in ERRORS:
         yield from curve_charts(part, error)

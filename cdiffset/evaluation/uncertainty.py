@@ -26,11 +26,11 @@ def sparsification_curve(uncertainty: np.ndarray, error: np.ndarray, steps: int 
 
     Returns (fractions, curve), each [steps]: fractions = k / steps for k = 0 ... steps - 1, the share removed;
     curve = mean error of the ceil((1 - fraction) n) least uncertain values over the mean error of all n, so that curve[0] = 1.
-    Equal uncertainties are removed in a random but reproducible order, so that a constant uncertainty stays near 1 whatever the
-    layout of the image. `error` is not negative and not 0 everywhere.
+    Equal uncertainties are removed in a random but reproducible order. `error` is not negative and not 0 everywhere.
     """
     uncertainty, error = _paired(uncertainty, error)
-    _require_errors(error)
+    if error.min() < 0 or error.max() == 0:
+        raise ValueError(f"errors must not be negative and not all 0, got {error.min():g} to {error.max():g}")
     remaining = _mean_of_kept(_least_uncertain_first(uncertainty), error, steps)
     return np.arange(steps) / steps, remaining / remaining[0]
 
@@ -49,9 +49,7 @@ def _mean_of_kept(order: np.ndarray, error: np.ndarray, steps: int) -> np.ndarra
 def ause(uncertainty: np.ndarray, error: np.ndarray) -> float:
     """Area under the sparsification error (Ilg et al., ECCV 2018): 0 where the uncertainty ranks as the error itself does.
 
-    The area between the sparsification curve of the uncertainty and the oracle's, which removes by the error itself, by the
-    trapezoidal rule over the removed fractions 0, 0.01, ..., 0.99; the curves are relative to the mean error of all values, so
-    the area has no unit. An uncertainty that knows nothing scores the area between 1 and the oracle's curve.
+    The area between the sparsification curve of the uncertainty and the oracle's, which removes by the error itself.
     """
     fractions, curve = sparsification_curve(uncertainty, error)
     _, oracle = sparsification_curve(error, error)
@@ -59,10 +57,9 @@ def ause(uncertainty: np.ndarray, error: np.ndarray) -> float:
 
 
 def aurg(uncertainty: np.ndarray, error: np.ndarray) -> float:
-    """Area under the random gain (Poggi et al., CVPR 2020): what the ranking gains over removing values at random.
+    """Area under the random gain (Poggi et al., CVPR 2020): between 1, a random order's curve, and the sparsification curve.
 
-    The area between 1, the curve expected of a random order, and the sparsification curve, over the fractions of `ause`: 0 for
-    an uncertainty that knows nothing, below 0 for one that misleads; AUSE + AURG is the same for every uncertainty.
+    0 for an uncertainty that knows nothing, below 0 for one that misleads; AUSE + AURG is the same for every uncertainty.
     """
     fractions, curve = sparsification_curve(uncertainty, error)
     return float(trapezoid(1 - curve, fractions))
@@ -87,8 +84,7 @@ def rank_error(error: np.ndarray) -> RankedError:
 def ranking_measures(uncertainty: np.ndarray, errors: dict[str, RankedError]) -> dict[str, dict]:
     """{error: {"spearman", "ause", "aurg": float, "discard": [100]}}, sorting the uncertainty once for all errors.
 
-    The same numbers as spearman, ause and aurg give. discard: the mean error that remains when the least certain 0, 1 ... 99 %
-    are left out, the sparsification curve in the error's unit. ValueError where the uncertainty is constant.
+    discard: the sparsification curve in the error's unit. ValueError where the uncertainty is constant.
     """
     uncertainty, _ = _paired(np.ravel(uncertainty), next(iter(errors.values())).values)
     _require_varied("uncertainty", uncertainty)
@@ -101,7 +97,7 @@ def ranking_measures(uncertainty: np.ndarray, errors: dict[str, RankedError]) ->
             "spearman": float(np.corrcoef(ranks, error.ranks)[0, 1]),
             "ause": float(trapezoid(curve - error.oracle, dx=1 / STEPS)),
             "aurg": float(trapezoid(1 - curve, dx=1 / STEPS)),
-            "discard": remaining,
+            "discard": remaining.tolist(),
         }
     return measures
 
@@ -110,8 +106,7 @@ def reliability(predicted: np.ndarray, error: np.ndarray, power: int, bins: int 
     """Predicted against observed error, (predicted [bins], observed [bins]), in bins of equally many values by prediction.
 
     power 1: `predicted` is an expected absolute error, and both are means. power 2: it is a standard deviation, and both are
-    root mean squares, RMV and RMSE of Levi et al. (Sensors 2022). Both inputs are in one unit and not negative; ValueError
-    otherwise, and with fewer values than bins.
+    root mean squares, RMV and RMSE of Levi et al. (Sensors 2022). Both inputs are in one unit and not negative.
     """
     predicted, error = _paired(predicted, error)
     if predicted.min() < 0 or error.min() < 0:
@@ -136,8 +131,7 @@ def ence(predicted: np.ndarray, observed: np.ndarray) -> float:
 def auroc(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np.ndarray) -> float:
     """Area under the ROC curve: the probability that a random positive scores above a random negative, ties counting half.
 
-    0.5 for a score that knows nothing. Values in neither mask are ignored. The masks are boolean, of the score's shape,
-    disjoint and not empty; else ValueError.
+    Values in neither mask are ignored. The masks are boolean, of the score's shape, disjoint and not empty.
     """
     from sklearn.metrics import roc_auc_score  # slow to import, and few reports have masks
 
@@ -145,10 +139,7 @@ def auroc(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np.ndarra
 
 
 def average_precision(score: np.ndarray, positive_mask: np.ndarray, negative_mask: np.ndarray) -> float:
-    """Average precision, the precision at every threshold weighted by the recall gained.
-
-    A score that knows nothing has the share of positives among positives and negatives. Masks as for `auroc`.
-    """
+    """Average precision, the precision at every threshold weighted by the recall gained. Masks as for `auroc`."""
     from sklearn.metrics import average_precision_score
 
     return float(average_precision_score(*_truth_and_scores(score, positive_mask, negative_mask)))
@@ -158,10 +149,8 @@ def _truth_and_scores(score: np.ndarray, positive_mask: np.ndarray, negative_mas
     """Of the values under either mask: which are positive, and their scores, float64; checked."""
     score, positive, negative = (np.asarray(values) for values in (score, positive_mask, negative_mask))
     if not score.shape == positive.shape == negative.shape or not positive.dtype == negative.dtype == bool:
-        raise ValueError(
-            f"masks must be boolean and of the score's shape {score.shape}, got {positive.dtype} {positive.shape} "
-            f"and {negative.dtype} {negative.shape}"
-        )
+        found = " and ".join(f"{mask.dtype} {mask.shape}" for mask in (positive, negative))
+        raise ValueError(f"masks must be boolean and of the score's shape {score.shape}, got {found}")
     n_positive, n_negative = int(positive.sum()), int(negative.sum())
     if n_positive == 0 or n_negative == 0 or (positive & negative).any():
         raise ValueError(f"masks must be disjoint and not empty, got {n_positive} positive and {n_negative} negative values")
@@ -180,11 +169,6 @@ def _paired(uncertainty: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.
     if not (np.isfinite(uncertainty).all() and np.isfinite(error).all()):
         raise ValueError("uncertainty and error must be finite")
     return uncertainty.ravel(), error.ravel()
-
-
-def _require_errors(error: np.ndarray) -> None:
-    if error.min() < 0 or error.max() == 0:
-        raise ValueError(f"errors must not be negative and not all 0, got {error.min():g} to {error.max():g}")
 
 
 def _require_varied(name: str, values: np.ndarray) -> None:

@@ -144,16 +144,13 @@ def calibrated_settings(sampling: SamplingSettings) -> dict:
 
 
 def begin_reading(model: ModelSettings, machine: MachineSettings, with_fingerprint: bool = False) -> "Weights":
-    """Have threads read the checkpoint's weights, in the form that `translator.load_checkpoint` takes with these arguments.
-
-    To be called before that module is imported: its libraries take as long.
-    """
-    from cdiffset.checkpoint import Weights
+    """Read the checkpoint's weights, in the form that `translator.load_checkpoint` takes with these arguments."""
+    from cdiffset.checkpoint import read_weights
     from cdiffset.device import AS_STORED, form_of, keep_freed_memory
 
     form = form_of(machine.device, machine.precision)
     keep_freed_memory(form.device)
-    return Weights(model.checkpoint, "--checkpoint", AS_STORED if with_fingerprint else form)
+    return read_weights(str(model.checkpoint), "--checkpoint", AS_STORED if with_fingerprint else form)
 
 
 # -------------------------------------------------------------------------------------------------------------- options

@@ -69,7 +69,7 @@ def load_checkpoint(
     with_fingerprint: bool = False,
 ) -> LoadedCheckpoint:
     device, dtype, memory_format = form_of(machine.device, machine.precision)
-    vae = load_vae_of(model, weights.form.dtype)
+    vae = load_vae_of(model, torch.float32 if with_fingerprint else dtype)
     latent_channels = vae.config.latent_channels
     unet = build_unet(weights, model.base, latent_channels)
     if needing_variance and unet.config.out_channels == latent_channels:

@@ -37,10 +37,8 @@ class ResumableBatchSampler(Sampler):
         self.first_part, parts = rank * self.micro_steps, world_size * self.micro_steps
         self.micro_batch_size, rest = divmod(self.batch_size, parts)
         if rest:
-            raise UserError(
-                f"batch_size: {self.batch_size} pairs cannot be divided evenly by {world_size} processes "
-                f"x {self.micro_steps} accumulation steps"
-            )
+            among = f"{world_size} processes x {self.micro_steps} accumulation steps"
+            raise UserError(f"batch_size: {self.batch_size} pairs cannot be divided evenly by {among}")
         self.iterations_per_epoch = length // self.batch_size
 
     def __len__(self) -> int:
@@ -67,11 +65,7 @@ class LoaderFault(UserError):
 
 def loader_options(config: Config, device: torch.device) -> dict:
     """What all loaders of a run have in common."""
-    return {
-        "num_workers": config.num_worker,
-        "pin_memory": device.type == "cuda",
-        "worker_init_fn": in_a_group_of_its_own,
-    }
+    return {"num_workers": config.num_worker, "pin_memory": device.type == "cuda", "worker_init_fn": in_a_group_of_its_own}
 
 
 def train_loader(pairs, sampler: ResumableBatchSampler, config: Config, device: torch.device, rank: int) -> DataLoader:

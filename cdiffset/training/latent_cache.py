@@ -16,6 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -38,6 +39,7 @@ INDEX, LOCK = "index.json", ".lock"
 STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # NumPy knows no bfloat16
 MAX_SHARD_BYTES, MIN_SHARDS = 2**27, 16  # small enough to share, and to lose little when killed
 UNCACHED = ("pairs", "seed", "max_pixels", "radiometry")  # attributes of a feeder that no latent depends on
+HASHED = ("images", "vae", "first pair as read")  # settings whose values say nothing
 POLL_S = 0.5
 
 
@@ -66,10 +68,9 @@ class Views:
             return [self.feeder.view(0, index, height, width)]
         size = self.feeder.crop_size
         if (height, width) != (size, size):
-            raise UserError(
-                f"latent_cache: {self.feeder.pairs[index].eo} is {width} x {height} px, larger than crop_size {size}: its "
-                f"crops are random and cannot be cached; cut chips of crop_size (data/make_chips.py) or train without it"
-            )
+            found = f"{self.feeder.pairs[index].eo} is {width} x {height} px, larger than crop_size {size}"
+            remedy = "cut chips of crop_size (data/make_chips.py) or train without it"
+            raise UserError(f"latent_cache: {found}: its crops are random and cannot be cached; {remedy}")
         return [View(0, 0, *orientation) for orientation in self.orientations]
 
 
@@ -175,13 +176,7 @@ class LatentCache:
     `report` takes lines for the log. UserError where the feeder's views cannot be cached or DIR cannot be used.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        feeder: PairedFeeder,
-        vae: AutoencoderKL,
-        report: Callable[[str], None],
-    ):
+    def __init__(self, root: Path, feeder: PairedFeeder, vae: AutoencoderKL, report: Callable[[str], None]):
         if not isinstance(feeder, PairedFeeder):
             raise UserError(f"latent_cache: {type(feeder).__name__} is no PairedFeeder, whose views alone can be cached")
         self.root, self.views, self.report = root, Views(feeder), report
@@ -216,10 +211,8 @@ class LatentCache:
             if missing and not self.fill(shards, encoder):
                 return None
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(
-                f"latent_cache: {self.folder} lacks {len(missing)} of {len(shards)} shards and cannot be written into: {reason}"
-            ) from error
+            lacks = f"{self.folder} lacks {len(missing)} of {len(shards)} shards"
+            raise UserError(f"latent_cache: {lacks} and cannot be written into: {error.strerror or error}") from error
         shards.maps.clear()  # loader processes open their own
         return CachedPairs(self.views, shards)
 
@@ -233,10 +226,8 @@ class LatentCache:
                     temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
         needed, free = shards.needed(len(missing)), shutil.disk_usage(shards.folder).free
         if needed > free:
-            raise UserError(
-                f"latent_cache: {shards.folder} needs {gigabytes(needed)} more for {shards.pairs} pairs x {self.views.count} "
-                f"views, but {gigabytes(free)} are free"
-            )
+            what = f"{gigabytes(needed)} more for {shards.pairs} pairs x {self.views.count} views"
+            raise UserError(f"latent_cache: {shards.folder} needs {what}, but {gigabytes(free)} are free")
 
     def fill(self, shards: Shards, encoder: Encoder) -> bool:
         """Write whatever is missing and nobody else is writing, until nothing is missing => whether that was reached."""
@@ -289,23 +280,19 @@ class LatentCache:
 
     def stale(self) -> str | None:
         """One line on what differs from the nearest of the caches in DIR, or None where there is none."""
-        nearest = None
+        differences = {}
         for file in sorted(self.root.glob(f"*/{INDEX}")):
-            try:
+            with suppress(OSError, ValueError, TypeError):
                 before = dict(json.loads(file.read_text()))
-            except (OSError, ValueError, TypeError):
-                continue
-            changed = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
-            if nearest is None or len(changed) < len(nearest[1]):
-                nearest = file.parent, changed, before
-        if nearest is None:
+                differences[file.parent] = [
+                    f"other {name}" if name in HASHED else f"{name} {before.get(name)} -> {self.settings.get(name)}"
+                    for name in {**before, **self.settings}
+                    if before.get(name) != self.settings.get(name)
+                ]
+        if not differences:
             return None
-        folder, changed, before = nearest
-        words = [
-            f"other {name}" if name in ("images", "vae", "first pair as read")
-            else f"{name} {before.get(name)} -> {self.settings.get(name)}" for name in changed
-        ]  # fmt: skip
-        return f"latent cache: {folder} does not fit ({', '.join(words)})"
+        nearest = min(differences, key=lambda folder: len(differences[folder]))
+        return f"latent cache: {nearest} does not fit ({', '.join(differences[nearest])})"
 
 
 def claim(lock: TextIO, shard: int) -> bool:
@@ -320,15 +307,10 @@ def claim(lock: TextIO, shard: int) -> bool:
 def stamps_of(pairs: list[Pair]) -> str:
     """Names, sizes and dates of all images, in the order of the pairs: what stands for their content."""
     try:
-        stats = [(pair.name, *stamp(pair.sar), *stamp(pair.eo)) for pair in pairs]
+        stats = [(pair.name, [file.stat() for file in (pair.sar, pair.eo)]) for pair in pairs]
     except OSError as error:
         raise UserError(f"latent_cache: {error.filename}: {error.strerror}") from error
-    return json.dumps(stats)
-
-
-def stamp(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
+    return json.dumps([(name, *(value for stat in both for value in (stat.st_size, stat.st_mtime_ns))) for name, both in stats])
 
 
 def hash_encoder(vae: AutoencoderKL) -> str:
@@ -342,11 +324,7 @@ def hash_encoder(vae: AutoencoderKL) -> str:
 
 
 def digest(*parts: bytes) -> str:
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(len(part).to_bytes(8, "little"))
-        sha.update(part)
-    return sha.hexdigest()
+    return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
 
 
 def gigabytes(size: int) -> str:

@@ -39,10 +39,8 @@ def compiler_setting(backend: str) -> str:
     if backend.lower() != "inductor":
         unserved.insert(0, f"--dynamo_backend {backend.lower()}")
     if unserved:
-        raise UserError(
-            f"accelerate launch: {', '.join(unserved)} is not supported, expected --dynamo_backend inductor alone, "
-            f"which is torch_compile: true"
-        )
+        expected = "--dynamo_backend inductor alone, which is torch_compile: true"
+        raise UserError(f"accelerate launch: {', '.join(unserved)} is not supported, expected {expected}")
     return "true"
 
 

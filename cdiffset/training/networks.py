@@ -60,20 +60,16 @@ def load_networks(
     if adds_variance:
         unet = patch_conv_out(unet)
     elif has_variance and not config.confidence and config.phase == "train":
-        raise UserError(
-            f"{option}: stage 1 (confidence: false) expects {latent_channels} output channels, {start} has "
-            f"{latent_channels + 1}: it is a stage 2 checkpoint"
-        )
+        expected = f"stage 1 (confidence: false) expects {latent_channels} output channels"
+        raise UserError(f"{option}: {expected}, {start} has {latent_channels + 1}: it is a stage 2 checkpoint")
     check_prompt_width(unet, prompt_embedding, base, option)
     stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
     log.info(", ".join(f"{name} {getattr(config, name)}" for name, _ in launch.SETTINGS.values()))
     added = ", with a variance channel added (stage 1 takes confidence: false)" if adds_variance else ""
     log.info("%s: %s, U-Net from %s%s", config.phase, stage, origin, added)
     if config.phase == "train" and (own := base_prediction_type(base)) != config.prediction_type:
-        log.info(
-            "warning: prediction_type is %s, but the scheduler of the base model %s says %s: its U-Net has to learn another "
-            "target; set prediction_type: %s unless you mean that", config.prediction_type, base, own, own,
-        )  # fmt: skip
+        what = "warning: prediction_type is %s, but the scheduler of the base model %s says %s: its U-Net has to learn another"
+        log.info(f"{what} target; set prediction_type: %s unless you mean that", config.prediction_type, base, own, own)
     if note := without_instructions(device, accelerator.mixed_precision):
         log.info(note)
     if config.gradient_checkpointing:

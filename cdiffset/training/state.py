@@ -77,17 +77,16 @@ class RunFolder:
             raise UserError(f"work_dir: no checkpoint to continue from: {'; '.join(passed_over)}; choose another work_dir")
         self.found_at_start += [f"passed over: {fault}" for fault in passed_over]
         if written == "auto" and (changed := self.changed_settings(newest)):
-            raise UserError(
-                f"work_dir: {self.path} holds a run of other settings or data ({'; '.join(changed)}): choose another "
-                f"work_dir, or continue it with these by --resume latest"
-            )
+            other = f"{self.path} holds a run of other settings or data ({'; '.join(changed)})"
+            raise UserError(f"work_dir: {other}: choose another work_dir, or continue it with these by --resume latest")
         return newest
 
     def changed_settings(self, folder: Path) -> list[str]:
         """What differs between the settings and data of a checkpoint and those of now, of what changes the training."""
         meta, now = checkpoint.read_meta(folder), dict(flatten(asdict(self.config)))
         before = dict(flatten(asdict(Config()) | meta["config"]))  # what an earlier version did not know was as by default
-        names = [name for name in {**before, **now} if (head := name.split(".")[0]) in KNOBS and not may_change(head)]
+        kept = [name for name, each in KNOBS.items() if not each.metadata["may_change"]]
+        names = [name for name in {**before, **now} if name.split(".")[0] in kept]
         changed = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
         return changed + self.changed_data(meta.get("data"))
 
@@ -95,10 +94,8 @@ class RunFolder:
         """What differs between the training pairs of a checkpoint and those of now; an earlier version kept no record."""
         if before is None or before == self.data:
             return []
-        counts = [f"{record['pairs']} pairs" for record in (before, self.data)]
-        return [
-            "training data: " + (" -> ".join(counts) if len(set(counts)) == 2 else f"{counts[0]}, but other files or order")
-        ]
+        pairs, now = before["pairs"], self.data["pairs"]
+        return [f"training data: {pairs} pairs" + (", but other files or order" if pairs == now else f" -> {now} pairs")]
 
     def newest_result(self) -> Path:
         """What phase test judges where accelerator_path is null: this run's best, else its latest."""
@@ -110,11 +107,6 @@ class RunFolder:
     def last_good(self) -> str:
         kept = checkpoint.list_checkpoints(self.path)
         return f"last good checkpoint: {kept[-1] if kept else 'none yet'}"
-
-
-def may_change(name: str) -> bool:
-    """Whether a setting may change between two parts of a run."""
-    return KNOBS[name].metadata["may_change"]
 
 
 @dataclass

@@ -44,9 +44,7 @@ class Validator:
     def rows(
         self, unet: UNet2DConditionModel, indices: range, folder: Path, before_batch: Callable = lambda: None
     ) -> list[dict]:
-        """One row of metrics per pair, in list order, on all processes. A picture of each pair goes to `folder`: SAR, EO,
-        generated EO, confidence.
-        """
+        """One row of metrics per pair, in list order, on all processes. A picture of each pair goes to `folder`."""
         rows = []
         for batch, generated, sigma2 in self.translations(unet, indices, "validating", before_batch):
             rows += utils.image_rows(batch["name"], self.metrics(generated, batch["eo"]))
@@ -127,13 +125,11 @@ def run_test(config: Config) -> None:
 
 def write_pictures(folder: Path, batch: dict, generated: torch.Tensor, sigma2: torch.Tensor | None) -> None:
     """One side-by-side picture per pair."""
-    generated = generated.cpu()
-    confidence = confidence_map(sigma2.cpu(), tuple(generated.shape[-2:])) if sigma2 is not None else None
+    pictures = {"SAR": batch["sar"], "EO": batch["eo"], "generated EO": generated.cpu()}
+    if sigma2 is not None:
+        pictures["confidence"] = confidence_map(sigma2.cpu(), tuple(generated.shape[-2:]))
     for index, name in enumerate(batch["name"]):
-        images, titles = [batch["sar"][index], batch["eo"][index], generated[index]], ["SAR", "EO", "generated EO"]
-        if confidence is not None:
-            images, titles = [*images, confidence[index]], [*titles, "confidence"]
-        write_png(folder / f"{name}.png", utils.panel(images, titles))
+        write_png(folder / f"{name}.png", utils.panel([images[index] for images in pictures.values()], list(pictures)))
 
 
 def write_images(folder: Path, batch: dict, generated: torch.Tensor, sigma2: torch.Tensor | None) -> None:

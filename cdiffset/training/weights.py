@@ -26,8 +26,7 @@ class TrainedWeights:
     """A U-Net in training.
 
     `masters` holds the float32 weights, which are trained, averaged and saved. `network` is what computes: the same module or,
-    with bf16_copy, a bfloat16 copy of it; compiled, and wrapped for several processes. `average` is the exponential average, or
-    None without ema_decay.
+    with bf16_copy, a bfloat16 copy of it; compiled, and wrapped for several processes. `average` is None without ema_decay.
     """
 
     def __init__(
@@ -158,9 +157,8 @@ def make_optimizer(name: str, parameters: list, learning_rate: float, weight_dec
     try:
         from bitsandbytes.optim import AdamW8bit  # slow to import, and installed by those alone who ask for it
     except ImportError as error:
-        raise UserError(
-            f"optimizer: {name} is that of bitsandbytes ({error}), install it: pip install -r requirements-extra.txt"
-        ) from error
+        remedy = "install it: pip install -r requirements-extra.txt"
+        raise UserError(f"optimizer: {name} is that of bitsandbytes ({error}), {remedy}") from error
     return AdamW8bit(parameters, **settings)
 
 
