@@ -116,8 +116,7 @@ def test_each_switch_turns_its_own_augmentation_on_and_leaves_the_crops(root, on
         top, left = rng.integers(SIZE - CROP + 1), rng.integers(SIZE - CROP + 1)
         flipped, upside_down, turned = (drawn < 0.5 and switch for drawn, switch in zip(rng.random(3), on, strict=True))
         expected = coded(blue=2)[top : top + CROP, left : left + CROP]
-        expected = expected[:, ::-1] if flipped else expected
-        expected = expected[::-1] if upside_down else expected
+        expected = expected[:: -1 if upside_down else 1, :: -1 if flipped else 1]
         assert (levels(feeder[epoch, 1]["eo"]) == (np.rot90(expected) if turned else expected)).all()
 
 
@@ -207,22 +206,15 @@ def test_sar_path_follows_from_eo_path(feeder, eo, sar):
     assert feeder.eo_to_sar(PurePosixPath(eo)) == PurePosixPath(sar)
 
 
-@pytest.mark.parametrize(
-    ("feeder", "eo"),
-    [
-        (QXSFeeder, "sar_256_oc_0.2/1.png"),
-        (QXSFeeder, "xopt_256_oc_0.2/1.png"),
-        (QXSFeeder, "opt_256_oc_0.2"),
-        (QXSFeeder, "opt_256_oc_0.2/opt_256_oc_0.2/1.png"),
-        (SAROptFeeder, "trainA/1.png"),
-        (SAROptFeeder, "trainB/testB/1.png"),
-        (SpaceNetFeeder, "PS-RGB/tile_8679.tif"),
-        (SpaceNetFeeder, "PS-MS/SN6_PS-RGB_1.tif"),
-        (SENMSFeeder, "ROIs1158_spring/s2_1/ROIs1158_spring_s2_2_p30.png"),
-        (SENMSFeeder, "ROIs1158_spring/s1_1/ROIs1158_spring_s1_1_p30.png"),
-        (SENMSFeeder, "ROIs1158_spring_s2_1_p30.png"),
-    ],
-)
+OUTSIDE = {
+    QXSFeeder: ["sar_256_oc_0.2/1.png", "xopt_256_oc_0.2/1.png", "opt_256_oc_0.2", "opt_256_oc_0.2/opt_256_oc_0.2/1.png"],
+    SAROptFeeder: ["trainA/1.png", "trainB/testB/1.png"],
+    SpaceNetFeeder: ["PS-RGB/tile_8679.tif", "PS-MS/SN6_PS-RGB_1.tif", SN6.format("SAR-Intensity")],
+    SENMSFeeder: [ROI.format("s1"), "ROIs1158_spring/s2_1/ROIs1158_spring_s2_2_p30.png", "ROIs1158_spring_s2_1_p30.png"],
+}
+
+
+@pytest.mark.parametrize(("feeder", "eo"), [(feeder, eo) for feeder, paths in OUTSIDE.items() for eo in paths])
 def test_eo_paths_outside_the_layout(feeder, eo):
     with pytest.raises(UserError, match=f"{eo} does not fit the layout of {feeder.__name__}"):
         feeder.eo_to_sar(PurePosixPath(eo))
@@ -241,16 +233,6 @@ def test_spacenet_polarisations(tmp_path):
 
 
 # lists
-
-
-def test_list_formats_agree(root):
-    names = qxs(root).names
-    (root / "train.pkl").write_bytes(pickle.dumps(ENTRIES))
-    (root / "train_windows.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(ENTRIES).encode())
-    (root / "train_dots.txt").write_text("".join(f"  ./{entry} \n" for entry in ENTRIES))
-    for name in ("train.pkl", "train_windows.txt", "train_dots.txt"):
-        feeder = QXSFeeder(str(root), str(root / name), CROP)
-        assert feeder.names == names and feeder[0]["sar"].shape == (3, CROP, CROP)
 
 
 class Evil:
@@ -275,10 +257,14 @@ RELATIVE = st.lists(NAME, min_size=1, max_size=4).map("/".join)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(RELATIVE, min_size=1, max_size=6, unique_by=str.strip), st.sampled_from(["\n", "\r\n", "\n\n", " \n"]))
-def test_any_list_of_names_comes_back_in_each_format(tmp_path_factory, names, line_end):
+@given(
+    st.lists(RELATIVE, min_size=1, max_size=6, unique_by=str.strip),
+    st.sampled_from(["\n", "\r\n", "\n\n", " \n"]),
+    st.sampled_from([b"", b"\xef\xbb\xbf"]),
+)
+def test_any_list_of_names_comes_back_in_each_format(tmp_path_factory, names, line_end, bom):
     folder = tmp_path_factory.mktemp("lists")
-    (folder / "a.txt").write_bytes(line_end.join(names).encode())
+    (folder / "a.txt").write_bytes(bom + line_end.join(names).encode())
     (folder / "a.pkl").write_bytes(pickle.dumps(names))
     for name in ("a.txt", "a.pkl"):
         entries = read_list(folder / name, (".txt", ".pkl"))
@@ -298,37 +284,6 @@ def test_any_path_stays_in_the_root_or_is_refused(text):
     else:
         assert path.name and os.path.commonpath(["/top", os.path.normpath(f"/top/{path}")]) == "/top"
         assert os.path.normpath(f"/top/{path}") != "/top"
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.lists(NAME.filter(lambda name: name not in ("PS-RGB", "trainB", "testB")), max_size=3), NAME)
-def test_the_sar_path_differs_from_the_eo_path_where_it_must(parents, name):
-    before = "".join(f"{parent}/" for parent in parents)
-    for feeder, eo, sar in (
-        (QXSFeeder, f"{before}opt_256_oc_0.2/{name}.png", f"{before}sar_256_oc_0.2/{name}.png"),
-        (SAROptFeeder, f"{before}testB/{name}.png", f"{before}testA/{name}.png"),
-        (SpaceNetFeeder, f"{before}PS-RGB/{name}_PS-RGB_{name}.tif", f"{before}SAR-Intensity/{name}_SAR-Intensity_{name}.tif"),
-        (SENMSFeeder, f"{before}s2_7/{name}_s2_7_p1.png", f"{before}s1_7/{name}_s1_7_p1.png"),
-    ):
-        assert feeder.eo_to_sar(PurePosixPath(eo)) == PurePosixPath(sar)
-        if feeder is not SENMSFeeder:
-            with pytest.raises(UserError, match="does not fit the layout"):  # a SAR path is no EO path
-                feeder.eo_to_sar(PurePosixPath(sar))
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(0, 20), st.integers(0, 2**40))
-def test_any_crop_is_a_part_of_the_image_in_one_of_its_orientations(tmp_path_factory, crop, epoch, seed):
-    folder = tmp_path_factory.mktemp("crops")
-    for kind in ("sar", "eo"):
-        save_image(folder / kind / "1.png", coded())
-    feeder = PairedFolderFeeder(crop, "train", folder / "sar", folder / "eo", seed=seed, **AUGMENTATIONS)
-    item = feeder[epoch, 0]
-    place = levels(item["eo"])[..., :2]
-    assert torch.equal(item["sar"], item["eo"]) and place.shape == (crop, crop, 2)
-    low = place.min((0, 1))
-    assert (place.max((0, 1)) - low == crop - 1).all() and (low >= 0).all() and (low + crop <= SIZE).all()
-    assert len({tuple(pixel) for pixel in place.reshape(-1, 2)}) == crop * crop  # every pixel of the part, once
 
 
 @pytest.mark.parametrize(("dataroot", "listroot"), [("/path/to/QXS", "train.txt"), (".", "/path/to/train.txt")])
@@ -478,17 +433,13 @@ def test_paired_folder_options_must_make_sense(tmp_path):
 # real pairs
 
 
-def test_real_qxs_pairs(samples, tmp_path):
+def test_real_pairs(samples, tmp_path):
     (tmp_path / "train.txt").write_text("".join(f"opt_256_oc_0.2/{number}.png\n" for number in range(1, 101)))
     feeder = QXSFeeder(samples / "QXSLAB_SAROPT", tmp_path / "train.txt", crop_size=64, load_size=88)
     items = [feeder[index] for index in range(0, 100, 10)]
     assert len(feeder) == 100 and all(item["eo"].shape == (3, 64, 64) for item in items)
     assert all(-1 <= image.min() < image.max() <= 1 for item in items for image in (item["sar"], item["eo"]))
     assert all((item["sar"][0] == item["sar"][2]).all() for item in items)
-
-
-def test_real_sar2opt_pairs(samples, tmp_path):
     (tmp_path / "test.txt").write_text("testB/4.png\n")
     item = SAROptFeeder(samples / "sar2opt", tmp_path / "test.txt", crop_size=248)[0]
-    raw = np.asarray(Image.open(samples / "sar2opt/testA/4.png"))
-    assert (levels(item["sar"])[..., 0] == raw).all()
+    assert (levels(item["sar"])[..., 0] == np.asarray(Image.open(samples / "sar2opt/testA/4.png"))).all()

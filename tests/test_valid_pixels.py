@@ -337,6 +337,9 @@ def test_networks_see_the_images_without_excluded_pixels(pictures, monkeypatch):
     mae = np.mean([np.abs(picture(k).astype(float) - picture(10 + k)).mean() for k in (0, 2)])
     assert report["means"]["standard"]["lpips"]["n"] == 2
     assert report["means"]["standard"]["lpips"]["mean"] == pytest.approx(mae / 127.5, rel=1e-5)
+    assert report["means"]["standard"]["dists"]["mean"] == pytest.approx(mae / 255, rel=1e-5)
+    means = [np.stack([picture(k + first).mean((0, 1)) for k in (0, 2)]).mean(0) for first in (0, 10)]
+    assert report["set"]["fid"]["value"] > 0.9 * ((means[0] - means[1]) ** 2).sum() / 255**2
     assert report["set"]["fid"]["n"] == 2 and report["set"]["kid"]["subset_size"] == 2
     assert all(report["absent"][name] == utils.NEEDS_WHOLE for name in ("lpips", "dists", "fid", "kid"))
     assert report["absent"]["inception_score"] == "not here"
