@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -48,12 +49,15 @@ def test_the_locked_versions_are_within_the_ranges(stated):
         assert all(Requirement(name + specifier).specifier.contains(version) for version in versions), name
 
 
+distributions = cache(packages_distributions)  # reads the records of all that is installed
+
+
 def foreign(nodes) -> set[str]:
     """Distributions of the packages of others that are imported."""
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     packages = {name.partition(".")[0] for name in names} - OURS - sys.stdlib_module_names
-    installed = packages_distributions()
+    installed = distributions()
     return {normal(installed.get(package, [package])[0]) for package in packages}
 
 
