@@ -16,7 +16,7 @@ from cdiffset.calibration.error_pictures import error_view, hatched, overlay
 from cdiffset.diffusion import image_noise
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar_valid, write_png, write_tiff
-from cdiffset.inference.batching import WriteBehind, file_threads, skip_too_long
+from cdiffset.inference.batching import file_threads, skip_too_long, writing_behind
 from cdiffset.inference.record import OutputRecord
 from cdiffset.inference.translator import Translation, Translator, translate_files
 from cdiffset.model import vae_factor
@@ -88,7 +88,7 @@ def translate_batched(files: "Images | WholeScenes", tasks: list[Task]) -> list[
         with skip_too_long(task, task.sar, skipped):
             files.write(task, translation)
 
-    with WriteBehind(file_threads(translator.checkpoint.device)) as write_behind:
+    with writing_behind(file_threads(translator.checkpoint.device)) as write_behind:
         for index, translation in translate_files(translator, tasks, skipped, files.read, files.noise_of):
             files.run.begin(tasks[index])
             write_behind(write, tasks[index], translation)
