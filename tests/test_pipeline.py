@@ -25,7 +25,7 @@ from cdiffset import ranks
 from cdiffset.errors import UserError
 from cdiffset.inference import batching as pipeline
 from cdiffset.inference import translator
-from cdiffset.inference.batching import WriteBehind, batches_of_one_size, read_ahead
+from cdiffset.inference.batching import batches_of_one_size, read_ahead, writing_behind
 from cdiffset.inference.options import ModelSettings
 from cdiffset.inference.translator import BatchSizes, decoder_bytes, load_prompt
 
@@ -55,16 +55,16 @@ def test_reading_ahead_ends_with_its_reader():
 
 
 def test_writing_behind_keeps_its_bounds_and_does_everything():
-    gate, written = threading.Event(), []
+    gate, begun, written = threading.Event(), [], []
 
     def write(item):
         gate.wait(10)
         written.append(item)
 
-    with WriteBehind(1) as later, ThreadPoolExecutor(1) as pool:
-        handed_over = pool.submit(lambda: [later(write, item) for item in range(5)])
+    with writing_behind(1) as later, ThreadPoolExecutor(1) as pool:
+        handed_over = pool.submit(lambda: [begun.append(item) or later(write, item) for item in range(5)])
         time.sleep(0.05)
-        assert not handed_over.done() and len(later.pending) <= 3  # it waits for the disk
+        assert not handed_over.done() and len(begun) <= 3  # it waits for the disk
         gate.set()
         handed_over.result(10)
     assert written == list(range(5))
@@ -78,11 +78,11 @@ def test_the_first_error_of_writing_reaches_the_caller_and_the_rest_is_written()
             raise OSError(28, "No space left on device")
         written.append(item)
 
-    with pytest.raises(OSError, match="No space left"), WriteBehind(1) as later:
+    with pytest.raises(OSError, match="No space left"), writing_behind(1) as later:
         for item in range(3):
             later(write, item)
     assert written in ([0], [0, 2])  # according to when the error was noticed
-    with pytest.raises(KeyboardInterrupt), WriteBehind(2) as later:
+    with pytest.raises(KeyboardInterrupt), writing_behind(2) as later:
         later(written.append, "handed over")
         raise KeyboardInterrupt
     assert written[-1] == "handed over"

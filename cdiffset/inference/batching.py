@@ -39,32 +39,23 @@ def read_ahead(items: Sequence, read: Callable, threads: int) -> Iterator[Future
         pool.shutdown(cancel_futures=True)
 
 
-class WriteBehind:
-    """`with WriteBehind(threads) as write_behind: write_behind(write, what, ...)` calls write(what, ...) in a thread.
+@contextmanager
+def writing_behind(threads: int) -> Iterator[Callable]:
+    """Within, the function given calls write(what, ...) in a thread; at most twice as many calls wait as there are threads.
 
-    At most twice as many calls wait as there are threads. The first error is raised by a later call, or at the end of the
-    block. What was handed over is done at the end of the block, also where that ends by an error.
+    The first error is raised by a later call, or at the end, by which all is done, also where the block ends by an error.
     """
+    pending: deque[Future] = deque()
 
-    def __init__(self, threads: int):
-        self.pool, self.threads, self.pending = ThreadPoolExecutor(threads, "writing"), threads, deque()
-        self.quiet = without_georeference()
+    def write_behind(write: Callable, *arguments) -> None:
+        pending.append(pool.submit(write, *arguments))
+        while pending and (pending[0].done() or len(pending) > 2 * threads):
+            pending.popleft().result()
 
-    def __enter__(self):
-        self.quiet.__enter__()
-        return self
-
-    def __call__(self, write: Callable, *arguments) -> None:
-        self.pending.append(self.pool.submit(write, *arguments))
-        while self.pending and (self.pending[0].done() or len(self.pending) > 2 * self.threads):
-            self.pending.popleft().result()
-
-    def __exit__(self, kind, *_) -> None:
-        self.pool.shutdown()
-        self.quiet.__exit__(None, None, None)
-        if kind is None:
-            for future in self.pending:
-                future.result()
+    with without_georeference(), ThreadPoolExecutor(threads, "writing") as pool:
+        yield write_behind
+    for future in pending:
+        future.result()
 
 
 def batches_of_one_size(
@@ -83,15 +74,15 @@ def batches_of_one_size(
     """
     waiting: dict[tuple[int, int], list[tuple[int, tuple[np.ndarray, ...]]]] = {}
     held = 0
+
+    def batch_of(key: tuple[int, int]) -> Iterator:
+        nonlocal held
+        entries = waiting.pop(key)
+        held -= bytes_of(entries)
+        yield tuple(index for index, _ in entries), tuple(zip(*(images for _, images in entries), strict=True))
+        bar.update(len(entries))
+
     with tqdm(total=len(items), desc=what, unit="image", mininterval=1) as bar:
-
-        def batch_of(key: tuple[int, int]) -> Iterator:
-            nonlocal held
-            entries = waiting.pop(key)
-            held -= bytes_of(entries)
-            yield tuple(index for index, _ in entries), tuple(zip(*(images for _, images in entries), strict=True))
-            bar.update(len(entries))
-
         for index, future in enumerate(read_ahead(items, read, threads)):
             try:
                 images = future.result()

@@ -94,34 +94,32 @@ def model_settings(args: argparse.Namespace, config: Config | None = None) -> Mo
 
 def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
     """The preset's, where the command line leaves them open. UserError for values and combinations that there are not."""
-    if args.ensemble_output is not None and args.ensemble == 1:
-        raise UserError(
-            f"--ensemble-output {args.ensemble_output}: it chooses among samples, expected --ensemble of at least 2"
-        )
+    if args.ensemble_output and args.ensemble == 1:
+        raise UserError(f"--ensemble-output {args.ensemble_output}: it chooses among samples, give --ensemble of at least 2")
+    given = args.scheduler, args.timestep_spacing, args.num_inference_steps
     preset = PRESETS[args.preset][0]
-    scheduler, spacing = args.scheduler or preset.scheduler, args.timestep_spacing or preset.timestep_spacing
-    steps = preset.num_inference_steps if args.num_inference_steps is None else args.num_inference_steps
+    scheduler, spacing, steps = (own if value is None else value for value, own in zip(given, preset, strict=True))
     readout, output = args.readout or "midpoint", args.ensemble_output or "first"
     settings = SamplingSettings(args.seed, scheduler, spacing, steps, readout, args.ensemble, output)
     check_limits(settings, {"num_inference_steps": (1, 999), "ensemble": (1, None), "seed": (0, MAX_SEED)})
     if (scheduler, spacing) != PAPER[:2] and steps > MAX_FEW_STEPS:
+        most = f"expected at most {MAX_FEW_STEPS} with {scheduler} {spacing}"
         raise UserError(
-            f"--num-inference-steps: expected at most {MAX_FEW_STEPS} with {scheduler} {spacing}, found {steps}; more are for "
-            f"{PAPER.scheduler} {PAPER.timestep_spacing}"
+            f"--num-inference-steps: {most}, found {steps}; more are for {PAPER.scheduler} {PAPER.timestep_spacing}"
         )
     return settings
 
 
 def machine_settings(args: argparse.Namespace) -> MachineSettings:
-    check_limits(args, {"max_pixels": (1, None)} | ({} if args.batch_size is None else {"batch_size": (1, None)}))
+    check_limits(args, {"max_pixels": (1, None), "batch_size": (1, None)})
     return MachineSettings(args.device, args.precision, args.batch_size, args.compile, args.max_pixels)
 
 
 def check_limits(settings: object, limits: dict[str, tuple[float, float | None]]) -> None:
-    """UserError where an attribute is outside of its (least, greatest) value; None: no limit."""
+    """UserError where an attribute that is not None is outside of its (least, greatest) value; greatest None: no limit."""
     for name, (low, high) in limits.items():
         value = getattr(settings, name)
-        if not value >= low or (high is not None and value > high):
+        if value is not None and not low <= value <= (math.inf if high is None else high):
             allowed = f"at least {low}" + (f" and at most {high}" if high is not None else "")
             raise UserError(f"--{name.replace('_', '-')}: expected {allowed}, found {value}")
 
@@ -131,8 +129,8 @@ def recorded_settings(model: ModelSettings, machine: MachineSettings) -> dict[st
     from cdiffset.checkpoint import find_weights, identity
 
     weights = identity(find_weights(model.checkpoint, "--checkpoint"), "--checkpoint")
-    is_folder = (folder := Path(model.base).expanduser()).is_dir()
-    base = str(folder.resolve()) if is_folder else model.base  # however it is written
+    folder = Path(model.base).expanduser()
+    base = str(folder.resolve()) if folder.is_dir() else model.base  # however it is written
     recorded = {"weights": weights, "base": base, "prompt": model.prompt, "prediction_type": model.prediction_type}
     return recorded | {"precision": machine.precision}
 

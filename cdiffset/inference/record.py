@@ -15,9 +15,9 @@ FILE_NAME = ".settings.json"
 
 
 class OutputRecord:
-    """The settings of this run beside the record that a folder has, if any.
+    """The settings of this run, JSON values by name, beside the record that a folder has, if any.
 
-    settings: a mapping of names to JSON values. With `skip_existing` UserError where the folder holds files of others.
+    With `skip_existing` UserError where the folder holds files of others.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], skip_existing: bool):

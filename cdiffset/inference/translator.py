@@ -1,6 +1,7 @@
 """SAR pixels in, EO pixels and maps out: everything between the reading and the writing of files."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -144,15 +145,14 @@ class BatchSizes:
 
     def __init__(self, checkpoint: LoadedCheckpoint, batch_size: int | None):
         self.checkpoint, self.batch_size = checkpoint, batch_size
-        self.limit: int | None = None  # images of any size; None: memory has sufficed so far
+        self.limit = math.inf  # images of any size; less once memory has not sufficed
         self.chosen: dict[tuple[int, int], int] = {}  # by padded size
 
     def __call__(self, height: int, width: int) -> int:
         """UserError where not even one image fits into the memory."""
         if (height, width) not in self.chosen:
             self.chosen[height, width] = self.choose(height, width)
-        chosen = self.chosen[height, width]
-        return chosen if self.limit is None else min(chosen, self.limit)
+        return min(self.chosen[height, width], self.limit)
 
     def choose(self, height: int, width: int) -> int:
         device, vae = self.checkpoint.device, self.checkpoint.vae
@@ -164,11 +164,10 @@ class BatchSizes:
             )
         together = self.batch_size
         if together is None:
+            fitting = CPU_BATCH_PX // (height * width)
             if device.type == "cuda":
-                together = int(MEMORY_FRACTION * free / self.measured_bytes(height, width))
-            else:
-                together = CPU_BATCH_PX // (height * width)
-            together = max(1, min(MAX_BATCH, together))
+                fitting = int(MEMORY_FRACTION * free / self.measured_bytes(height, width))
+            together = max(1, min(MAX_BATCH, fitting))
             tqdm.write(f"--batch-size auto: {together} together of {width} x {height} px")
         # One by one through the VAE, which is exact, where its activations would crowd the memory. Never switched off again.
         if together * least > free / 4:
@@ -238,9 +237,7 @@ class Translator:
             self.batch_sizes.limit = together // 2
             tqdm.write(f"{together} images together do not fit into the memory of {device}: from now on {together // 2}")
 
-    def translate(
-        self, images: Sequence[np.ndarray], sar: torch.Tensor, noise: torch.Tensor, together: int
-    ) -> list[Translation]:
+    def translate(self, images, sar: torch.Tensor, noise: torch.Tensor, together: int) -> list[Translation]:
         """Images in their own sizes, the same ones padded [B, 3, H', W'], their noise [N, B, C, h, w]."""
         checkpoint, size = self.checkpoint, tuple(sar.shape[-2:])
         samples, sigma2, spread = ensemble(
@@ -249,17 +246,13 @@ class Translator:
         )  # [N,B,3,H',W'], [B,1,h,w], [B,1,H',W']  # fmt: skip
         require_finite(samples, "translation")
         eo = to_uint8(reduce_samples(samples, self.sampling.ensemble_output))  # [B,H',W',3]
-        maps = {"variance": None, "confidence": None, "spread": spread}
+        maps = [None, None, spread]
         if sigma2 is not None:
-            maps["variance"] = variance_map(sigma2, size)
-            maps["confidence"] = (confidence_map(sigma2.cpu(), size) * 255).round().to(torch.uint8)
+            maps[:2] = variance_map(sigma2, size), (confidence_map(sigma2.cpu(), size) * 255).round().to(torch.uint8)
         translations = []
         for index, (height, width) in enumerate(pixels.shape[:2] for pixels in images):
-            cropped = {
-                name: None if values is None else values[index, 0, :height, :width].cpu().numpy()
-                for name, values in maps.items()
-            }
-            translations.append(Translation(eo=eo[index, :height, :width], **cropped))
+            cropped = (None if values is None else values[index, 0, :height, :width].cpu().numpy() for values in maps)
+            translations.append(Translation(eo[index, :height, :width], *cropped))
         return translations
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,11 +25,11 @@ from tqdm import tqdm
 from cdiffset.calibration.calibration import Calibration
 from cdiffset.diffusion import predict, variance_weights
 from cdiffset.errors import UserError
-from cdiffset.images import QUICKLOOK, hidden_beside, to_signed, to_uint8, written_whole
+from cdiffset.images import QUICKLOOK, hidden_beside, to_signed, to_uint8, write_png, write_text
 from cdiffset.inference.translator import LoadedCheckpoint, Translator, require_finite
 from cdiffset.losses import variance
 from cdiffset.model import decode, encode
-from cdiffset.scenes.geotiff import Scene, open_scene, write_cog, write_quicklook
+from cdiffset.scenes.geotiff import Scene, open_scene, quicklook, write_cog
 from cdiffset.scenes.options import TileSettings
 from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions, describe, measure, out_of_domain
 from cdiffset.scenes.resampling import gsd_of, resample_strips
@@ -103,8 +103,7 @@ class Scratch:
         """Up to `done` everything is on disk, the last of it in the arrays named."""
         for name in names:
             self.arrays[name].flush()
-        with written_whole(self.state) as temporary:
-            temporary.write_text(json.dumps({"key": self.key, "done": done}))
+        write_text(self.state, json.dumps({"key": self.key, "done": done}))
         self.done = done
 
 
@@ -154,11 +153,6 @@ def fuse_latents(translator: Translator, tiles: Tiles, read_pixels: Callable, sc
         denoise_step(translator, tiles, scratch, index)
         scratch.finish(index + 1, TURNS[(index + 1) % 2])
     return scratch.arrays[TURNS[steps % 2]]
-
-
-def latent_shapes(channels: int, grid: Grid) -> dict[str, tuple[int, int, int]]:
-    size = grid.height, grid.width
-    return {"z_sar": (channels, *size)} | dict.fromkeys(TURNS, (channels + 1, *size))
 
 
 def windows_of(tiles: Tiles, *parts: tuple[DiskArray, slice]) -> Callable[[int], tuple[np.ndarray, ...]]:
@@ -228,7 +222,7 @@ def decoded_strips(checkpoint: LoadedCheckpoint, tiles: Tiles, latents: DiskArra
     grid, z_eo = tiles.grid.times(checkpoint.factor), windows_of(tiles, (latents, slice(0, -1)))
     pieces = fuse(grid, tiles.run(partial(decode, checkpoint.vae), z_eo))
     eight_bit = ((rows, columns, to_uint8(torch.from_numpy(piece)).transpose(2, 0, 1)) for rows, columns, piece in pieces)
-    yield from strips(eight_bit, grid.width)
+    return strips(eight_bit, grid.width)
 
 
 def onto_scene(
@@ -271,22 +265,17 @@ def map_strips(
 
 
 def variance_strips(sigma2: DiskArray, factor: int) -> Iterator[tuple[int, np.ndarray]]:
-    """σ² [.., h, w], the last channel => (first row, [1, n, factor w]): bicubic within its range.
-
-    As `uncertainty.variance_map`.
-    """
+    """σ² [.., h, w], the last channel => (first row, [1, n, factor w]): bicubic within its range, as `variance_map`."""
     height, rows = sigma2.shape[1], STRIP // factor
 
     def read(start: int, stop: int) -> np.ndarray:
         return sigma2.read(slice(max(0, start), min(height, stop)), slice(-1, None))
 
-    extremes = [(part.min(), part.max()) for part in (read(top, top + rows) for top in range(0, height, rows))]
-    low, high = float(min(extremes)[0]), float(max(high for _, high in extremes))
+    lows, highs = zip(*((part.min(), part.max()) for part in (read(k, k + rows) for k in range(0, height, rows))), strict=True)
+    low, high = float(min(lows)), float(max(highs))
     for first in range(0, height, rows):
-        finer = torch.nn.functional.interpolate(
-            torch.from_numpy(read(first - MARGIN, first + rows + MARGIN)[None]),
-            scale_factor=factor, mode="bicubic", align_corners=False,
-        )  # fmt: skip
+        coarse = torch.from_numpy(read(first - MARGIN, first + rows + MARGIN)[None])
+        finer = torch.nn.functional.interpolate(coarse, scale_factor=factor, mode="bicubic", align_corners=False)
         offset = min(first, MARGIN) * factor
         strip = finer[0, :, offset : offset + min(rows, height - first) * factor]
         yield first * factor, strip.clamp(low, high).numpy()
@@ -296,17 +285,8 @@ def maps_of(kind: str, calibration: Calibration | None) -> dict[tuple[str, str],
     """The bands of a map: (name, unit) => what makes it of the maps of a translation."""
     variance = {("variance", "1"): lambda maps: maps["variance"]}
     expected = {} if calibration is None else {("expected error, 8-bit units", "DN"): calibration.expected_error}
-    match kind:
-        case "confidence":
-            return variance | expected
-        case "variance":
-            return variance
-        case "spread":
-            return {("spread, 8-bit units", "DN"): lambda maps: maps["spread"]}
-        case "error":
-            return expected
-        case other:
-            raise ValueError(f"unknown map {other!r}")
+    spread = {("spread, 8-bit units", "DN"): lambda maps: maps["spread"]}
+    return {"confidence": variance | expected, "variance": variance, "spread": spread, "error": expected}[kind]
 
 
 # ------------------------------------------------------------------------------------------------------ a scene's outputs
@@ -380,7 +360,7 @@ def tags_of(scene: Scene, info: SceneInfo) -> dict[str, str]:
 
 
 def write_map(
-    path: Path, scratch: Path, scene: Scene, info: SceneInfo, translated: Iterator, names: Sequence[str], bands: dict
+    path: Path, scratch: Path, scene: Scene, info: SceneInfo, translated: Iterable, names: Sequence[str], bands: dict
 ) -> None:
     """A float32 GeoTIFF of maps; translated, names: as for `map_strips`; bands: `maps_of`."""
     maps = map_strips(scene, info.radiometry, translated, names, list(bands.values()))
@@ -388,7 +368,7 @@ def write_map(
     write_cog(path, scratch, scene, titles, units, "float32", maps, tags_of(scene, info))
 
 
-def write_picture(path: Path, scratch: Path, scene: Scene, info: SceneInfo, translated: Iterator) -> None:
+def write_picture(path: Path, scratch: Path, scene: Scene, info: SceneInfo, translated: Iterable) -> None:
     """An RGBA GeoTIFF of strips [3, n, W'] in 0-255."""
     pictures = eo_strips(scene, info.radiometry, translated)
     titles, units = ("red", "green", "blue", "alpha"), ("DN", "DN", "DN", "")
@@ -397,12 +377,8 @@ def write_picture(path: Path, scratch: Path, scene: Scene, info: SceneInfo, tran
 
 def write_views(outputs: dict[str, Path], scene: Scene, info: SceneInfo) -> None:
     """What is there to look at: a quicklook and the page with the slider."""
-    write_quicklook(outputs["eo"].with_suffix(QUICKLOOK), outputs["eo"])
+    write_png(outputs["eo"].with_suffix(QUICKLOOK), quicklook(outputs["eo"]))
     write_swipe(outputs, scene, info.radiometry, facts_of(scene, info), info.gsd and info.gsd[1])
-
-
-def scratch_folder(outputs: dict[str, Path]) -> Path:
-    return hidden_beside(outputs["eo"], "scene")
 
 
 # -------------------------------------------------------------------------------------------------------- one fused scene
@@ -428,8 +404,9 @@ def translate_scene(
         grid = make_grid(height, width, settings.tile // factor, settings.overlap // factor)
         origin = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         made_with = {"origin": origin, "grid": grid, "settings": info.settings}
-        scratch = Scratch(scratch_folder(outputs), made_with, latent_shapes(channels, grid))
-        bar = progress(scratch.done, translator.sampling.num_inference_steps, grid, scene, outputs["eo"].name)
+        shapes = {"z_sar": (channels, height, width)} | dict.fromkeys(TURNS, (channels + 1, height, width))
+        scratch = Scratch(hidden_beside(outputs["eo"], "scene"), made_with, shapes)
+        bar, megapixels = progress(scratch.done, translator.sampling.num_inference_steps, grid, scene, outputs["eo"].name)
         tiles = Tiles(grid, batch_size, checkpoint.device, bar)
 
         def read_pixels(number: int) -> tuple[np.ndarray]:
@@ -447,7 +424,6 @@ def translate_scene(
             except UserError:  # the same again would end the same way
                 shutil.rmtree(scratch.folder)
                 raise
-        megapixels = bar.megapixels * (1 - bar.initial / bar.total)
     shutil.rmtree(scratch.folder)
     seconds = time.monotonic() - started
     print(f"{files[0]}: {megapixels:.1f} Mpx in {seconds:.1f} s, {megapixels / seconds:.3f} Mpx/s, into {outputs['eo']}")
@@ -456,21 +432,23 @@ def translate_scene(
 class Progress(tqdm):
     """A bar of tiles that says how many megapixels of the scene are finished per second, all steps counted."""
 
-    megapixels = 0.0
+    per_tile = 0.0  # Mpx, of one of its steps
 
     @property
     def format_dict(self) -> dict:
         numbers = super().format_dict
-        done = (self.n - self.initial) / self.total * self.megapixels
+        done = (numbers["n"] - (numbers["initial"] or 0)) * self.per_tile  # None where TQDM_DISABLE is set
         return numbers | {"postfix": f"{done / max(numbers['elapsed'], 1e-3):.3f} Mpx/s"}
 
 
-def progress(done: int | None, steps: int, grid: Grid, scene: Scene, name: str) -> Progress:
-    """The bar over encoding, steps and decoding, set to what an earlier run has done: `done` steps, None: nothing."""
+def progress(done: int | None, steps: int, grid: Grid, scene: Scene, name: str) -> tuple[Progress, float]:
+    """The bar over encoding, steps and decoding, set to what an earlier run has done (`done` steps, None: nothing); and the
+    Mpx that are left to do, all steps counted.
+    """
     count = len(grid.windows())
-    initial = 0 if done is None else count * (done + 1)
-    bar = Progress(total=count * (steps + 2), initial=initial, desc=name, unit="tile", mininterval=1)
-    bar.megapixels = scene.height * scene.width / 1e6
+    initial, total = 0 if done is None else count * (done + 1), count * (steps + 2)
+    bar = Progress(total=total, initial=initial, desc=name, unit="tile", mininterval=1)
+    bar.per_tile = scene.height * scene.width / 1e6 / total
     if done is not None:
         bar.write(f"{name}: goes on after step {done} of {steps}")
-    return bar
+    return bar, (total - initial) * bar.per_tile

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from cdiffset.images import (
     read_bands,
     require_size,
     without_georeference,
-    write_png,
     written_whole,
 )
 
@@ -102,32 +101,25 @@ class Scene:
 
     def read(self, indexes: Sequence[int], window: Window, nodata: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """A window => (bands [n, h, w], valid [h, w]: in every one of these bands, see `images.read_bands`)."""
-        chosen: dict[DatasetReader, list[int]] = {}
-        for index in indexes:
-            raster, place = self.places[index - 1]
-            chosen.setdefault(raster, []).append(place)
+        places = [self.places[index - 1] for index in indexes]
+        chosen = {raster: [k for each, k in places if each is raster] for raster, _ in places}  # each is read once
         try:
-            read = {raster: read_bands(raster, places, window, nodata) for raster, places in chosen.items()}
+            read = {raster: read_bands(raster, bands, window, nodata) for raster, bands in chosen.items()}
         except Exception as error:  # GDAL's decoders raise many kinds
             where = f"rows {window.row_off} to {window.row_off + window.height}"
             reason = str(error.__cause__ or error).splitlines()[0]
             raise UserError(f"{self.name}: truncated or damaged in {where} ({reason}); copy or download it again") from error
-        bands, valid = [], np.ones((window.height, window.width), bool)
-        for index in indexes:
-            raster, place = self.places[index - 1]
-            values, valid_bands = (part[chosen[raster].index(place)] for part in read[raster])
-            bands.append(values)
-            valid &= valid_bands
-        return np.stack(bands), valid
+        bands, valid = (
+            np.stack([read[raster][part][chosen[raster].index(place)] for raster, place in places]) for part in (0, 1)
+        )
+        return bands, valid.all(0)
 
     def acquired(self) -> str | None:
         """When the scene was taken, ISO 8601, from the product's name or from its tags; None where they do not say."""
         for pattern, form in TIMES:
             if found := re.search(pattern, self.paths[0].stem):
-                try:
+                with suppress(ValueError):
                     return datetime.strptime(found[0].upper(), form).isoformat()
-                except ValueError:
-                    continue
         tags = {name.lower(): value for name, value in self.tags().items()}
         value = next((tags[name] for name in TIME_TAGS if tags.get(name)), None)
         if value and re.match(r"[0-9]{4}:[0-9]{2}:[0-9]{2} ", value):  # as the TIFF standard has it
@@ -142,8 +134,7 @@ def is_georeferenced(raster: DatasetReader) -> bool:
 
 def crs_of(raster: DatasetReader) -> CRS | None:
     """A raster's own CRS, or that of the .prj beside it, which GDAL does not read with a world file."""
-    path = Path(raster.name)
-    path = _beside(path, f"{path.stem}.prj")
+    path = _beside(Path(raster.name), f"{Path(raster.name).stem}.prj")
     if raster.crs or raster.transform.is_identity or path is None:
         return raster.crs
     try:
@@ -159,10 +150,7 @@ def grid_of(raster: DatasetReader) -> tuple:
 
 @contextmanager
 def open_scene(path: Path | Sequence[Path], max_pixels: int = MAX_PIXELS) -> Iterator[Scene]:
-    """Open a raster, or one for each polarisation, for reading by windows.
-
-    UserError where it is none, or holds what cannot be translated.
-    """
+    """Open a raster, or one for each polarisation; UserError where it is none, or holds what cannot be translated."""
     paths = [path] if isinstance(path, Path) else path
     with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES), ExitStack() as stack:
         yield Scene([stack.enter_context(open_checked(each, max(max_pixels, MAX_PIXELS))) for each in paths])
@@ -199,25 +187,23 @@ def has_colours(raster: DatasetReader) -> bool:
 
 
 def is_scene(path: Path, side: float) -> bool:
-    """Whether a file takes the scene path by itself: a georeferenced raster, a picture with a mask or nodata beside it, or a
-    TIFF with a side above `side` px.
-
-    What cannot be opened is left to the reader that names the fault.
+    """Whether a file is a scene by itself: a georeferenced raster, a picture with a mask or nodata beside it, or a TIFF with a
+    side above `side` px. What cannot be opened is left to the reader that names the fault.
     """
     suffix = path.suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
         return True
-    if suffix == ".npy" or not path.is_file():
-        return False
     is_tiff = suffix in (".tif", ".tiff")
-    if not is_tiff and not _has_sidecar(path):
+    if suffix == ".npy" or not path.is_file() or not (is_tiff or _has_sidecar(path)):
         return False
     try:
         with open_raster(path, DRIVERS.get(suffix)) as source:
-            masked = {MaskFlags.per_dataset, MaskFlags.nodata} & {flag for flags in source.mask_flag_enums for flag in flags}
-            own_alpha = alpha_band(source) is not None
-            is_large = is_tiff and max(source.shape) > side
-            return is_georeferenced(source) or is_large or (not is_tiff and bool(masked) and not own_alpha)
+            if is_georeferenced(source):
+                return True
+            if is_tiff:
+                return max(source.shape) > side
+            masks = {flag for flags in source.mask_flag_enums for flag in flags} & {MaskFlags.per_dataset, MaskFlags.nodata}
+            return bool(masks) and alpha_band(source) is None
     except rasterio.errors.RasterioIOError:
         return False
 
@@ -231,11 +217,9 @@ def _has_sidecar(path: Path) -> bool:
 
 def _beside(path: Path, name: str) -> Path | None:
     """A file of that name beside another one, its suffix in small letters or in capitals; None where there is none."""
-    stem, dot, suffix = name.rpartition(".")
-    for written in (name, f"{stem}{dot}{suffix.upper()}"):
-        if os.path.isfile(found := path.with_name(written)):  # a name that is too long is no error to os.path
-            return found
-    return None
+    stem, _, suffix = name.rpartition(".")
+    candidates = path.with_name(name), path.with_name(f"{stem}.{suffix.upper()}")
+    return next(filter(os.path.isfile, candidates), None)  # a name that is too long is no error to os.path
 
 
 # --------------------------------------------------------------------------------------- polarisations in separate files
@@ -274,11 +258,9 @@ def find_sources(source: Path, wanted: Sequence[str]) -> dict[Path, tuple[Path, 
     auxiliary by their names, are then left out, and that is said. Of a file the others of its product are looked for beside it.
     """
     if source.is_file():
-        beside = [Path(source.name)]
-        if len(wanted) > 1:
-            suffix = source.suffix.lower()
-            beside = sorted(Path(path.name) for path in source.parent.iterdir() if path.suffix.lower() == suffix)
-        return {name: files for name, files in group_polarisations(beside, wanted).items() if Path(source.name) in files}
+        beside = sorted(source.parent.iterdir()) if len(wanted) > 1 else [source]
+        alike = [Path(path.name) for path in beside if path.suffix.lower() == source.suffix.lower()]
+        return {name: files for name, files in group_polarisations(alike, wanted).items() if Path(source.name) in files}
     images = list_images(source, SUFFIXES)
     if not wanted:
         return {image: (image,) for image in images}
@@ -304,7 +286,7 @@ def group_polarisations(images: Sequence[Path], wanted: Sequence[str]) -> dict[P
     scenes: dict[Path, tuple[Path, ...]] = {}
     for image in images:
         files = products[_product_of(image)] if polarisation_of(image) else {}
-        if not wanted or not all(name in files for name in wanted):
+        if not wanted or not files.keys() >= set(wanted):
             scenes[image] = (image,)
         elif polarisation_of(image) in wanted:
             first = files[wanted[0]]
@@ -347,11 +329,8 @@ def write_cog(
             for top, values in strips:
                 target.write(values, window=Window(0, top, like.width, values.shape[1]))
         block = min(512, max(128, -(-min(like.shape) // 64) * 64))  # a long strip would fill blocks of 512 px with nothing
-        options = {
-            "compress": "deflate", "predictor": "yes", "bigtiff": "if_safer", "overview_resampling": "average",
-            "blocksize": block,
-        }  # fmt: skip
-        rasterio.shutil.copy(raw, cooked, driver="COG", **options)
+        options = {"predictor": "yes", "bigtiff": "if_safer", "overview_resampling": "average", "blocksize": block}
+        rasterio.shutil.copy(raw, cooked, driver="COG", compress="deflate", **options)
     with written_whole(path) as temporary:
         shutil.move(cooked, temporary)
     raw.unlink()
@@ -359,9 +338,8 @@ def write_cog(
 
 def copy_georeference(source: Scene, target) -> None:
     """CRS, transform, GCPs and RPCs, each where the source has it."""
-    gcps, gcp_crs = source.gcps
-    if gcps:
-        target.gcps = (gcps, gcp_crs)
+    if source.gcps[0]:
+        target.gcps = source.gcps
     else:
         if source.crs is not None:
             target.crs = source.crs
@@ -377,8 +355,3 @@ def quicklook(path: Path) -> np.ndarray:
         factor = max(1, max(source.height, source.width) / QUICKLOOK_PX)
         size = (source.count, max(1, round(source.height / factor)), max(1, round(source.width / factor)))
         return np.moveaxis(source.read(out_shape=size), 0, -1)
-
-
-def write_quicklook(path: Path, picture: Path) -> None:
-    """PNG of an 8-bit GeoTIFF, as `quicklook`."""
-    write_png(path, quicklook(picture))

@@ -125,23 +125,17 @@ class Radiometry:
             below = Window(window.col_off, window.row_off + half, window.width, window.height - half)
             lower, below_there = self.resampled(scene, below)
             return [np.concatenate(parts) for parts in zip(upper, lower, strict=True)], np.concatenate([there, below_there])
-        (row, down), (column, along) = (
-            weights(first, first + count, step, length)
-            for first, count, step, length in zip(
-                (window.row_off, window.col_off), (window.height, window.width), self.steps, scene.shape, strict=True
-            )
-        )
+        row, down = weights(window.row_off, window.row_off + window.height, self.steps[0], scene.height)
+        column, along = weights(window.col_off, window.col_off + window.width, self.steps[1], scene.width)
         bands, valid = self.native(scene, Window(column, row, along.shape[1], down.shape[1]))
         share = apply_weights(down, along, valid.astype(np.float64))
         power = 1 if self.scale == "dn" else 2  # looks are averaged as intensity
         if power == 2:
             self.refuse_negative(scene, bands, "--resample-gsd")
-        means = (
-            np.divide(apply_weights(down, along, band**power), share, out=np.zeros_like(share), where=share > 0)
-            for band in bands
-        )
         kept = share >= 0.5
-        return [np.where(kept, mean ** (1 / power), 0) for mean in means], kept
+        sums = (apply_weights(down, along, band**power) for band in bands)
+        means = (np.divide(total, share, out=np.zeros_like(share), where=kept) for total in sums)
+        return [mean ** (1 / power) for mean in means], kept
 
     def native(self, scene: Scene, window: Window) -> tuple[list[np.ndarray], np.ndarray]:
         """A window of the scene's own grid => (bands, float64 [h, w] each, 0 where not valid; valid [h, w]), despeckled."""
@@ -161,10 +155,8 @@ class Radiometry:
     def refuse_negative(self, scene: Scene, bands: list[np.ndarray], option: str) -> None:
         """Filters and averages of intensities square the amplitudes: decibels would come out upside down."""
         if (lowest := min(float(band.min(initial=0)) for band in bands)) < 0:
-            raise UserError(
-                f"{option}: {scene.name} holds negative values (down to {lowest:g}), which no amplitude has; "
-                f"for decibels give --scale db"
-            )
+            found = f"{scene.name} holds negative values (down to {lowest:g})"
+            raise UserError(f"{option}: {found}, which no amplitude has; for decibels give --scale db")
 
 
 def despeckled(intensity: np.ndarray, valid: np.ndarray, side: int, looks: float | None) -> np.ndarray:
@@ -211,12 +203,11 @@ def fill(pixels: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 def doubled(coarse: np.ndarray) -> np.ndarray:
     """[C, h, w] => [C, 2 h, 2 w], bilinear: each value 3/4 of its own cell and 1/4 of the nearer neighbour's, both ways."""
-    for axis in (1, 2):
-        shape = list(coarse.shape)
-        padded = np.pad(coarse, [(1, 1) if k == axis else (0, 0) for k in range(3)], mode="edge")
-        before, own, after = (np.take(padded, range(k, k + shape[axis]), axis) for k in range(3))
-        shape[axis] *= 2
-        coarse = np.stack([0.75 * own + 0.25 * before, 0.75 * own + 0.25 * after], axis + 1).reshape(shape)
+    for _ in range(2):  # along h, then along w
+        coarse = coarse.swapaxes(1, 2)
+        padded = np.pad(coarse, ((0, 0), (0, 0), (1, 1)), mode="edge")
+        halves = [0.75 * coarse + 0.25 * neighbour for neighbour in (padded[..., :-2], padded[..., 2:])]
+        coarse = np.stack(halves, -1).reshape(*coarse.shape[:2], -1)
     return coarse
 
 
@@ -235,17 +226,14 @@ def read_whole(path: Path, options: RadiometryOptions, trained: dict) -> tuple[n
 def measure(scene: Scene, options: RadiometryOptions, trained: dict | None = None) -> tuple[Radiometry, list[str]]:
     """The radiometry of a scene by its options, and notes for the user.
 
-    UserError where bands are missing, nothing is valid, the numbers contradict the scale, or there is no contrast.
     trained: the checkpoint's record of its training images, `gsd_m` and `sar_statistics`, as far as it has them.
     """
     trained = trained or {}
     indexes, notes = chosen_bands(scene, options.bands)
     channels = options.channels or BY_COUNT[len(indexes)]
     if CHANNELS[channels][0] != len(indexes):
-        raise UserError(
-            f"--channels {channels}: it takes {CHANNELS[channels][0]} bands, {scene.name} gives {len(indexes)}: "
-            f"choose them by --bands"
-        )
+        expected = f"it takes {CHANNELS[channels][0]} bands"
+        raise UserError(f"--channels {channels}: {expected}, {scene.name} gives {len(indexes)}: choose them by --bands")
     numbers = sampled_values(scene, Radiometry(indexes, "", "dn", (), nodata=options.nodata))
     fill_value, note = likely_fill(numbers)
     notes += [note] if note else []
@@ -254,9 +242,8 @@ def measure(scene: Scene, options: RadiometryOptions, trained: dict | None = Non
     scale, reason = detect_scale(scene, indexes, backscatter) if options.scale == "auto" else (options.scale or "dn", None)
     check_scale(scene, options.scale, scale, numbers, backscatter, note)
     if options.scale is None and (proposed := scale_of_numbers(backscatter, scene.is_float(indexes))):
-        notes.append(
-            f"{proposed[1]}: this looks like {SCALE_NAMES[proposed[0]]}, which --scale {proposed[0]} stretches as amplitude"
-        )
+        name, why = proposed
+        notes.append(f"{why}: this looks like {SCALE_NAMES[name]}, which --scale {name} stretches as amplitude")
     steps = chosen_steps(scene, options, trained.get("gsd_m"))
     despeckle = parse_despeckle(options.despeckle)
     unstretched = Radiometry(indexes, channels, scale, (), steps, despeckle, options.nodata, reason)
@@ -310,15 +297,14 @@ def chosen_limits(
     kind, numbers = parse_stretch(stretch)
     if kind == "fixed":
         if len(numbers) not in (2, 2 * len(values)):
-            raise UserError(
-                f"--stretch {stretch}: expected MIN,MAX for all bands or for each of {len(values)}, a ratio counts as one"
-            )
+            expected = f"expected MIN,MAX for all bands or for each of {len(values)}"
+            raise UserError(f"--stretch {stretch}: {expected}, a ratio counts as one")
         pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
         limits = pairs * (len(values) // len(pairs))
     elif kind == "dataset":
         limits = dataset_limits(unstretched, statistics)
     elif kind == "folder":
-        raise UserError("--stretch folder: it takes all scenes of a folder, see shared_stretch")
+        raise UserError("--stretch folder: expected a folder of scenes, which test.py and data/make_chips.py measure together")
     else:
         limits = [tuple(np.percentile(band, numbers)) for band in values]
         if stretch is None and unstretched.scale in ("dn", "amplitude") and scene.is_8_bit(unstretched.indexes):
@@ -343,9 +329,8 @@ def shared_stretch(files: Sequence[Sequence[Path]], options: RadiometryOptions, 
     if not samples:
         raise UserError("--stretch folder: no scene of it can be measured")
     if len(counts := {len(values) for values in samples}) > 1:
-        raise UserError(
-            f"--stretch folder: the scenes have {' and '.join(map(str, sorted(counts)))} bands: choose them by --bands"
-        )
+        found = " and ".join(map(str, sorted(counts)))
+        raise UserError(f"--stretch folder: the scenes have {found} bands: choose them by --bands")
     least = min(values.shape[1] for values in samples)
     pooled = np.concatenate([values[:, :: max(1, values.shape[1] // least)] for values in samples], axis=1)
     limits = np.percentile(pooled, STRETCH_PERCENTILES, axis=1).T
@@ -354,22 +339,16 @@ def shared_stretch(files: Sequence[Sequence[Path]], options: RadiometryOptions, 
 
 def dataset_limits(unstretched: Radiometry, statistics: dict | None) -> list[tuple[float, float]]:
     """The training images' limits by the checkpoint's record: 0 and 255 where they were 8-bit, which are taken as they are."""
+    count, scale, channels = len(unstretched.indexes), unstretched.scale, unstretched.channels
     if statistics is None:
-        raise UserError(
-            "--stretch dataset: the checkpoint holds no statistics of its training images; give --stretch fixed:MIN,MAX"
-        )
-    if unstretched.scale != "dn" or unstretched.channels == "ratio":
-        raise UserError(
-            f"--stretch dataset: training takes the numbers of its files as they are, it knows no --scale {unstretched.scale} "
-            f"with --channels {unstretched.channels}; leave these out, or give --stretch fixed:MIN,MAX"
-        )
-    limits = statistics["limits"]
-    if len(limits) != len(unstretched.indexes):
-        raise UserError(
-            f"--stretch dataset: the training images had {len(limits)} bands, found {len(unstretched.indexes)}: "
-            f"choose them by --bands"
-        )
-    return [(0.0, 255.0)] * len(limits) if statistics["dtype"] == "uint8" else limits
+        fault = "the checkpoint holds no statistics of its training images; give --stretch fixed:MIN,MAX"
+    elif scale != "dn" or channels == "ratio":
+        fault = f"it knows no --scale {scale} with --channels {channels}; leave these out, or give --stretch fixed:MIN,MAX"
+    elif count != len(statistics["limits"]):
+        fault = f"the training images had {len(statistics['limits'])} bands, found {count}: choose them by --bands"
+    else:
+        return [(0.0, 255.0)] * count if statistics["dtype"] == "uint8" else statistics["limits"]
+    raise UserError(f"--stretch dataset: {fault}")
 
 
 def require_contrast(scene: Scene, radiometry: Radiometry, numbers: np.ndarray, values: np.ndarray) -> None:
@@ -396,16 +375,9 @@ def chosen_steps(scene: Scene, options: RadiometryOptions, trained_gsd: float | 
     steps = steps_to(require_gsd(scene, options.gsd, "--resample-gsd"), wanted)
     height, width = resampled_size(scene.shape, steps)
     if height * width > max(options.max_pixels, MAX_PIXELS):
-        raise UserError(
-            f"{scene.name}: {width} x {height} px when resampled to {wanted:g} m, more than {MAX_PIXELS}; is the GSD right? "
-            f"Cut the scene, or raise --max-pixels"
-        )
+        found = f"{width} x {height} px when resampled to {wanted:g} m, more than {MAX_PIXELS}"
+        raise UserError(f"{scene.name}: {found}; is the GSD right? Cut the scene, or raise --max-pixels")
     return steps
-
-
-def fits_one_tile(scene: Scene, options: RadiometryOptions, trained: dict, tile: int) -> bool:
-    """Whether the grid that is translated is no larger than a tile of `tile` px."""
-    return max(resampled_size(scene.shape, chosen_steps(scene, options, trained.get("gsd_m")))) <= tile
 
 
 def wanted_polarisations(bands: str | None) -> list[str]:
@@ -445,17 +417,14 @@ def out_of_domain(scene: Scene, radiometry: Radiometry, stated_gsd: float | None
         if len(radiometry.indexes) != len(statistics["limits"]):
             found.append(f"{len(radiometry.indexes)} bands, the training images had {len(statistics['limits'])}")
     low, middle, high = np.percentile(radiometry.stretched(list(sampled_values(scene, radiometry))), PIXEL_PERCENTILES)
-    least, usual, greatest = statistics["pixels"]
+    least, _, greatest = statistics["pixels"]
+    hint = "see --scale and --stretch"
     if not least <= middle <= greatest:
-        found.append(
-            f"brightness {middle:.0f} of 255 in the median, 90 % of the training images' pixels lay from {least:.0f} to "
-            f"{greatest:.0f}: see --scale and --stretch"
-        )
+        usual = f"90 % of the training images' pixels lay from {least:.0f} to {greatest:.0f}"
+        found.append(f"brightness {middle:.0f} of 255 in the median, {usual}: {hint}")
     if not (greatest - least) / RANGE_FACTOR <= high - low <= (greatest - least) * RANGE_FACTOR:
-        found.append(
-            f"a range of {high - low:.0f} of 255 for 90 % of the pixels, the training images had {greatest - least:.0f}: "
-            f"see --scale and --stretch"
-        )
+        usual = f"the training images had {greatest - least:.0f}"
+        found.append(f"a range of {high - low:.0f} of 255 for 90 % of the pixels, {usual}: {hint}")
     return found
 
 
@@ -482,28 +451,22 @@ def sampled_values(scene: Scene, radiometry: Radiometry) -> np.ndarray:
 
 # -------------------------------------------------------------------------------------------------------------- options
 def parse_stretch(text: str | None) -> tuple[str, tuple[float, ...]]:
-    """ "percentile:1,99", "fixed:MIN,MAX" (or a pair for each band), "dataset" or "folder" => (kind, its numbers).
-
-    None is the percentiles of all other reading.
-    """
+    """ "percentile:1,99", "fixed:MIN,MAX" (or a pair for each band), "dataset" or "folder" => (kind, its numbers)."""
     if text is None:
         return "percentile", STRETCH_PERCENTILES
     if text in ("dataset", "folder"):
         return text, ()
     kind, _, rest = text.partition(":")
     try:
-        numbers = tuple(float(number) for number in rest.split(","))
-        lows, highs = numbers[::2], numbers[1::2]
-        if kind not in ("percentile", "fixed") or not all(low < high for low, high in zip(lows, highs, strict=True)):
-            raise ValueError
-        if not np.isfinite(numbers).all() or (
-            kind == "percentile" and (len(numbers) != 2 or min(lows) < 0 or max(highs) > 100)
-        ):
-            raise ValueError
+        numbers = tuple(map(float, rest.split(",")))
+        fits = all(-math.inf < low < high < math.inf for low, high in zip(numbers[::2], numbers[1::2], strict=True))
+        if kind == "percentile":
+            fits = fits and len(numbers) == 2 and 0 <= numbers[0] and numbers[1] <= 100
     except ValueError:
-        raise UserError(
-            f"--stretch: expected percentile:LOW,HIGH (0 to 100), fixed:MIN,MAX, each rising, dataset or folder, found {text!r}"
-        ) from None
+        fits = False
+    if not fits or kind not in ("percentile", "fixed"):
+        expected = "percentile:LOW,HIGH (0 to 100), fixed:MIN,MAX, each rising, dataset or folder"
+        raise UserError(f"--stretch: expected {expected}, found {text!r}")
     return kind, numbers
 
 
@@ -511,14 +474,9 @@ def parse_despeckle(text: str | None) -> tuple[int, float | None] | None:
     """ "lee:SIZE,LOOKS" or "multilook:SIZE" => (odd side of the window in px, equivalent number of looks or None)."""
     if text is None:
         return None
-    try:
-        side, looks = re.fullmatch(r"(?:multilook:(?=[0-9]+$)|lee:(?=.*,))([0-9]+)(?:,([0-9.]+))?", text).groups()
-        side, looks = int(side), None if looks is None else float(looks)
-        if side % 2 == 0 or not 3 <= side <= MAX_SIDE or looks == 0:
-            raise ValueError
-    except (AttributeError, ValueError):
-        raise UserError(
-            f"--despeckle: expected lee:SIZE,LOOKS or multilook:SIZE, an odd size from 3 to {MAX_SIDE} px and the equivalent "
-            f"number of looks of the product, e.g. lee:7,4.4, found {text!r}"
-        ) from None
+    found = re.fullmatch(r"multilook:([0-9]{1,2})|lee:([0-9]{1,2}),([0-9]+\.?[0-9]*|\.[0-9]+)", text)
+    side, looks = (int(found[1] or found[2]), float(found[3]) if found[3] else None) if found else (0, None)
+    if side % 2 == 0 or not 3 <= side <= MAX_SIDE or looks == 0:
+        expected = f"lee:SIZE,LOOKS or multilook:SIZE, an odd size from 3 to {MAX_SIDE} px and the equivalent looks"
+        raise UserError(f"--despeckle: expected {expected}, e.g. lee:7,4.4, found {text!r}")
     return side, looks

@@ -27,9 +27,8 @@ SAME_GSD = 0.02  # a relative difference that is not worth resampling
 def gsd_of(scene: "Scene") -> tuple[float, float] | None:
     """Metres on the ground per pixel (down the rows, along the columns) at the centre of a scene; None where that is unknown.
 
-    The distances are those on the WGS 84 ellipsoid, whatever the CRS: pixels of Web Mercator or a polar projection have other
-    sizes on the ground than in its units. Places are known by CRS and transform, by GCPs, whose best affine transform is taken,
-    or by RPCs at their mean height.
+    Distances are those on the WGS 84 ellipsoid: in Web Mercator or a polar projection, units of the CRS are other lengths.
+    Places are known by CRS and transform, by GCPs, whose best affine transform is taken, or by RPCs at their mean height.
     """
     row, column = scene.height / 2, scene.width / 2
     rows, columns = [row - 0.5, row + 0.5, row, row], [column, column, column - 0.5, column + 0.5]

@@ -24,30 +24,27 @@ SCALE_NAMES = {"intensity": "power", "db": "decibels"}
 def likely_fill(numbers: np.ndarray) -> tuple[float | None, str | None]:
     """Values [bands, n] as in the file => (an extreme value of more than FILL_SHARE of them, a note), or (None, None)."""
     for extreme, word in ((float(numbers.min()), "smallest"), (float(numbers.max()), "largest")):
-        share = float(np.mean(numbers == extreme))
-        if FILL_SHARE < share < 1:
+        if FILL_SHARE < (share := float(np.mean(numbers == extreme))) < 1:
             found = f"{share:.0%} of the values are exactly {extreme:g}, the {word}"
             return extreme, f"{found}: if that means no data, give --nodata {extreme:g}"
     return None, None
 
 
 def detect_scale(scene: Scene, indexes: tuple[int, ...], values: np.ndarray) -> tuple[str, str]:
-    """--scale auto => (the scale, why): by what units, descriptions and tags say, unless the numbers contradict it, else by the
-    numbers [n] alone."""
+    """--scale auto => (the scale, why): the named one, unless the numbers [n] contradict it, else by the numbers alone."""
     by_numbers = scale_of_numbers(values, scene.is_float(indexes))
     if (named := scale_of_words(scene, indexes)) is None:
         return by_numbers or ("dn", f"nothing names another; {range_of(values)}")
     scale, words = named
+    no_db, negative = why_no_db(values), float(np.mean(values < 0))
     if scale == "db":
-        fault = why_no_db(values)
-    else:
-        negative = float(np.mean(values < 0))
-        fault = f"{negative:.0%} of the values are negative" if negative > 0.01 else None
-    if fault is None:
+        return (scale, words) if no_db is None else ("dn", f"{words}, but {no_db}")
+    if not negative > 0.01:
         return scale, words
-    if scale != "db" and why_no_db(values) is None and likely_db_share(values) >= 0.98:
-        return "db", f"{words}, but {fault}, as decibels are; {range_of(values)}"
-    return "dn", f"{words}, but {fault}"
+    found = f"{words}, but {negative:.0%} of the values are negative"
+    if no_db is None and likely_db_share(values) >= 0.98:
+        return "db", f"{found}, as decibels are; {range_of(values)}"
+    return "dn", found
 
 
 def scale_of_words(scene: Scene, indexes: tuple[int, ...]) -> tuple[str, str] | None:
@@ -67,8 +64,7 @@ def scale_of_words(scene: Scene, indexes: tuple[int, ...]) -> tuple[str, str] | 
 def scale_of_numbers(values: np.ndarray, is_float: bool) -> tuple[str, str] | None:
     """The scale that values [n] have by themselves, and why; None where that is open.
 
-    Decibels: half or more are negative, and 98 % lie where backscatter does. Power: floats that are not negative, whose tail is
-    heavier than that of an amplitude of several looks. Amplitude in float of a single look has the tail of power, too.
+    Power has a heavier tail than an amplitude of several looks; amplitude in float of a single look has the tail of power, too.
     """
     if not values.size:
         return None
@@ -107,10 +103,8 @@ def check_scale(
 ) -> None:
     """Refuse a scale that the numbers contradict; `backscatter` are those that can mean it, `option` is --scale."""
     negative = float(np.mean(backscatter < 0)) if backscatter.size else 0.0
-    fault = None
-    if scale == "db":
-        fault = why_no_db(numbers)
-    elif scale in ("intensity", "amplitude") and negative > 0.5:
+    fault = why_no_db(numbers) if scale == "db" else None
+    if scale in ("intensity", "amplitude") and negative > 0.5:
         fault = f"{negative:.0%} of the values are negative, as decibels are"
     if fault:
         asked = scale if option == scale else f"{option}, which takes them as {scale}"

@@ -9,7 +9,8 @@ from cdiffset.errors import UserError
 from cdiffset.inference.record import OutputRecord
 from cdiffset.scenes import geotiff
 from cdiffset.scenes.geotiff import find_sources, open_scene
-from cdiffset.scenes.radiometry import RadiometryOptions, fits_one_tile, wanted_polarisations
+from cdiffset.scenes.radiometry import RadiometryOptions, chosen_steps, wanted_polarisations
+from cdiffset.scenes.resampling import resampled_size
 
 SUFFIXES = {  # of an image's outputs, in the order of writing; the EO image last, as it stands for a finished task
     "confidence": ".png", "variance": ".tif", "spread": ".tif", "error": ".tif", "error_view": ".png", "overlay": ".png",
@@ -54,8 +55,7 @@ def find_tasks(
 
     UserError where none can be, and where two inputs would have one output.
     """
-    source, taken = source_folder(sar_dir), {}
-    tasks, faults = [], {}
+    source, taken, tasks, faults = source_folder(sar_dir), {}, [], {}
     for name, relative in find_sources(sar_dir, wanted_polarisations(radiometry.bands)).items():
         stem, files = (source / name).with_suffix(""), tuple(source / file for file in relative)
         if (other := taken.setdefault(stem, name)) != name:
@@ -80,17 +80,14 @@ def kind_of(
 ) -> tuple[bool, bool]:
     """=> (is a scene, is one of several tiles). UserError where a scene cannot be opened, or lacks what is asked for."""
     if files[0].suffix.lower() == ".npy" and scene_options:
-        raise UserError(
-            f"{', '.join(scene_options)}: {files[0]} is an array, read as it is: leave it out, or make it a GeoTIFF"
-        )
+        given = ", ".join(scene_options)
+        raise UserError(f"{given}: {files[0]} is an array, read as it is: leave it out, or make it a GeoTIFF")
     if not (scene_options or len(files) > 1 or geotiff.is_scene(files[0], tile)):
         return False, False
     with open_scene(files, radiometry.max_pixels) as scene:
-        return True, not fits_one_tile(scene, radiometry, meta, tile)
+        return True, max(resampled_size(scene.shape, chosen_steps(scene, radiometry, meta.get("gsd_m")))) > tile
 
 
 def tasks_of_this_process(tasks: list[Task], folder: Path) -> list[Task]:
-    """Of a launcher's processes each does its part. Taken of all tasks, whether done or not, so that every process deals them
-    out alike whenever it starts.
-    """
+    """This process's part of all tasks, whether done or not: every process deals them out alike whenever it starts."""
     return [tasks[index] for index in ranks.share_by_rank([task.sar.relative_to(folder).as_posix() for task in tasks])]

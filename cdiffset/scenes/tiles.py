@@ -94,15 +94,12 @@ def noise_field(seed: int, channels: int, rows: slice, columns: slice) -> np.nda
     same noise.
     """
     side = NOISE_BLOCK
-    first = rows.start // side, columns.start // side
-    blocks = [
-        [
-            np.random.Generator(np.random.Philox(key=np.array([seed, down << 32 | across], np.uint64))).standard_normal(
-                (channels, side, side), np.float32
-            )
-            for across in range(first[1], -(-columns.stop // side))
-        ]
-        for down in range(first[0], -(-rows.stop // side))
-    ]
-    top, left = (axis.start - side * block for axis, block in zip((rows, columns), first, strict=True))
-    return np.block(blocks)[:, top : top + rows.stop - rows.start, left : left + columns.stop - columns.start]
+
+    def block(down: int, across: int) -> np.ndarray:
+        philox = np.random.Philox(key=np.array([seed, down << 32 | across], np.uint64))
+        return np.random.Generator(philox).standard_normal((channels, side, side), np.float32)
+
+    downs, acrosses = (range(axis.start // side, -(-axis.stop // side)) for axis in (rows, columns))
+    blocks = np.block([[block(down, across) for across in acrosses] for down in downs])
+    top, left = rows.start % side, columns.start % side
+    return blocks[:, top : top + rows.stop - rows.start, left : left + columns.stop - columns.start]

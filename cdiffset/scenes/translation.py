@@ -15,8 +15,8 @@ from cdiffset.calibration.calibration import Calibration
 from cdiffset.calibration.error_pictures import error_view, hatched, overlay
 from cdiffset.diffusion import image_noise
 from cdiffset.errors import UserError
-from cdiffset.images import read_sar_valid, write_png, write_tiff
-from cdiffset.inference.batching import WriteBehind, file_threads, skip_too_long
+from cdiffset.images import hidden_beside, read_sar_valid, write_png, write_tiff
+from cdiffset.inference.batching import file_threads, skip_too_long, writing_behind
 from cdiffset.inference.record import OutputRecord
 from cdiffset.inference.translator import Translation, Translator, translate_files
 from cdiffset.model import vae_factor
@@ -24,7 +24,6 @@ from cdiffset.scenes.fusion import (
     SceneInfo,
     inspect,
     maps_of,
-    scratch_folder,
     translate_scene,
     write_map,
     write_picture,
@@ -59,23 +58,15 @@ class Run:
 
 def translate_tasks(run: Run, tasks: list[Task]) -> list[Path]:
     """=> the files that were skipped."""
-    images = [task for task in tasks if not task.is_scene]
-    whole_scenes = [task for task in tasks if task.is_scene and not task.is_fused]
-    fused_scenes = [task for task in tasks if task.is_fused]
-    skipped = translate_images(run, images) + translate_batched(WholeScenes(run), whole_scenes)
-    return skipped + translate_fused(run, fused_scenes)
-
-
-def translate_images(run: Run, tasks: list[Task]) -> list[Path]:
-    """=> the files that were skipped."""
     images = Images(run)
-    skipped = translate_batched(images, tasks)
+    skipped = translate_batched(images, [task for task in tasks if not task.is_scene])
     if images.incomplete:
         print(
             f"note: {len(images.incomplete)} images hold pixels that are no data (alpha, nodata, masks, NaN), which their PNGs "
             f"do not show; with a scene option, e.g. --tile {TILE}, they become GeoTIFFs with alpha: {min(images.incomplete)}"
         )
-    return skipped
+    skipped += translate_batched(WholeScenes(run), [task for task in tasks if task.is_scene and not task.is_fused])
+    return skipped + translate_fused(run, [task for task in tasks if task.is_fused])
 
 
 def translate_batched(files: "Images | WholeScenes", tasks: list[Task]) -> list[Path]:
@@ -88,7 +79,7 @@ def translate_batched(files: "Images | WholeScenes", tasks: list[Task]) -> list[
         with skip_too_long(task, task.sar, skipped):
             files.write(task, translation)
 
-    with WriteBehind(file_threads(translator.checkpoint.device)) as write_behind:
+    with writing_behind(file_threads(translator.checkpoint.device)) as write_behind:
         for index, translation in translate_files(translator, tasks, skipped, files.read, files.noise_of):
             files.run.begin(tasks[index])
             write_behind(write, tasks[index], translation)
@@ -120,10 +111,8 @@ class Images:
                     write_png(path, error_view(expected))
                 case "overlay":
                     write_png(path, overlay(translation.eo, expected, self.run.overlay_threshold))
-                case "variance" | "spread":
-                    write_tiff(path, getattr(translation, kind))
-                case "eo" | "confidence":
-                    write_png(path, getattr(translation, kind))
+                case _:
+                    (write_tiff if path.suffix == ".tif" else write_png)(path, getattr(translation, kind))
 
 
 def place_noise(vae: AutoencoderKL, seed: int, images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -150,21 +139,21 @@ class WholeScenes:
         return (np.ascontiguousarray(np.moveaxis(pixels, 0, -1)),)
 
     def write(self, task: Task, translation: Translation) -> None:
-        info, scratch, maps = self.infos.pop(task.sar), scratch_folder(task.outputs), translation.uncertainties
+        info, maps, scratch = self.infos.pop(task.sar), translation.uncertainties, hidden_beside(task.outputs["eo"], "scene")
         scratch.mkdir(parents=True, exist_ok=True)
+        pictures = {"eo": translation.eo}
+        if "overlay" in task.outputs:
+            expected = self.run.expected_error(translation)
+            pictures["overlay"] = hatched(translation.eo, expected, self.run.overlay_threshold)
         with open_scene(task.files, self.run.radiometry.max_pixels) as scene:
             for kind, path in task.outputs.items():
-                if kind in ("eo", "overlay"):
-                    picture = self.overlay(translation) if kind == "overlay" else translation.eo
-                    write_picture(path, scratch, scene, info, iter([(0, np.moveaxis(picture, -1, 0))]))
+                if kind in pictures:
+                    write_picture(path, scratch, scene, info, [(0, np.moveaxis(pictures[kind], -1, 0))])
                 else:
-                    stacked = iter([(0, np.stack(list(maps.values())))])
+                    stacked = [(0, np.stack(list(maps.values())))]
                     write_map(path, scratch, scene, info, stacked, list(maps), maps_of(kind, self.run.calibration))
             write_views(task.outputs, scene, info)
         shutil.rmtree(scratch)
-
-    def overlay(self, translation: Translation) -> np.ndarray:
-        return hatched(translation.eo, self.run.expected_error(translation), self.run.overlay_threshold)
 
 
 def translate_fused(run: Run, tasks: list[Task]) -> list[Path]:

@@ -26,8 +26,9 @@ def assert_same_files(a: Path, b: Path) -> None:
     assert all((a / name).read_bytes() == (b / name).read_bytes() for name in files(a))
 
 
-def test_two_processes_translate_each_its_scenes_and_wait_for_each_other(checkpoint, tmp_path):
-    """Though one of the scenes cannot be read, which makes the exit code 1 for both."""
+def test_two_processes_translate_each_its_scenes_and_wait_for_each_other(checkpoint, tmp_path, monkeypatch):
+    """Though one of the scenes cannot be read, which makes the exit code 1 for both; without progress bars."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
     (tmp_path / "sar").mkdir()
     save(tmp_path / "sar" / "a.tif", np.zeros((70, 70), np.uint16), nodata=0)
     for name in "bc":
