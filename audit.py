@@ -16,7 +16,6 @@ from cdiffset.inference.options import (
     add_eo_range,
     add_machine_options,
     add_model_options,
-    begin_reading,
     check_limits,
     machine_settings,
     model_settings,
@@ -54,14 +53,13 @@ def main(argv: list[str] | None = None) -> int:
     args, further = make_parser().parse_known_args(argv)
     config = check(args, further)
     machine, model = machine_settings(args), model_settings(args, config)
-    weights = begin_reading(model, machine)
     from cdiffset.auditing import report as audit_report  # heavy imports, only once the options hold
     from cdiffset.auditing.auditor import Auditor, write_maps
     from cdiffset.inference.translator import load_checkpoint
 
     feeder, arguments, root = find_pairs(args, config)
     require_declared_range(feeder.pairs[0].eo, args.eo_range, "--eo-range", args.max_pixels)
-    auditor = Auditor(load_checkpoint(model, machine, weights), args.seed, machine.batch_size)
+    auditor = Auditor(load_checkpoint(model, machine), args.seed, machine.batch_size)
     settings = recorded_settings(model, machine) | {"seed": args.seed, "eo_range": args.eo_range}
     record = OutputRecord(args.output / audit_report.MAPS, settings, args.skip_existing)
     try:

@@ -21,7 +21,6 @@ from cdiffset.images import require_declared_range, require_writable
 from cdiffset.inference.options import (
     add_eo_range,
     add_translation_options,
-    begin_reading,
     calibrated_settings,
     machine_settings,
     model_settings,
@@ -65,11 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     output = args.output or calibration.path_beside(model.checkpoint)
     require_writable("--output", output.parent)
     pairs = find_pairs(args)
-    weights = begin_reading(model, machine, with_fingerprint=True)
     from cdiffset.inference.translator import Translator, load_checkpoint
 
     needing_variance = ["calibrate.py without --ensemble"] if sampling.ensemble == 1 else []
-    checkpoint = load_checkpoint(model, machine, weights, needing_variance, with_fingerprint=True)
+    checkpoint = load_checkpoint(model, machine, needing_variance, with_fingerprint=True)
     translator = Translator(checkpoint, sampling, machine.batch_size)
     pixels, skipped = collect(translator, pairs, args.split_seed, args.eo_range, args.max_pixels)
     parts = split(len(pairs), args.split_seed)

@@ -21,7 +21,6 @@ from cdiffset.inference.options import (
     ModelSettings,
     SamplingSettings,
     add_translation_options,
-    begin_reading,
     calibrated_settings,
     machine_settings,
     model_settings,
@@ -228,14 +227,13 @@ def translate(
 ) -> list[Path]:
     """Load the networks and do the tasks => those files that were skipped."""
     with_fingerprint = calibration is not None or any(task.is_scene for task in todo)
-    weights = begin_reading(settings.model, settings.machine, with_fingerprint)
     from cdiffset.inference.translator import Translator, load_checkpoint
     from cdiffset.scenes.translation import Run, translate_tasks
 
     needing_variance = [option for option in ("--conf-dir", "--variance-dir") if option in output_folders(args)]
     if calibration and "variance" in calibration.curves:
         needing_variance.append("--calibration")
-    checkpoint = load_checkpoint(settings.model, settings.machine, weights, needing_variance, with_fingerprint)
+    checkpoint = load_checkpoint(settings.model, settings.machine, needing_variance, with_fingerprint)
     if calibration and calibration.model != checkpoint.fingerprint:
         raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
     translator = Translator(checkpoint, settings.sampling, settings.machine.batch_size)

@@ -142,7 +142,7 @@ def test_whatever_gdal_opens_is_read_as_a_scene(tmp_path, checkpoint, name, driv
 
 
 def test_what_cannot_be_read_is_told_before_networks_load(tmp_path, checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(command, "begin_reading", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("cdiffset.inference.translator.read_weights", lambda *_: pytest.fail("weights were read"))
     save(tmp_path / "complex.tif", np.ones((8, 8), np.complex64), **UTM)
     (tmp_path / "cut.jp2").write_bytes(b"no raster")
     with pytest.raises(UserError, match="gdal_translate DERIVED_SUBDATASET:AMPLITUDE:complex.tif amplitude.tif"):

@@ -19,7 +19,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from cdiffset.confidence import variance_map
 from cdiffset.diffusion import sample
 from cdiffset.images import to_signed, to_uint8
-from cdiffset.inference.options import SamplingSettings, begin_reading
+from cdiffset.inference.options import SamplingSettings
 from cdiffset.inference.translator import LoadedCheckpoint, Translator, load_checkpoint, pad_to_multiple
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.model import decode, encode
@@ -380,8 +380,7 @@ def test_what_training_never_saw_is_told_and_recorded(checkpoints, tmp_path, cap
 def translate_alone(given, sar, outputs) -> Translator:
     """Without the command around it, which goes on with the next scene after an error."""
     settings = command.settings_of(command.make_parser().parse_args(given))
-    weights = begin_reading(settings.model, settings.machine, with_fingerprint=True)
-    checkpoint = load_checkpoint(settings.model, settings.machine, weights, with_fingerprint=True)
+    checkpoint = load_checkpoint(settings.model, settings.machine, with_fingerprint=True)
     translator = Translator(checkpoint, settings.sampling, settings.machine.batch_size)
     translate_scene(translator, [sar], outputs, settings.tiles, 1, settings.radiometry)
     return translator

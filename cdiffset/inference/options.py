@@ -8,15 +8,12 @@ import argparse
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES, Config
 from cdiffset.errors import UserError
 from cdiffset.images import MAX_PIXELS
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
-
-if TYPE_CHECKING:
-    from cdiffset.checkpoint import Weights  # imports PyTorch
 
 MAX_SEED = 2**63 - 1
 SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
@@ -139,16 +136,6 @@ def calibrated_settings(sampling: SamplingSettings) -> dict:
     """The settings that a calibration holds for: with others, the same σ² means another error."""
     settings = {name: value for name, value in asdict(sampling).items() if name != "seed"}
     return {"readout": sampling.readout} | settings  # first in messages
-
-
-def begin_reading(model: ModelSettings, machine: MachineSettings, with_fingerprint: bool = False) -> "Weights":
-    """Read the checkpoint's weights, in the form that `translator.load_checkpoint` takes with these arguments."""
-    from cdiffset.checkpoint import read_weights
-    from cdiffset.device import AS_STORED, form_of, keep_freed_memory
-
-    form = form_of(machine.device, machine.precision)
-    keep_freed_memory(form.device)
-    return read_weights(str(model.checkpoint), "--checkpoint", AS_STORED if with_fingerprint else form)
 
 
 # -------------------------------------------------------------------------------------------------------------- options

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cdiffset.checkpoint import PROMPT_FILE, PROMPT_TENSOR, Weights, meta_file, read_meta, recorded_base
+from cdiffset.checkpoint import PROMPT_FILE, PROMPT_TENSOR, meta_file, read_meta, read_weights, recorded_base
 from cdiffset.confidence import confidence_map, variance_map
-from cdiffset.device import form_of, free_memory, without_instructions
+from cdiffset.device import AS_STORED, form_of, free_memory, keep_freed_memory, without_instructions
 from cdiffset.diffusion import image_noise, predict
 from cdiffset.errors import UserError
 from cdiffset.images import to_signed, to_uint8
@@ -65,11 +65,14 @@ class LoadedCheckpoint:
 def load_checkpoint(
     model: ModelSettings,
     machine: MachineSettings,
-    weights: Weights,  # of `options.begin_reading`
     needing_variance: Sequence[str] = (),  # options that a stage 1 checkpoint cannot serve
     with_fingerprint: bool = False,
 ) -> LoadedCheckpoint:
-    device, dtype, memory_format = form_of(machine.device, machine.precision)
+    form = form_of(machine.device, machine.precision)
+    device, dtype, memory_format = form
+    keep_freed_memory(device)
+    # The fingerprint is over the weights as they are stored.
+    weights = read_weights(str(model.checkpoint), "--checkpoint", AS_STORED if with_fingerprint else form)
     vae = load_vae_of(model, torch.float32 if with_fingerprint else dtype)
     latent_channels = vae.config.latent_channels
     unet = build_unet(weights, model.base, latent_channels)
