@@ -238,7 +238,8 @@ def require_writable(option: str, folder: str | Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:
-        raise UserError(f"{option}: cannot write into {folder}: {error.strerror}") from error
+        reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"{option}: cannot write into {folder}: {reason}") from error
     finally:
         for each in missing:
             with suppress(OSError):  # it was not made, or someone else uses it by now
