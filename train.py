@@ -37,7 +37,7 @@ from feeders.feeder import build_feeder
 
 
 class Trainer:
-    """Builds every part of a run from its configuration, and refuses what cannot work before gigabytes are loaded."""
+    """Builds every part of a run from its configuration, what may be refused as early as it can be known."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -52,6 +52,9 @@ class Trainer:
         networks = load_networks(config, self.accelerator, start, option, self.logs.train)
         self.vae, self.scheduler, self.prompt_embedding, unet = networks
         check_crops(self.vae, {"train": self.train_feeder, "test": self.test_feeder})
+        self.cache = None
+        if config.latent_cache:
+            self.cache = LatentCache(Path(config.latent_cache), self.train_feeder, self.vae, self.logs.train.info)
         self.state = self.begin_or_resume(unet, resume_from)
         self.weights, self.window = self.state.weights, self.state.window
         self.saved = self.state.iteration  # the latest iteration that is on the disk
@@ -59,42 +62,39 @@ class Trainer:
         self.sampler = ResumableBatchSampler(
             len(self.train_feeder), config, self.state.iteration, self.accelerator.process_index, self.accelerator.num_processes
         )
-        self.cache = None
-        if config.latent_cache:
-            self.cache = LatentCache(Path(config.latent_cache), self.train_feeder, self.vae, self.logs.train.info)
         self.signals = StopSignals(self.accelerator.num_processes)
 
     def begin_or_resume(self, unet, resume_from: Path | None) -> RunState:
-        saved, meta = checkpoint.read_state(resume_from) if resume_from else (None, None)
         average = None
         if resume_from and self.config.ema_decay and (resume_from / "unet_ema").is_dir():
             base, latent_channels = self.config.pretrained_model_name_or_path, self.vae.config.latent_channels
-            average, _ = load_unet(str(resume_from / "unet_ema"), base, latent_channels, "resume")
+            average, _ = load_unet(str(resume_from / "unet_ema"), base, latent_channels, "resume", is_verified=True)
         measure = getattr(self.train_feeder, "sar_statistics", None)  # a feeder of another origin may have none
         facts = {
             "gsd_m": getattr(self.train_feeder, "gsd_m", None),
             "sar_statistics": measure() if measure and self.is_main else None,
             "radiometry": getattr(self.train_feeder, "radiometry", {}),
         }
-        try:
-            weights = TrainedWeights(unet, self.config, self.accelerator, saved, average)
-            state = RunState(weights, self.prompt_embedding, LogWindow(self.device), facts)
-            if saved:
+        weights = TrainedWeights(unet, self.config, self.accelerator, average)
+        state = RunState(weights, self.prompt_embedding, LogWindow(self.device), facts)
+        if resume_from:
+            saved, meta = checkpoint.read_state(resume_from)
+            try:
                 state.restore(saved, meta, self.accelerator)
-                report_resume(self.folder, resume_from, meta, self.logs.train.info)
-        except (KeyError, ValueError) as error:
-            if resume_from is None:
-                raise
-            raise UserError(f"resume: the optimizer state of {resume_from} does not fit this configuration: {error}") from error
+            except (KeyError, ValueError) as error:
+                raise UserError(
+                    f"resume: the optimizer state of {resume_from} does not fit this configuration: {error}"
+                ) from error
+            report_resume(self.folder, resume_from, meta, self.logs.train.info)
         return state
 
     # --------------------------------------------------------------------------------------------------------- the loop
     def run(self) -> None:
         """`fit`, and where it ends early, a checkpoint of what is done so far."""
-        if self.config.report_to == "tensorboard":
-            self.logs.open_board(self.state.iteration)
         try:
             with self.signals:
+                if self.config.report_to == "tensorboard":
+                    self.logs.open_board(self.state.iteration)
                 try:
                     self.fit()
                 except (Stopped, LoaderFault) as reason:
@@ -217,8 +217,11 @@ class Trainer:
 
         Under fp16 the gradient overflows now and then: the scaler leaves those steps out, and only the loss counts here.
         """
+        is_scaled = self.accelerator.scaler is not None
+        if not is_scaled and torch.isfinite(grad_norm):  # the norm is the same in all processes
+            return True
         loss = self.accelerator.reduce(sum(loss for loss, *_ in parts) / len(parts), "mean")
-        if torch.isfinite(loss if self.accelerator.scaler else grad_norm):
+        if is_scaled and torch.isfinite(loss):
             return True
         timesteps = torch.cat([timesteps for _, timesteps, _ in parts]).tolist()
         diagnosis = (

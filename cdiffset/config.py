@@ -239,7 +239,7 @@ KNOBS, DEFAULTS = {each.name: each for each in fields(Config)}, Config()
 def load_config(argv: list[str] | None = None, launcher: dict[str, str] | None = None) -> Config:
     """Command line => checked Config. Raises UserError naming the key, its value and what is allowed.
 
-    `launcher`: settings of `launcher.launcher_settings`, for what neither command line nor YAML gives.
+    `launcher`: settings of `launch.launcher_settings`, for what neither command line nor YAML gives.
     """
     parser = make_parser()
     known, rest = parser.parse_known_args(argv)

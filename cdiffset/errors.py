@@ -22,6 +22,11 @@ def message_of(error: UserError) -> str:
     return " ".join(str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].split("\n")).strip()
 
 
+def reason_of(error: OSError) -> str:
+    """Why a folder cannot be written into: the system says of a file in its place only that it exists."""
+    return "Not a directory" if isinstance(error, FileExistsError) else error.strerror or str(error)
+
+
 class Parser(argparse.ArgumentParser):
     """Tells a mistake on the command line as every other one: in one line, without the usage of all options."""
 

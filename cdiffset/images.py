@@ -23,7 +23,7 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 
-from cdiffset.errors import UserError
+from cdiffset.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     import torch  # slow to import, and lists can be made without it
@@ -238,8 +238,7 @@ def require_writable(option: str, folder: str | Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:
-        reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
-        raise UserError(f"{option}: cannot write into {folder}: {reason}") from error
+        raise UserError(f"{option}: cannot write into {folder}: {reason_of(error)}") from error
     finally:
         for each in missing:
             with suppress(OSError):  # it was not made, or someone else uses it by now

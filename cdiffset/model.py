@@ -118,9 +118,11 @@ def load_base_unet(base: str) -> UNet2DConditionModel:
     return load_component(load, base, "unet", torch_dtype=torch.float32, output_loading_info=True)
 
 
-def load_unet(path: str, base: str, latent_channels: int, option: str) -> tuple[UNet2DConditionModel, Path]:
+def load_unet(
+    path: str, base: str, latent_channels: int, option: str, is_verified: bool = False
+) -> tuple[UNet2DConditionModel, Path]:
     """A stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net, float32, in evaluation mode => (it, its weights file)."""
-    weights = read_weights(path, option)
+    weights = read_weights(path, option, is_verified=is_verified)
     return build_unet(weights, base, latent_channels), weights.file
 
 

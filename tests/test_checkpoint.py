@@ -138,13 +138,6 @@ def test_a_net_loads_straight_into_another_type(tiny_base, tmp_path):
     assert all(found[name].dtype == torch.bfloat16 and torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_weights_are_read_before_anyone_asks_for_them(tiny_base, tmp_path):
-    path = prefixed("")(trained(), tmp_path)
-    weights = read_weights(str(path), "checkpoint")
-    path.unlink()
-    assert_same(build_unet(weights, tiny_base, 4), trained().state_dict())
-
-
 def test_a_folders_own_config_goes_before_the_bases(tiny_base, tmp_path):
     unet = trained(norm_num_groups=4)  # same tensors, another function
     path = diffusers_folder(unet, tmp_path)

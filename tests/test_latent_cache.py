@@ -72,10 +72,6 @@ def work(vae, batch_size=BATCH, stop=lambda: False, encoded: list | None = None)
     return Encoder(encode_batch, load, batch_size, stop, False)
 
 
-def cache(root: Path, source, vae, report=lambda line: None) -> LatentCache:
-    return LatentCache(root, source, vae, report)
-
-
 def from_images(vae, source, epoch: int, index: int) -> torch.Tensor:
     """SAR and EO latent [2, C, h, w] of an item, encoded in a batch of the cache's size."""
     item = source[epoch, index]
@@ -93,7 +89,7 @@ def cached(pairs, epoch: int, index: int) -> torch.Tensor:
 def test_full_size_pairs_give_the_latents_of_their_images_bit_for_bit(full, tmp_path, dtype):
     """Over epochs in which all 8 orientations come up, in every precision, stored in no more bytes than it has."""
     source, vae = feeder(full), tiny_vae().to(dtype)
-    pairs = cache(tmp_path / "cache", source, vae).open(work(vae))
+    pairs = LatentCache(tmp_path / "cache", source, vae, print).open(work(vae))
     numbers = set()
     for epoch in range(12):
         for index in range(PAIRS):
@@ -108,7 +104,7 @@ def test_full_size_pairs_give_the_latents_of_their_images_bit_for_bit(full, tmp_
 @pytest.mark.parametrize("on", [(), ("vflip",), ("hflip", "rot")])
 def test_only_orientations_that_can_occur_are_stored(full, tmp_path, vae, on):
     source = feeder(full, **{name: name in on for name in AUGMENTATIONS})
-    pairs = cache(tmp_path / "cache", source, vae).open(work(vae))
+    pairs = LatentCache(tmp_path / "cache", source, vae, print).open(work(vae))
     stored = [np.load(file) for file in pairs.shards.folder.glob("*.npy")]
     assert sum(map(len, stored)) == PAIRS and all(shard.shape[1] == 2 ** len(on) for shard in stored)
     for epoch in range(8):
@@ -117,7 +113,7 @@ def test_only_orientations_that_can_occur_are_stored(full, tmp_path, vae, on):
 
 def test_without_augmentation_one_view_is_stored(large, tmp_path, vae):
     source = feeder(large, "test")
-    pairs = cache(tmp_path / "cache", source, vae).open(work(vae))
+    pairs = LatentCache(tmp_path / "cache", source, vae, print).open(work(vae))
     assert pairs.shards.shape[0] == 1
     assert all(torch.equal(cached(pairs, 3, index), from_images(vae, source, 3, index)) for index in range(PAIRS))
 
@@ -152,17 +148,17 @@ def test_bf16_training_from_the_cache_equals_training_from_images(run, settings,
 # ------------------------------------------------------------------------------------------------------ partial and stale
 def test_a_killed_pre_pass_is_continued_where_it_stopped(full, tmp_path, vae):
     """Every pair is a shard here."""
-    whole = cache(tmp_path / "whole", feeder(full), vae).open(work(vae))
+    whole = LatentCache(tmp_path / "whole", feeder(full), vae, print).open(work(vae))
     calls, encoded = [], []
     # Asked before every batch of 4 and after every shard: 8 views are 2 batches.
     killed = work(vae, stop=lambda: calls.append(0) or len(calls) > 7)
-    assert cache(tmp_path / "cache", feeder(full), vae).open(killed) is None
+    assert LatentCache(tmp_path / "cache", feeder(full), vae, print).open(killed) is None
     written = sorted(tmp_path.glob("cache/*/*.npy"))
     assert 0 < len(written) < PAIRS and not list(tmp_path.glob("cache/*/.*part*"))
     times = [file.stat().st_mtime_ns for file in written]
     with written[0].open("r+b") as damaged:  # as after a crash of the disk
         damaged.truncate(200)
-    pairs = cache(tmp_path / "cache", feeder(full), vae).open(work(vae, encoded=encoded))
+    pairs = LatentCache(tmp_path / "cache", feeder(full), vae, print).open(work(vae, encoded=encoded))
     assert len(encoded) == 4 * (PAIRS - len(written) + 1) and set(encoded) == {BATCH}
     assert [file.stat().st_mtime_ns for file in written][1:] == times[1:]
     for index in range(PAIRS):
@@ -170,7 +166,7 @@ def test_a_killed_pre_pass_is_continued_where_it_stopped(full, tmp_path, vae):
 
 
 def test_latents_of_any_batch_size_are_the_same_up_to_rounding(full, tmp_path, vae):
-    one, other = (cache(tmp_path / str(size), feeder(full), vae).open(work(vae, size)) for size in (3, 7))
+    one, other = (LatentCache(tmp_path / str(size), feeder(full), vae, print).open(work(vae, size)) for size in (3, 7))
     for index in range(PAIRS):
         for view in range(8):
             torch.testing.assert_close(one.shards.read(index, view), other.shards.read(index, view))
@@ -178,20 +174,19 @@ def test_latents_of_any_batch_size_are_the_same_up_to_rounding(full, tmp_path, v
 
 @pytest.mark.parametrize(
     "what",
-    ["image", "vae", "precision", "seed", "augmentation", "copied", "touched", "code"],
+    ["image", "vae", "precision", "seed", "gsd", "augmentation", "copied", "touched", "code"],
 )
 def test_what_makes_a_cache_stale(tmp_path, what, monkeypatch):
     """What changes the latents, and only that; the line in the log names it."""
     folder = make_pairs(tmp_path / "pairs", SIZE)
     vae, lines, encoded = tiny_vae(), [], []
-    cache(tmp_path / "cache", feeder(folder), vae).open(work(vae))
+    LatentCache(tmp_path / "cache", feeder(folder), vae, print).open(work(vae))
     source, expected = feeder(folder), None
     match what:
         case "image":
             file = folder / "eo" / "3.png"
             Image.fromarray(np.zeros((SIZE, SIZE, 3), np.uint8)).save(file)
             expected = "does not fit (other images)"
-
         case "vae":
             with torch.no_grad():
                 vae.encoder.conv_in.bias += 1e-3
@@ -200,12 +195,13 @@ def test_what_makes_a_cache_stale(tmp_path, what, monkeypatch):
             vae, expected = vae.bfloat16(), "precision float32 -> bfloat16)"
         case "seed":
             source = feeder(folder, seed=7)
+        case "gsd":
+            source = feeder(folder, gsd_m=3.0)
         case "augmentation":
             source, expected = feeder(folder, vflip=False), "augmentations (True, True, True) -> (True, False, True)"
         case "copied":
             shutil.copytree(folder, tmp_path / "elsewhere", copy_function=shutil.copy2)
             source = feeder(tmp_path / "elsewhere")
-
         case "touched":
             os.utime(folder / "eo" / "3.png", (0, 0))
             expected = "does not fit (other images)"
@@ -214,7 +210,7 @@ def test_what_makes_a_cache_stale(tmp_path, what, monkeypatch):
             monkeypatch.setattr(PairedFolderFeeder, "read", lambda *args: tuple(image / 2 for image in read(*args)))
             expected = "does not fit (other first pair as read)"
 
-    pairs = cache(tmp_path / "cache", source, vae, report=lines.append).open(work(vae, encoded=encoded))
+    pairs = LatentCache(tmp_path / "cache", source, vae, lines.append).open(work(vae, encoded=encoded))
     assert bool(encoded) == (expected is not None) == (len(list(tmp_path.glob("cache/*/index.json"))) == 2)
     assert len(lines) == (2 if expected else 1) and (expected is None or expected in lines[0])
     assert torch.equal(cached(pairs, 1, 3), from_images(vae, source, 1, 3))
@@ -229,7 +225,7 @@ def in_another_process(root: Path, folder: Path):
     def use() -> None:
         torch.set_num_threads(1)  # as loader processes do: threads do not survive a fork
         vae, encoded = tiny_vae(), []
-        pairs = cache(root, feeder(folder), vae).open(work(vae, encoded=encoded))
+        pairs = LatentCache(root, feeder(folder), vae, print).open(work(vae, encoded=encoded))
         queue.put((sum(encoded), pairs.shards.read(0, 0).tolist()))
 
     process = context.Process(target=use)
@@ -267,13 +263,13 @@ def refused(monkeypatch, folder: Path) -> None:
 
 
 def test_a_whole_cache_is_read_from_a_read_only_folder(full, tmp_path, vae, monkeypatch):
-    expected = cache(tmp_path / "cache", feeder(full), vae).open(work(vae))
+    expected = LatentCache(tmp_path / "cache", feeder(full), vae, print).open(work(vae))
     refused(monkeypatch, tmp_path / "cache")
-    pairs = cache(tmp_path / "cache", feeder(full), vae).open(work(vae))
+    pairs = LatentCache(tmp_path / "cache", feeder(full), vae, print).open(work(vae))
     assert torch.equal(cached(pairs, 1, 2), cached(expected, 1, 2))
     next(pairs.shards.folder.glob("*.npy")).unlink()
     with pytest.raises(UserError, match="lacks 1 of 5 shards and cannot be written into: Read-only file system"):
-        cache(tmp_path / "cache", feeder(full), vae).open(work(vae))
+        LatentCache(tmp_path / "cache", feeder(full), vae, print).open(work(vae))
 
 
 def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_it_is_written(full, tmp_path, vae, monkeypatch):
@@ -281,7 +277,7 @@ def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_it_is_written(f
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 20_000, 20_000))
     encoded = []
     with pytest.raises(UserError, match=r"needs 2\.05e-05 GB more for 5 pairs x 8 views, but 2e-05 GB are free"):
-        cache(tmp_path / "cache", feeder(full), vae).open(work(vae, encoded=encoded))
+        LatentCache(tmp_path / "cache", feeder(full), vae, print).open(work(vae, encoded=encoded))
     assert not encoded and not list(tmp_path.glob("cache/*/*.npy"))
 
 
@@ -292,14 +288,14 @@ def test_a_disk_that_fills_up_leaves_no_half_shard(full, tmp_path, vae, monkeypa
 
     monkeypatch.setattr(latent_cache.np, "save", fills_up)
     with pytest.raises(UserError, match="cannot be written into: No space left on device"):
-        cache(tmp_path / "cache", feeder(full), vae).open(work(vae))
+        LatentCache(tmp_path / "cache", feeder(full), vae, print).open(work(vae))
     assert not list(tmp_path.glob("cache/*/*shard*"))
 
 
 def test_latents_that_are_not_finite_are_refused_by_name(full, tmp_path, vae):
     broken = work(vae)._replace(encode=lambda pixels: torch.full((len(pixels), 4, 4, 4), torch.nan))
     with pytest.raises(UserError, match="the latents of 0 are not finite in float32"):
-        cache(tmp_path / "cache", feeder(full), vae).open(broken)
+        LatentCache(tmp_path / "cache", feeder(full), vae, print).open(broken)
 
 
 def test_random_crops_are_refused_in_one_line(argv, tmp_path, capsys):

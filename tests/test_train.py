@@ -47,16 +47,17 @@ import train
 import utils
 from cdiffset import errors
 from cdiffset.checkpoint import PROMPT_FILE, PROMPT_TENSOR
-from cdiffset.config import Config, load_config
+from cdiffset.config import KNOBS, Config, load_config
 from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar
 from cdiffset.model import embed_prompt, load_base_unet, patch_conv_in, patch_conv_out
 from cdiffset.training import batches as batches_module
 from cdiffset.training import logs, validation
-from cdiffset.training import weights as optimisation
+from cdiffset.training import weights as weights_module
 from cdiffset.training.batches import ResumableBatchSampler
-from cdiffset.training.weights import flat
+from cdiffset.training.processes import make_accelerator
+from cdiffset.training.weights import TrainedWeights, flat
 from train import Trainer
 
 REPO = Path(__file__).parents[1]
@@ -421,6 +422,46 @@ def test_a_step_that_is_not_finite_changes_nothing(build, monkeypatch, precision
     assert "step left out (1 of 1): iteration 3: " in (trainer.folder.path / "train_log.txt").read_text()
 
 
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+def test_a_scaler_leaves_out_what_overflows_and_adapts(build, monkeypatch, spoilt):
+    """As under fp16: an infinite loss counts as a step left out, a gradient that overflows alone does not."""
+
+    def with_scaler(config):
+        accelerator = make_accelerator(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        unscale = accelerator.scaler.unscale_
+        accelerator.unscale_gradients = lambda: [unscale(prepared.optimizer) for prepared in accelerator._optimizers]
+        return accelerator
+
+    monkeypatch.setattr(train, "make_accelerator", with_scaler)
+    trainer, encode = build(num_iter=3, ema_decay=0.9, skip_nonfinite=1, save_iter=3), train.encode
+    weights, norm, step, states = trainer.weights, TrainedWeights.gradient_norm, Trainer.step, []
+
+    def overflowing(self):
+        self.parameters[0].grad.fill_(math.inf)
+        return norm(self)
+
+    def watched(self, batches):
+        now = self.state.iteration == 1
+        factor = math.inf if now and spoilt == "loss" else 1
+        monkeypatch.setattr(train, "encode", lambda vae, pixels: encode(vae, pixels) * factor)
+        states.append([value.detach().clone() for value in (*weights.parameters, *weights.average.parameters())])
+        if now and spoilt == "gradient":
+            monkeypatch.setattr(TrainedWeights, "gradient_norm", overflowing)
+        step(self, batches)
+        monkeypatch.setattr(TrainedWeights, "gradient_norm", norm)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    trainer.run()
+    count = len(weights.parameters)
+    assert same(states[2][:count], states[1][:count]) and not same(states[1][:count], states[0][:count])
+    assert same(states[2][count:], states[1][count:]) == (spoilt == "loss")  # the average moves on towards the same weights
+    assert trainer.state.skipped == (spoilt == "loss") and not same(list(weights.parameters), states[2][:count])
+    assert trainer.accelerator.scaler.get_scale() == 4.0
+    resumed = build(num_iter=6, ema_decay=0.9, skip_nonfinite=1, resume="latest")
+    assert resumed.state.iteration == 3 and resumed.accelerator.scaler.get_scale() == 4.0
+
+
 # ---------------------------------------------------------------------------------------------------------------- resume
 BEGUN = {"num_iter": 2, "save_iter": 1, "confidence": True}
 RESUMED = {"num_iter": 7, "save_iter": 2, "eval_epoch": 1, "ema_decay": 0.9, "confidence": True, "report_to": "tensorboard"}
@@ -496,6 +537,11 @@ def test_a_changed_setting_is_refused(argv, begun, changes, message):
 
 
 def test_what_does_not_change_learning_may_change(run, begun):
+    assert {name for name, knob in KNOBS.items() if not knob.metadata["may_change"]} == {
+        "seed", "feeder", "train_feeder_args", "pretrained_model_name_or_path", "accelerator_path", "confidence", "prompt",
+        "prediction_type", "beta", "optimizer", "learning_rate", "weight_decay", "lr_scheduler", "num_warmup", "num_iter",
+        "batch_size", "max_grad_norm", "ema_decay", "mixed_precision", "tf32", "torch_compile",
+    }  # fmt: skip
     free = {"num_worker": 1, "log_iter": 2, "save_iter": 0, "val_len": 2, "test_batch_size": 1, "gradient_checkpointing": True}
     run(begun, num_iter=2, confidence=True, **free)
     assert meta_of(begun / "latest")["iteration"] == 2
@@ -621,7 +667,7 @@ def test_stage_2_cannot_resume_stage_1(argv, stages, tmp_path):
 
 
 def test_an_optimizer_cannot_resume_another(argv, run, begun, tmp_path, monkeypatch):
-    monkeypatch.setitem(optimisation.FIRST_MOMENT, "Adam", "state1")
+    monkeypatch.setitem(weights_module.FIRST_MOMENT, "Adam", "state1")
     with pytest.raises(UserError, match="resume: the optimizer state of .* does not fit .*: it is not of Adam"):
         main.main(argv(begun, num_iter=4, confidence=True, resume="latest", optimizer="Adam"))
 
@@ -1134,9 +1180,9 @@ def test_a_launchers_options_are_those_of_the_run(argv, run, tmp_path):
     run(tmp_path, num_iter=1, mixed_precision="bf16", gradient_accumulation_steps=2)
 
 
-def test_a_compiler_that_the_launcher_asks_for_is_torch_compile(build, monkeypatch):
+def test_accelerate_does_not_compile_by_itself(build, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    assert type(build().weights.network) is UNet2DConditionModel  # not compiled once more by Accelerate
+    assert type(build().weights.network) is UNet2DConditionModel  # torch_compile alone does
 
 
 def test_one_process_has_nobody_to_divide_its_model_with(argv, tmp_path):
@@ -1147,8 +1193,15 @@ def test_one_process_has_nobody_to_divide_its_model_with(argv, tmp_path):
 
 def test_a_work_dir_that_is_a_file_is_refused(argv, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="work_dir: cannot write into"):
+    with pytest.raises(UserError, match=f"^work_dir: cannot write into {tmp_path / 'file'}: Not a directory$"):
         main.main(argv(tmp_path / "file"))
+
+
+def test_a_tensorboard_that_cannot_be_written_is_one_line(argv, tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("")
+    assert errors.run(main.main, argv(tmp_path, report_to="tensorboard")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: cannot write into {tmp_path}: ") and line.endswith("last good checkpoint: none yet")
 
 
 def test_a_damaged_image_stops_the_run_by_its_name(argv, few_pairs, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cdiffset.training import weights as optimisation
+from cdiffset.training import weights as weights_module
 from cdiffset.training.weights import gradient_norm, load_moments, step_master_weights
 
 
@@ -19,14 +19,14 @@ def network() -> nn.Module:
 @pytest.mark.parametrize("factor", [None, 0.25])
 def test_stepping_copies_is_adamw_on_float32_weights(monkeypatch, factor):
     """Against torch's plain AdamW on the same gradients, in several chunks; one parameter has no gradient."""
-    monkeypatch.setattr(optimisation, "CHUNK", 250)
+    monkeypatch.setattr(weights_module, "CHUNK", 250)
     plain, trained = network(), network()
     copies = copy.deepcopy(trained).bfloat16()
     settings = {"lr": 1e-3, "weight_decay": 0.1}
     expected = torch.optim.AdamW(plain.parameters(), foreach=False, **settings)
     weights, computing = list(trained.parameters()), list(copies.parameters())
     optimizer = torch.optim.AdamW(weights, fused=True, **settings)
-    assert len(list(optimisation.chunks(list(zip(weights, computing, strict=True))))) > 1
+    assert len(list(weights_module.chunks(list(zip(weights, computing, strict=True))))) > 1
     for _ in range(5):
         for index, (reference, computed) in enumerate(zip(plain.parameters(), computing, strict=True)):
             if index != 3:

@@ -39,7 +39,7 @@ def write_maps(
     pairs: list[Pair],
     output: Path,
     record: OutputRecord,  # of the folder of the maps
-    eo_range: tuple[float, float] | None,  # as for `images.read_judged_eo`
+    eo_range: tuple[float, float] | None,  # as for `images.read_unstretched_eo`
     max_pixels: int,
 ) -> list[Pair]:
     """Write the map of every pair, NaN where its EO does not count => the pairs that were skipped."""

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from cdiffset.checkpoint import flush
 from cdiffset.errors import UserError
-from cdiffset.images import written_whole
+from cdiffset.images import write_text, written_whole
 from cdiffset.model import vae_factor
 from cdiffset.pairing import Pair
 from feeders.feeder import PairedFeeder, View
@@ -38,7 +38,7 @@ FORMAT = 2  # of the folder; another number is another cache
 INDEX, LOCK = "index.json", ".lock"
 STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # NumPy knows no bfloat16
 MAX_SHARD_BYTES, MIN_SHARDS = 2**27, 16  # small enough to share, and to lose little when killed
-UNCACHED = ("pairs", "seed", "max_pixels", "radiometry")  # attributes of a feeder that no latent depends on
+UNCACHED = ("pairs", "seed", "max_pixels", "gsd_m", "radiometry")  # attributes of a feeder that no latent depends on
 HASHED = ("images", "vae", "first pair as read")  # settings whose values say nothing
 POLL_S = 0.5
 
@@ -222,8 +222,7 @@ class LatentCache:
         with (self.root / LOCK).open("a+") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)
             if not (self.folder / INDEX).is_file():
-                with written_whole(self.folder / INDEX) as temporary:
-                    temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
+                write_text(self.folder / INDEX, json.dumps(self.settings, indent=2) + "\n")
         needed, free = shards.needed(len(missing)), shutil.disk_usage(shards.folder).free
         if needed > free:
             what = f"{gigabytes(needed)} more for {shards.pairs} pairs x {self.views.count} views"
@@ -324,7 +323,11 @@ def hash_encoder(vae: AutoencoderKL) -> str:
 
 
 def digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
+    return sha.hexdigest()
 
 
 def gigabytes(size: int) -> str:

@@ -37,7 +37,7 @@ class RunLogs:
 
 
 class LogWindow:
-    """Sums since the last log line, kept on the device so that training does not wait for them."""
+    """Sums since the last log line, kept on the device, which is asked for them once a window."""
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -54,7 +54,7 @@ def load_networks(
         check_latent_channels(unet, vae, base)
         unet = patch_conv_in(unet)
     else:
-        unet, origin = load_unet(start, base, latent_channels, option)
+        unet, origin = load_unet(start, base, latent_channels, option, is_verified=option == "resume")
     has_variance = unet.config.out_channels == latent_channels + 1
     adds_variance = config.confidence and not has_variance and config.phase == "train"
     if adds_variance:

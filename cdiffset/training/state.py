@@ -13,13 +13,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from cdiffset import checkpoint
 from cdiffset.config import KNOBS, Config, flatten
-from cdiffset.errors import UserError
+from cdiffset.errors import UserError, reason_of
 from cdiffset.training.logs import LogWindow, RunLogs
 from cdiffset.training.weights import TrainedWeights
 
 
 class RunFolder:
-    """work_dir. Of a run in training, this process's alone once `agree_on_resume` has returned."""
+    """work_dir; of a run in training, locked for this process by `agree_on_resume` or, where it is new, by `open`."""
 
     def __init__(self, config: Config, accelerator: Accelerator, data: dict | None = None):
         """`data`: of `batches.data_record`, None in phase test."""
@@ -37,7 +37,7 @@ class RunFolder:
                 (self.path / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
             logs = RunLogs(self.path, is_main)
         except OSError as error:
-            raise UserError(f"work_dir: cannot write into {self.path}: {error.strerror}") from error
+            raise UserError(f"work_dir: cannot write into {self.path}: {reason_of(error)}") from error
         for line in self.found_at_start:
             logs.train.info(line)
         return logs
@@ -111,7 +111,7 @@ class RunFolder:
 
 @dataclass
 class RunState:
-    """What a resumed run continues from. Whatever is saved and restored stands here, and nowhere else."""
+    """What a resumed run continues from: the one list of what a checkpoint holds."""
 
     weights: TrainedWeights
     prompt_embedding: torch.Tensor  # [1,L,D]
@@ -146,7 +146,8 @@ class RunState:
         accelerator.wait_for_everyone()
 
     def restore(self, state: dict, meta: dict, accelerator: Accelerator) -> None:
-        """All but the weights' own state, which `TrainedWeights` takes."""
+        """All but masters and average, which are loaded as any U-Net. KeyError or ValueError where it does not fit."""
+        self.weights.restore(state)
         self.skipped = state["skipped"]
         if len(windows := state["windows"]) == accelerator.num_processes:
             self.window.restore(windows[accelerator.process_index])

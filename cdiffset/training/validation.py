@@ -61,7 +61,7 @@ class Validator:
         """
         config, accelerator, device = self.config, self.accelerator, self.accelerator.device
         mine = indices[accelerator.process_index :: accelerator.num_processes]
-        options = loader_options(config, device) | {"pin_memory": False}
+        options = loader_options(config, device)
         batches = batches_of(DataLoader(Subset(self.feeder, mine), config.test_batch_size, **options))
         largest = math.ceil(len(indices) / accelerator.num_processes)  # the first process's part, none has more
         rounds = range(math.ceil(largest / config.test_batch_size))

@@ -34,7 +34,6 @@ class TrainedWeights:
         unet: UNet2DConditionModel,  # float32, on the device
         config: Config,
         accelerator: Accelerator,
-        state: dict | None = None,  # of `state_dict`, to continue from
         average: UNet2DConditionModel | None = None,  # of the run to continue, else that of the present weights alone
     ):
         self.config, self.accelerator = config, accelerator
@@ -51,8 +50,6 @@ class TrainedWeights:
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler, optimizer, num_warmup_steps=config.num_warmup, num_training_steps=config.num_iter
         )
-        if state:
-            self.restore(state, optimizer)
         network = bfloat16_copy(self.masters) if config.mixed_precision == "bf16_copy" else self.masters
         self.copies = None if network is self.masters else list(network.parameters())
         if config.torch_compile:
@@ -62,7 +59,7 @@ class TrainedWeights:
         self.network = network if config.fsdp else accelerator.prepare(network)
 
     def state_dict(self) -> dict:
-        """Everything but the weights, which `whole_masters` and `whole_average` give. All processes come here together."""
+        """Everything but the weights, which `whole` gives. All processes come here together."""
         scaler = self.accelerator.scaler
         return {
             "optimizer": fsdp.whole(self.optimizer.state_dict(), self.accelerator.is_main_process),
@@ -70,8 +67,12 @@ class TrainedWeights:
             "scaler": scaler.state_dict() if scaler else None,
         }
 
-    def restore(self, state: dict, optimizer: Optimizer) -> None:
-        """The moments and the place in the schedule are the state's, all settings are this configuration's."""
+    def restore(self, state: dict) -> None:
+        """Of `state_dict` the moments and the place in the schedule; all settings are this configuration's.
+
+        KeyError or ValueError where they do not belong to these weights and this optimizer.
+        """
+        optimizer = self.optimizer.optimizer
         load_moments(self.config.optimizer, optimizer, state["optimizer"])
         schedule = self.lr_scheduler
         schedule.load_state_dict({**state["lr_scheduler"], "base_lrs": schedule.base_lrs})
