@@ -41,8 +41,10 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to show and keep")
     group.add_argument("--top", type=int, default=100, help="pairs on the contact sheet [100]")
     group.add_argument("--boxes", type=int, default=5, help="regions to box, at most, in each pair [5]")
-    group.add_argument("--drop-share", type=float, default=0.05, help="share of the pairs to leave out of the kept list [0.05]")
-    group.add_argument("--max-score", type=float, help="instead of --drop-share: leave out the pairs that score above this")
+    group.add_argument(
+        "--drop-fraction", type=float, default=0.05, help="fraction of the pairs to leave out of the kept list [0.05]"
+    )
+    group.add_argument("--max-score", type=float, help="instead of --drop-fraction: leave out the pairs that score above this")
     add_model_options(parser)
     add_machine_options(parser)
     return parser
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         if not pairs:
             raise UserError(f"none of the {len(failures)} pairs can be used, for the reasons above; one is {min(failures).eo}")
         findings = audit_report.write_findings(args.output, pairs, args.boxes, args.max_pixels, args.eo_range)
-        audit_report.choose_kept(findings, args.drop_share, args.max_score)
+        audit_report.choose_kept(findings, args.drop_fraction, args.max_score)
         audit_report.write_table(args.output / "audit.csv", findings)
         audit_report.write_contact_sheet(args.output / "contact_sheet.html", findings, args.top)
         kept_list = args.output / f"kept_{args.which}.txt"  # feeders take the split from the list's name
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(args: argparse.Namespace, further: list[str]) -> Config | None:
     """Options that make sense together => the configuration of --config, or None for two folders."""
-    check_limits(args, {"top": (1, None), "boxes": (0, None), "drop_share": (0, 1), "seed": (0, MAX_SEED)})
+    check_limits(args, {"top": (1, None), "boxes": (0, None), "drop_fraction": (0, 1), "seed": (0, MAX_SEED)})
     if args.config is None and further:
         raise UserError(f"{further[0]}: no such option; --help lists all")
     if (args.config is None) == (args.sar_dir is None) or (args.sar_dir is None) != (args.eo_dir is None):

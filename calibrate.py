@@ -4,7 +4,7 @@ Translates pairs that training has not seen and fits a monotone map from the var
 absolute error in 8-bit EO units. The JSON file that it writes beside the checkpoint is what `test.py --error-dir` reads.
 
 The pairs are split by image, at random but fixed by --split-seed: half of them fit the curves, a quarter sets the widths of the
-intervals (split conformal prediction), and the last quarter judges both; the numbers are printed and kept in the file.
+intervals (split conformal prediction), and the last quarter tests both; the numbers are printed and kept in the file.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from cdiffset.inference.options import (
 )
 from cdiffset.scenes.radiometry import RadiometryOptions, read_whole
 
-PARTS = {"fit": 0.5, "intervals": 0.25, "judge": 0.25}
+PARTS = {"fit": 0.5, "intervals": 0.25, "held_out": 0.25}
 MIN_PAIRS = 4
 MAX_PIXELS = 4_000_000  # of all images together; more are drawn from at random, equally from each image
 
@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_eo_range(group)
     group.add_argument("--list", type=Path, help="text file of the pairs to take, a relative path per line [all]")
     group.add_argument("--output", type=Path, help="the JSON file [beside the checkpoint, where test.py looks for it]")
-    group.add_argument("--split-seed", type=int, default=0, help="splits the pairs into fitting, intervals and judging [0]")
+    group.add_argument("--split-seed", type=int, default=0, help="splits the pairs into fitting, intervals and testing [0]")
     add_translation_options(parser)
     return parser
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     pixels, skipped = collect(translator, pairs, args.split_seed, args.eo_range, args.max_pixels)
     parts = split(len(pairs), args.split_seed)
     drawn = {part: joined([pixels[index] for index in chosen if index in pixels], part) for part, chosen in parts.items()}
-    fitted = fit_and_judge(drawn, calibrated_settings(sampling), checkpoint.fingerprint)
+    fitted = fit_calibration(drawn, calibrated_settings(sampling), checkpoint.fingerprint)
     fitted.report["images"] = {part: sum(index in pixels for index in chosen) for part, chosen in parts.items()}
     fitted.report["counted"] = float(np.mean([pixels[index].counted for index in pixels]))
     try:
@@ -108,7 +108,7 @@ def find_pairs(args: argparse.Namespace) -> list:
             raise UserError(f"--list: {wanted[name]}: there is no pair {name!r} in {args.sar_dir} and {args.eo_dir}")
         pairs = [pair for pair in pairs if pair.name in wanted]
     if len(pairs) < MIN_PAIRS:
-        raise UserError(f"--sar-dir, --eo-dir: expected at least {MIN_PAIRS} pairs to fit and to judge, found {len(pairs)}")
+        raise UserError(f"--sar-dir, --eo-dir: expected at least {MIN_PAIRS} pairs to fit and to test, found {len(pairs)}")
     require_declared_range(pairs[0].eo, args.eo_range, "--eo-range", args.max_pixels)
     return pairs
 
@@ -117,8 +117,8 @@ def split(count: int, seed: int) -> dict[str, np.ndarray]:
     """Indices of `count` images for each of PARTS: disjoint, none empty, every image used."""
     order = np.random.default_rng(seed).permutation(count)
     ends = np.cumsum([max(1, int(count * fraction)) for fraction in list(PARTS.values())[1:]])
-    intervals, judged, fitted = np.split(order, ends)
-    return {"fit": np.sort(fitted), "intervals": np.sort(intervals), "judge": np.sort(judged)}
+    intervals, held_out, fitted = np.split(order, ends)
+    return {"fit": np.sort(fitted), "intervals": np.sort(intervals), "held_out": np.sort(held_out)}
 
 
 def collect(
@@ -154,17 +154,17 @@ def joined(pixels: list[Drawn], part: str) -> Pixels:
     return maps, np.concatenate([each.error for each in pixels])
 
 
-def fit_and_judge(drawn: dict[str, Pixels], settings: dict, model: str) -> Calibration:
-    """Each part does its own work: curves, intervals, judgement."""
+def fit_calibration(drawn: dict[str, Pixels], settings: dict, model: str) -> Calibration:
+    """Each part does its own work: curves, intervals, test."""
     maps, error = drawn["fit"]
-    curves, share, joint = calibration.fit(maps, error)
+    curves, spread_weight, joint = calibration.fit(maps, error)
     scales = {name: float(error.mean() / calibration.magnitude(name, values).mean()) for name, values in maps.items()}
-    bare = Calibration(settings, model, curves, share, joint)
-    held_out, held_out_error = drawn["intervals"]
-    expected = bare.expected_error(held_out)
-    quantiles = {f"{level:g}": calibration.conformal_quantile(expected, held_out_error, level) for level in LEVELS}
-    calibrated = Calibration(settings, model, curves, share, joint, quantiles)
-    calibrated.report.update(calibration.evaluate(calibrated, scales, *drawn["judge"]))
+    bare = Calibration(settings, model, curves, spread_weight, joint)
+    maps, error = drawn["intervals"]
+    expected = bare.expected_error(maps)
+    quantiles = {f"{level:g}": calibration.conformal_quantile(expected, error, level) for level in LEVELS}
+    calibrated = Calibration(settings, model, curves, spread_weight, joint, quantiles)
+    calibrated.report.update(calibration.evaluate(calibrated, scales, *drawn["held_out"]))
     calibrated.report["pixels"] = {part: len(errors) for part, (_, errors) in drawn.items()}
     return calibrated
 
@@ -172,13 +172,13 @@ def fit_and_judge(drawn: dict[str, Pixels], settings: dict, model: str) -> Calib
 def table(calibrated: Calibration) -> str:
     """What the held-out images say, as Markdown."""
     report = calibrated.report
-    lines = [f"Held out: {report['images']['judge']} images, mean absolute error {report['mean_error']:.2f} of 255", ""]
+    lines = [f"Held out: {report['images']['held_out']} images, mean absolute error {report['mean_error']:.2f} of 255", ""]
     lines += [f"Pixels of the true EO that count: {100 * report['counted']:.4g} %", ""]
     lines += ["| expected error | ENCE ↓ |", "|---|---|"]
     names = {"variance": "σ", "spread": "spread"}
     lines += [f"| {names[name]}, one global scale | {value:.3f} |" for name, value in report["ence_before"].items()]
     by = " and ".join(calibrated.curves) + (
-        f" (share of the spread {calibrated.share:g})" if len(calibrated.curves) > 1 else ""
+        f" (weight of the spread {calibrated.spread_weight:g})" if len(calibrated.curves) > 1 else ""
     )
     lines += [
         f"| calibrated, by {by} | {report['ence_after']:.3f} |",

@@ -3,9 +3,9 @@
     python benchmarks/discrepancy.py --size small    # 2 CPU cores
     python benchmarks/discrepancy.py --size large    # a GPU
 
-simulates scenes whose every discrepancy is known (data/simulate.py), trains every variant over several seeds, judges them on
+simulates scenes whose every discrepancy is known (data/simulate.py), trains every variant over several seeds, evaluates them on
 held-out scenes and writes DISCREPANCY.md, results.json and figure.png into --output. The same command again continues: trained
-and judged variants are kept.
+and evaluated variants are kept.
 
 All variants of a seed see the same batches, noise and timesteps for as many iterations in all; those with a stage 1 share it.
 The loss is the project's own (cdiffset/diffusion.py); the loop is a plain one over latents that are encoded once.
@@ -34,7 +34,7 @@ from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from benchmarks.discrepancy_report import Results, figure, report
-from benchmarks.measures import TEST, TRAIN, draw_scenes, judge
+from benchmarks.measures import TEST, TRAIN, draw_scenes, evaluate
 from cdiffset.config import DEFAULT_PROMPT
 from cdiffset.device import keep_freed_memory
 from cdiffset.diffusion import predict, target_of, training_loss
@@ -61,7 +61,7 @@ FIGURE_FROM = 32  # the held-out scenes that the figure chooses from
 # ------------------------------------------------------------------------------------------------------------- what is compared
 @dataclass(frozen=True)
 class Size:
-    """How much is simulated, trained and judged."""
+    """How much is simulated, trained and evaluated."""
 
     train: int  # scenes
     test: int
@@ -77,7 +77,7 @@ class Size:
     warmup: int = 50
     ema_decay: float = 0.995
     scene_px: int = 64
-    train_levels: bool = False  # train at every level of difficulty; False: judge the models of the standard level at all
+    train_levels: bool = False  # train at every level of difficulty; False: evaluate the models of the standard level at all
 
 
 SIZES = {
@@ -128,7 +128,7 @@ VARIANTS = {
     "null_prompt": Variant("C-Diff, β = timestep, null prompt", prompt="", start="stage1_null"),
     "no_stage1": Variant("C-Diff, β = timestep, without stage 1", start=None),
 }
-JUDGED = [name for name in VARIANTS if not name.startswith("stage1")]
+EVALUATED = [name for name in VARIANTS if not name.startswith("stage1")]
 AT_EVERY_LEVEL = ("mse", "cdiff")
 
 
@@ -156,7 +156,7 @@ def all_jobs(size: Size, levels: list[str]) -> list[list[Job]]:
 
 
 def trained_at(level: str, size: Size) -> str:
-    """The level whose scenes the models were trained on that are judged at this one."""
+    """The level whose scenes the models were trained on that are evaluated at this one."""
     return level if size.train_levels else "standard"
 
 
@@ -280,20 +280,20 @@ def iterations_of(variant: Variant, size: Size) -> int:
     return size.stage1 + size.stage2 if variant.confidence else size.stage1
 
 
-# ---------------------------------------------------------------------------------------------------------------------- judging
-def judge_job(job: Job, output: Path, base: str, size: Size, device: str) -> None:
-    """Judge a trained variant on the held-out scenes => result.json and maps.npz in its folder, unless they are there."""
+# ------------------------------------------------------------------------------------------------------- evaluation
+def evaluate_job(job: Job, output: Path, base: str, size: Size, device: str) -> None:
+    """Evaluate a trained variant on the held-out scenes => result.json and maps.npz in its folder, unless they are there."""
     folder, variant = job.folder(output), VARIANTS[job.variant]
-    if (folder / "result.json").is_file() or job.variant not in JUDGED:
+    if (folder / "result.json").is_file() or job.variant not in EVALUATED:
         return
     scenes = draw_scenes(scenes_of(job.level, size), TEST, range(size.test), SCENE_SEED)
     vae, prompt = load_vae(base).to(device), embed_prompt(base, variant.prompt).to(device)
     trained = replace(job, level=trained_at(job.level, size)).folder(output)
-    unet = load_unet(str(trained), base, vae.config.latent_channels, "judge")[0].to(device).eval()
+    unet = load_unet(str(trained), base, vae.config.latent_channels, "evaluate")[0].to(device).eval()
     thorough = job.variant in AT_EVERY_LEVEL and job.level == "standard"
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         model = Model(unet, vae, load_scheduler(base, "epsilon"), prompt)
-        numbers, maps = judge(model, scenes, size, size.samples if thorough else 1, thorough)
+        numbers, maps = evaluate(model, scenes, size, size.samples if thorough else 1, thorough)
     if thorough:
         with written_whole(folder / "maps.npz") as temporary:
             np.savez_compressed(temporary, **{name: values[:FIGURE_FROM].astype(np.float32) for name, values in maps.items()})
@@ -304,7 +304,7 @@ def judge_job(job: Job, output: Path, base: str, size: Size, device: str) -> Non
 def run_job(job: Job, output: Path, base: str, size: Size, device: str) -> Job:
     keep_freed_memory(torch.device(device))
     train_job(job, output, base, size, device)
-    judge_job(job, output, base, size, device)
+    evaluate_job(job, output, base, size, device)
     return job
 
 
@@ -361,13 +361,13 @@ on {machine(device)} (Python {platform.python_version()}, {versions}).
 
 
 def write_report(output: Path, name: str, size: Size, device: str) -> None:
-    """DISCREPANCY.md, results.json and, once both are judged, the figure of MSE and C-Diff, into the output folder."""
+    """DISCREPANCY.md, results.json and, once both are evaluated, the figure of MSE and C-Diff, into the output folder."""
     results = read_results(output)
     if not results:
         raise UserError(f"--output: {output} holds no results yet: run without --report-only first")
-    judged = {variant: VARIANTS[variant].label for variant in JUDGED}
+    evaluated = {variant: VARIANTS[variant].label for variant in EVALUATED}
     how_trained = f"Trained on scenes of {'the same' if size.train_levels else 'the standard'} level."
-    text = report(results, judged, list(LEVELS), AT_EVERY_LEVEL, heading(name, size, device), how_trained)
+    text = report(results, evaluated, list(LEVELS), AT_EVERY_LEVEL, heading(name, size, device), how_trained)
     record = [numbers for seeds in results.values() for _, numbers in sorted(seeds.items())]
     for file, content in (("DISCREPANCY.md", text), ("results.json", json.dumps(record, indent=2) + "\n")):
         with written_whole(output / file) as temporary:
@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     listed = f"difficulties beside the standard one: any of {', '.join(map(repr, others))} [all]"
     parser.add_argument("--levels", nargs="*", choices=others, default=others, metavar="LEVEL", help=listed)
     parser.add_argument("--workers", type=int, help="variants trained at once [the CPU's cores; 1 on a GPU]")
-    parser.add_argument("--report-only", action="store_true", help="write the report of what has been judged so far")
+    parser.add_argument("--report-only", action="store_true", help="write the report of what has been evaluated so far")
     args = parser.parse_args(argv)
     check_base(args.base)
     if args.workers is not None and args.workers < 1:

@@ -204,7 +204,7 @@ def targets_table(results: Results) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------------- figure
 def figure(scenes: Scenes, maps: dict[str, dict[str, np.ndarray]]) -> Image.Image:
-    """A row per scene, those with the most discrepant pixels. maps: of measures.judge, by variant ("mse", "cdiff").
+    """A row per scene, those with the most discrepant pixels. maps: of measures.evaluate, by variant ("mse", "cdiff").
 
     With a palette: a figure of many panels is a third of its size then.
     """
@@ -264,12 +264,12 @@ no more is known than that the difference lies in it. Each row is one test at 95
 
 
 def report(
-    results: Results, judged: dict[str, str], levels: list[str], at_levels: Iterable[str], heading: str, how_trained: str
+    results: Results, evaluated: dict[str, str], levels: list[str], at_levels: Iterable[str], heading: str, how_trained: str
 ) -> str:
-    """The whole report. judged: {variant: label}, of the standard level; at_levels: the variants of the other levels, of which
+    """The whole report. evaluated: {variant: label}, of the standard level; at_levels: the variants of the others, of which
     `how_trained` says what they were trained on.
     """
-    labels = {name: label for name, label in judged.items() if results.get(("standard", name))}
+    labels = {name: label for name, label in evaluated.items() if results.get(("standard", name))}
     parts = [heading, DEFINITIONS]
     if "cdiff" in labels:
         parts += ["## Targets", targets_table(results)]
@@ -286,5 +286,5 @@ def report(
     if "cdiff" in labels:
         parts += ["σ² along the sampling, from noise to picture:", timestep_table(results, "cdiff")]
         parts += ["Mean picture of the samples, for comparison:", mean_picture_table(results)]
-    parts += ["## Difficulty", how_trained, level_table(results, levels, {name: judged[name] for name in at_levels})]
+    parts += ["## Difficulty", how_trained, level_table(results, levels, {name: evaluated[name] for name in at_levels})]
     return "\n\n".join(part.strip() for part in parts) + "\n"

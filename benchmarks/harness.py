@@ -347,7 +347,7 @@ def folder_of(args: argparse.Namespace, name: str, round_: int) -> Path:
     return args.models / args.benchmark / name.replace(", ", "-").replace(": ", "-").replace(" ", "-") / str(round_)
 
 
-# -------------------------------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------------------------- evaluation
 def spread(values: list[float]) -> dict[str, float] | None:
     """Median and range; None of nothing."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)} if values else None

@@ -222,10 +222,10 @@ def residuals(model: Model, sar: torch.Tensor, eo: torch.Tensor, **options) -> t
     return torch.cat([residual_map(unet, vae, scheduler, *batch, prompt, **options).cpu() for batch in batches])
 
 
-def judge(model: Model, scenes: Scenes, size, samples: int, thorough: bool) -> tuple[dict, dict[str, np.ndarray]]:
+def evaluate(model: Model, scenes: Scenes, size, samples: int, thorough: bool) -> tuple[dict, dict[str, np.ndarray]]:
     """=> (numbers for the tables, maps [N, H, W] and pictures [N, 3, H, W] for the figure).
 
-    `size`: discrepancy.Size; `samples`: translations per scene, of which the first is judged.
+    `size`: discrepancy.Size; `samples`: translations per scene, of which the first is evaluated.
     """
     pictures, sigma2 = sampled(model, scenes, size.steps, samples)
     generated, timesteps = pictures[0], model.scheduler.timesteps.tolist()

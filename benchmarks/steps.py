@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py    # after `make demo`; minutes on two CPU cores
 
-translates the same images by every sampling, each from the same noise, judges picture and σ² against the truth and against the
+translates the same images by every sampling, each from the same noise, compares picture and σ² with the truth and with the
 paper's sampling, prints the tables of STEPS.md and writes steps.png into --output. STEPS.md says what the columns mean; the
 presets of cdiffset/inference/options.py are chosen by them.
 """

@@ -145,7 +145,7 @@ class Config:
     """One run. The defaults are the paper's where it states them; what is off by default changes nothing."""
 
     phase: str = knob(
-        "train", choice("train", "test"), "train, or test: judge accelerator_path on the whole test list",
+        "train", choice("train", "test"), "train, or test: evaluate accelerator_path on the whole test list",
         group="run", may_change=True,
     )  # fmt: skip
     work_dir: str = knob(
@@ -217,7 +217,7 @@ class Config:
         10, whole(0), "validate every so many epochs; 0: only in the last part and at the end", may_change=True
     )
     eval_each_epoch_from: float = knob(
-        0.8, number(0, 1), "share of num_iter from which every epoch is validated; 1: never", may_change=True
+        0.8, number(0, 1), "fraction of num_iter from which every epoch is validated; 1: never", may_change=True
     )
     lpips: bool = knob(True, boolean, "also the metrics by networks, LPIPS first, where weights are available", may_change=True)
 

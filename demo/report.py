@@ -1,4 +1,4 @@
-"""Judge the demo: one figure and one table over the held-out simulated scenes.
+"""Evaluate the demo: one figure and one table over the held-out simulated scenes.
 
     python demo/report.py --scenes data/demo --translated work_dir/demo/translated --base assets/demo_base --output out
 

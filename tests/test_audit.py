@@ -197,7 +197,7 @@ class Sources(HTMLParser):
 
 def test_two_folders(checkpoint, tiny_base, vae, pair_folders, tmp_path):
     """Every output, and the maps against residual_map itself with the checkpoint's own settings."""
-    rows = audited(checkpoint, tmp_path, *folders_of(pair_folders, "test"), "--top", 3, "--drop-share", 0.4, "--boxes", 2)
+    rows = audited(checkpoint, tmp_path, *folders_of(pair_folders, "test"), "--top", 3, "--drop-fraction", 0.4, "--boxes", 2)
     scores = [float(row["score"]) for row in rows]
     assert {row["name"] for row in rows} == set("01234") and scores == sorted(scores, reverse=True) and scores[0] > scores[-1]
     from cdiffset.model import embed_prompt
@@ -342,8 +342,11 @@ def test_broken_pairs_are_named_and_the_rest_done(checkpoint, pair_folders, tmp_
         (["--sar-dir", "sar", "--eo-dir", "eo", "--output", "file"], "--output: file is a file"),
         (["--sar-dir", "sar", "--eo-dir", "eo", "--output", "file/out"], "--output: cannot write into file/out: Not a"),
         (["--sar-dir", "sar", "--eo-dir", "eo", "--eo-range", "0,1"], "eo/x.png: 8-bit pixels"),
-        (["--sar-dir", "sar", "--eo-dir", "eo", "--drop-share", "1.5"], "--drop-share: expected at least 0 and at most 1"),
-        (["--sar-dir", "sar", "--eo-dir", "eo", "--drop-share", "nan"], "--drop-share: expected at least 0"),
+        (
+            ["--sar-dir", "sar", "--eo-dir", "eo", "--drop-fraction", "1.5"],
+            "--drop-fraction: expected at least 0 and at most 1",
+        ),
+        (["--sar-dir", "sar", "--eo-dir", "eo", "--drop-fraction", "nan"], "--drop-fraction: expected at least 0"),
         (["--sar-dir", "sar", "--eo-dir", "eo", "--top", "0"], "--top: expected at least 1, found 0"),
         (["--sar-dir", "sar", "--eo-dir", "eo", "--tip", "3"], "--tip: no such option"),
         (["--sar-dir", "sar", "--eo-dir", "eo", "--checkpoint", "missing"], "--checkpoint: there is no missing"),

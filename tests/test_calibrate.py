@@ -18,7 +18,7 @@ from sklearn.isotonic import IsotonicRegression
 import calibrate
 from cdiffset import errors
 from cdiffset.calibration import calibration
-from cdiffset.calibration.calibration import MIN_ERROR, SHARES, Calibration, Curve
+from cdiffset.calibration.calibration import MIN_ERROR, SPREAD_WEIGHTS, Calibration, Curve
 from cdiffset.calibration.error_pictures import ANCHORS, ERROR_VIEW_MAX, HATCH_COLOUR, colours, enlarged, error_view, overlay
 from cdiffset.errors import UserError
 
@@ -80,12 +80,12 @@ def test_of_two_maps_the_one_that_knows_counts(informative):
     values, error = drawn(100_000)
     noise = np.random.default_rng(9).random(len(values))
     maps = {name: values if name == informative else noise for name in ("variance", "spread")}
-    curves, share, joint = calibration.fit(maps, error)
-    fitted = Calibration({}, "", curves, share, joint)
+    curves, spread_weight, joint = calibration.fit(maps, error)
+    fitted = Calibration({}, "", curves, spread_weight, joint)
     assert np.abs(fitted.expected_error(maps) / true_relation(values) - 1).mean() < 0.03
 
 
-def test_the_share_is_the_second_maps():
+def test_the_weight_is_the_second_maps():
     errors_by_map = [np.array([1.0, 16.0]), np.array([16.0, 81.0])]
     np.testing.assert_allclose(calibration.combine(errors_by_map, 0.25, None), [2.0, 24.0])
     np.testing.assert_allclose(calibration.combine(errors_by_map, 0.25, Curve([0, 100], [0, 200])), [4.0, 48.0])
@@ -96,13 +96,13 @@ def test_two_maps_that_both_know_beat_each():
     one, two = rng.gamma(2, 0.5, (2, 100_000))
     error = 10 * np.sqrt(one * two) * rng.gamma(4, 1 / 4, len(one))
     maps = {"variance": one, "spread": two}
-    curves, share, joint = calibration.fit(maps, error)
+    curves, spread_weight, joint = calibration.fit(maps, error)
     squared = [np.mean((curve(maps[name]) - error) ** 2) for name, curve in curves.items()]
-    together = np.mean((Calibration({}, "", curves, share, joint).expected_error(maps) - error) ** 2)
-    assert share in SHARES[1:-1] and together < 0.8 * min(squared)
+    together = np.mean((Calibration({}, "", curves, spread_weight, joint).expected_error(maps) - error) ** 2)
+    assert spread_weight in SPREAD_WEIGHTS[1:-1] and together < 0.8 * min(squared)
 
 
-# ------------------------------------------------------------------------------------------------------------ judgement
+# ------------------------------------------------------------------------------------------------------------ held out
 def test_the_conformal_quantile_is_the_ranked_score():
     error, expected = np.array([1.0, 8.0, 3.0, 10.0]), np.array([1.0, 2.0, 1.0, 5.0])  # scores 1, 4, 3, 2
     assert [calibration.conformal_quantile(expected, error, level) for level in (0.2, 0.4, 0.5, 0.8)] == [1, 2, 3, 4]
@@ -116,7 +116,7 @@ def test_intervals_cover_new_pixels_of_the_same_kind():
         assert abs(np.mean(error <= q * curve(values)) - level) < 0.015
 
 
-def test_the_judgement_by_hand():
+def test_the_held_out_report_by_hand():
     """Two pixels, hence two bins: 1 expected and 2 found, 4 expected and 3 found => ENCE (1 + 1/4) / 2."""
     identity = Calibration(SETTINGS, "", {"variance": Curve([1.0, 4.0], [1.0, 4.0])}, quantiles={"0.5": 1.0, "0.9": 2.0})
     report = calibration.evaluate(identity, {"variance": 2.0}, {"variance": np.array([4.0, 1.0])}, np.array([3.0, 2.0]))
@@ -126,12 +126,12 @@ def test_the_judgement_by_hand():
     assert report["reliability"] == {"predicted": [1, 4], "observed": [2, 3]}
 
 
-def test_a_spread_of_0_is_judged_still():
+def test_a_spread_of_0_is_calibrated_still():
     values, error = drawn(1000)
     maps = {"variance": values, "spread": np.zeros(1000)}
     part = (maps, error)
-    parts = {"fit": (maps | {"spread": values}, error), "intervals": part, "judge": part}
-    report = calibrate.fit_and_judge(parts, {}, "").report
+    parts = {"fit": (maps | {"spread": values}, error), "intervals": part, "held_out": part}
+    report = calibrate.fit_calibration(parts, {}, "").report
     assert np.isfinite(list(report["ence_before"].values())).all() and np.isfinite(report["ence_after"])
 
 
@@ -140,19 +140,19 @@ def test_calibrating_lowers_the_ence_to_near_0():
         values, error = drawn(100_000, seed)
         return {"variance": values}, error
 
-    fitted = calibrate.fit_and_judge({"fit": part(0), "intervals": part(1), "judge": part(2)}, SETTINGS, "model")
+    fitted = calibrate.fit_calibration({"fit": part(0), "intervals": part(1), "held_out": part(2)}, SETTINGS, "model")
     report = fitted.report
     assert report["ence_after"] < 0.02 < 0.07 < report["ence_before"]["variance"]
     assert all(abs(found - float(level)) < 0.01 for level, found in report["coverage"].items())
     assert np.allclose(report["reliability"]["predicted"], report["reliability"]["observed"], rtol=0.05)
-    assert report["pixels"] == {"fit": 100_000, "intervals": 100_000, "judge": 100_000}
+    assert report["pixels"] == {"fit": 100_000, "intervals": 100_000, "held_out": 100_000}
 
 
 @pytest.mark.parametrize("count", [4, 5, 7, 160])
 def test_the_split_uses_every_image_once(count):
     parts = calibrate.split(count, 3)
     assert sorted(np.concatenate(list(parts.values()))) == list(range(count))
-    assert [len(parts[name]) for name in ("intervals", "judge")] == [max(1, count // 4)] * 2
+    assert [len(parts[name]) for name in ("intervals", "held_out")] == [max(1, count // 4)] * 2
     again, other = calibrate.split(count, 3), [calibrate.split(count, seed)["fit"].tolist() for seed in range(9)]
     assert all(np.array_equal(parts[name], again[name]) for name in parts) and len({str(each) for each in other}) > 1
 
@@ -173,18 +173,6 @@ def test_what_is_saved_is_loaded(tmp_path):
         assert (tmp_path / "a" / "c.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(("steps", "valid"), [(50, True), (25, False)])
-def test_files_of_before_the_choice_of_a_scheduler_are_the_papers(tmp_path, steps, valid):
-    now = {**SETTINGS, "num_inference_steps": steps}
-    before = {name: value for name, value in now.items() if name not in ("scheduler", "timestep_spacing")}
-    calibration.save(tmp_path / "c.json", Calibration(before, "abc", GOOD.curves, 0.5, GOOD.joint))
-    if valid:
-        assert calibration.load(tmp_path / "c.json", now).settings == now
-    for other in ({**now, "scheduler": "unipc"}, {**now, "timestep_spacing": "trailing"}, *([] if valid else [now])):
-        with pytest.raises(UserError, match="was made with readout midpoint"):
-            calibration.load(tmp_path / "c.json", other)
-
-
 def test_the_file_lies_beside_the_checkpoint(tmp_path):
     assert calibration.path_beside(tmp_path) == tmp_path / "calibration.json"
     assert calibration.path_beside(tmp_path / "a.b.safetensors") == tmp_path / "a.b.calibration.json"
@@ -197,8 +185,8 @@ def test_the_file_lies_beside_the_checkpoint(tmp_path):
         (lambda v: v.update(curves={}), "curves of nothing"),
         (lambda v: v.update(curves={"entropy": {"x": [1], "y": [1]}}), "curves of entropy"),
         (lambda v: v.update(curves=[]), "is no calibration"),
-        (lambda v: v.update(share=None), "two curves need a share"),
-        (lambda v: v.update(share=2), "share 2, expected 0 to 1"),
+        (lambda v: v.update(spread_weight=None), "two curves need spread_weight"),
+        (lambda v: v.update(spread_weight=2), "spread_weight 2, expected 0 to 1"),
         (lambda v: v["joint"].update(x=[3, 3]), "'joint': x must be finite and rising"),
         (lambda v: v["joint"].update(y=[5, 3]), "not falling"),
         (lambda v: v["joint"].update(y=[0, 3]), "above 0"),
@@ -314,8 +302,8 @@ def test_from_calibration_to_expected_errors_and_overlays(
     assert "ENCE" in printed and "| 90% |" in printed and f"Calibration: {path}" in printed
     settings = {**SETTINGS, "ensemble": 2, "ensemble_output": "mean"}
     fitted = calibration.load(path, settings)
-    assert fitted.report["images"] == {"fit": 6, "intervals": 3, "judge": 3}
-    assert fitted.report["pixels"]["judge"] == 3 * 40 * 40
+    assert fitted.report["images"] == {"fit": 6, "intervals": 3, "held_out": 3}
+    assert fitted.report["pixels"]["held_out"] == 3 * 40 * 40
 
     out = tmp_path / "out"
     folders = {f"{name}_dir": out / name for name in ("conf", "variance", "spread", "error", "overlay")}
@@ -335,7 +323,7 @@ def test_from_calibration_to_expected_errors_and_overlays(
 
 
 def test_the_calibration_fits_what_test_py_writes(run_calibrate, pair_folders, tiny_base, checkpoints, tmp_path):
-    """The mean error of the judged images and the curve, from the files that a plain translation leaves."""
+    """The mean error of the held-out images and the curve, from the files that a plain translation leaves."""
     fitted = calibration.load(run_calibrate(), SETTINGS)
     out = translate(
         pair_folders, tiny_base, checkpoints["stage2"], tmp_path / "plain", sar_dir=pair_folders / "train" / "sar",
@@ -349,7 +337,7 @@ def test_the_calibration_fits_what_test_py_writes(run_calibrate, pair_folders, t
         return np.stack([read_map(out / "variance" / f"{s}.tif") for s, _ in pairs]), np.abs(error).mean(-1)
 
     parts = calibrate.split(12, 0)
-    _, error = stacked(parts["judge"])
+    _, error = stacked(parts["held_out"])
     assert fitted.report["mean_error"] == pytest.approx(error.mean(), rel=1e-6)
     values, error = stacked(parts["fit"])
     plain = calibration.fit_curve(values.ravel().astype(float), error.ravel())
@@ -367,7 +355,7 @@ def test_calibration_is_repeatable_in_any_batching_and_on_a_list(run_calibrate, 
     assert values[0]["model"] == values[1]["model"]
     (tmp_path / "list.txt").write_text("3.png\n\n11.png\r\n1\n7.tif\n5\n")
     chosen = json.loads(run_calibrate(list=tmp_path / "list.txt").read_text())
-    assert chosen["report"]["images"] == {"fit": 3, "intervals": 1, "judge": 1}
+    assert chosen["report"]["images"] == {"fit": 3, "intervals": 1, "held_out": 1}
 
 
 def test_eo_of_a_declared_range_calibrates_as_the_same_in_8_bit(run_calibrate, calibrated_once, pair_folders, tmp_path):

@@ -259,7 +259,7 @@ def test_mistakes_are_one_line(whole, tmp_path, monkeypatch, capsys, options, me
 # ---- uncertainty
 
 
-def test_the_maps_are_judged_by_the_pooled_pixels_and_per_image(whole):
+def test_the_maps_are_evaluated_by_the_pooled_pixels_and_per_image(whole):
     scene, report = whole
     part = report["uncertainty"]
     pred, gt, sar = (stacked(scene, kind) for kind in ("pred", "gt", "sar"))

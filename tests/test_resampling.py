@@ -12,8 +12,8 @@ from rasterio.windows import Window
 from cdiffset.errors import UserError
 from cdiffset.scenes import radiometry as radiometry_module
 from cdiffset.scenes.geotiff import open_scene
-from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions, chosen_steps
-from cdiffset.scenes.resampling import apply_weights, gsd_of, resample_strips, resampled_size, steps_to, weights
+from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions, chosen_pixel_ratio
+from cdiffset.scenes.resampling import apply_weights, gsd_of, pixel_ratio_to, resample_strips, resampled_size, weights
 
 RNG = np.random.default_rng(0)
 
@@ -77,18 +77,18 @@ def test_the_gsd_is_the_geodesic_distance_of_neighbouring_pixels(tmp_path, geore
 def test_steps_come_from_the_option_the_checkpoint_and_the_file(tmp_path):
     utm = {"crs": "EPSG:32631", "transform": Affine(4, 0, 5e5, 0, -4, 5.7e6)}
     with open_scene(save(tmp_path / "a.tif", np.ones((50, 80), np.uint8), **utm)) as source:
-        assert chosen_steps(source, RadiometryOptions(), 10) == (1, 1)
-        assert chosen_steps(source, RadiometryOptions(resample_gsd=True), 10) == pytest.approx((2.5, 2.5), rel=1e-3)
-        assert chosen_steps(source, RadiometryOptions(resample_gsd=True), 4.05) == (1, 1)
-        assert chosen_steps(source, RadiometryOptions(resample_gsd=2.0, gsd=5.0), None) == (0.4, 0.4)
+        assert chosen_pixel_ratio(source, RadiometryOptions(), 10) == (1, 1)
+        assert chosen_pixel_ratio(source, RadiometryOptions(resample_gsd=True), 10) == pytest.approx((2.5, 2.5), rel=1e-3)
+        assert chosen_pixel_ratio(source, RadiometryOptions(resample_gsd=True), 4.05) == (1, 1)
+        assert chosen_pixel_ratio(source, RadiometryOptions(resample_gsd=2.0, gsd=5.0), None) == (0.4, 0.4)
         with pytest.raises(UserError, match="--resample-gsd: the checkpoint does not record"):
-            chosen_steps(source, RadiometryOptions(resample_gsd=True), None)
+            chosen_pixel_ratio(source, RadiometryOptions(resample_gsd=True), None)
         with pytest.raises(UserError, match="px when resampled to 0.0001 m, .* is the GSD right"):
-            chosen_steps(source, RadiometryOptions(resample_gsd=0.0001), None)
+            chosen_pixel_ratio(source, RadiometryOptions(resample_gsd=0.0001), None)
     with open_scene(save(tmp_path / "b.tif", np.ones((50, 80), np.uint8))) as source:
         with pytest.raises(UserError, match="b.tif does not record its GSD .* --gsd METRES"):
-            chosen_steps(source, RadiometryOptions(resample_gsd=True), 10)
-        assert chosen_steps(source, RadiometryOptions(resample_gsd=True, gsd=5.0), 10) == (2, 2)
+            chosen_pixel_ratio(source, RadiometryOptions(resample_gsd=True), 10)
+        assert chosen_pixel_ratio(source, RadiometryOptions(resample_gsd=True, gsd=5.0), 10) == (2, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- resampling
@@ -174,5 +174,5 @@ def test_strips_become_the_whole_resampled(steps, rows):
 
 
 def test_steps_and_sizes():
-    assert steps_to((2.0, 4.0), 4.0) == (2.0, 1.0) and steps_to((10.1, 9.9), 10) == (1.0, 1.0)
+    assert pixel_ratio_to((2.0, 4.0), 4.0) == (2.0, 1.0) and pixel_ratio_to((10.1, 9.9), 10) == (1.0, 1.0)
     assert resampled_size((100, 101), (2.5, 2.0)) == (40, 51) and resampled_size((3, 3), (0.1, 50.0)) == (30, 1)

@@ -349,7 +349,7 @@ def test_a_scene_of_another_gsd_comes_back_on_its_own_grid(checkpoints, tmp_path
     with rasterio.open(fine) as source, rasterio.open(tmp_path / "out/eo/fine.tif") as result:
         assert (result.shape, result.crs, result.transform) == (source.shape, source.crs, source.transform)
         assert np.array_equal(result.dataset_mask() > 0, source.dataset_mask() > 0)
-        assert json.loads(result.tags()["CDIFFSET_STRETCH"])["steps"] == pytest.approx([4.0, 4.0], rel=1e-3)
+        assert json.loads(result.tags()["CDIFFSET_STRETCH"])["pixel_ratio"] == pytest.approx([4.0, 4.0], rel=1e-3)
     for kind in ("eo", "conf"):
         small, large = read(tmp_path / f"out/{kind}/coarse.tif")[:3], read(tmp_path / f"out/{kind}/fine.tif")[:3]
         means = large[:, 40:].reshape(len(large), 38, 4, 70, 4).mean((2, 4))

@@ -841,7 +841,7 @@ def test_validation_starts_from_the_noise_of_a_translation(build, tmp_path, monk
 
 
 def test_the_average_is_what_is_validated(build, tmp_path):
-    """With ema_decay the EMA is judged, and the trained weights play no part."""
+    """With ema_decay the EMA is evaluated, and the trained weights play no part."""
     trainer = build(ema_decay=0.9)
     before = rows_of(trainer, 1, tmp_path / "before")
     for parameter in trainer.weights.parameters:

@@ -124,23 +124,23 @@ def test_auroc_equals_counting_all_pairs():
 def test_discard_curve_by_hand():
     # 100 errors 1 ... 100, the largest the most uncertain: what remains without k of them has the mean (101 - k) / 2.
     error = np.arange(1.0, 101)
-    judged = ranking_measures(error**2, {"absolute": rank_error(error)})
-    np.testing.assert_allclose(judged["absolute"]["discard"], (101 - np.arange(100)) / 2)
+    evaluated = ranking_measures(error**2, {"absolute": rank_error(error)})
+    np.testing.assert_allclose(evaluated["absolute"]["discard"], (101 - np.arange(100)) / 2)
 
 
-def test_judging_by_ranked_errors_equals_every_measure_alone():
+def test_evaluating_by_ranked_errors_equals_every_measure_alone():
     rng = np.random.default_rng(2)
     error = rng.gamma(2, size=(30, 40)).round(1)  # with ties
     errors = {"absolute": error, "squared": error**2 + rng.uniform(0, 0.1, error.shape)}
     ranked = {name: rank_error(values) for name, values in errors.items()}
     for uncertainty in (rng.uniform(size=error.shape), (error + rng.normal(0, 1, error.shape)).round()):
-        judged = ranking_measures(uncertainty, ranked)
+        evaluated = ranking_measures(uncertainty, ranked)
         for name, values in errors.items():
-            assert judged[name]["spearman"] == pytest.approx(spearman(uncertainty, values), abs=1e-12)
-            assert judged[name]["ause"] == pytest.approx(ause(uncertainty, values), abs=1e-12)
-            assert judged[name]["aurg"] == pytest.approx(aurg(uncertainty, values), abs=1e-12)
+            assert evaluated[name]["spearman"] == pytest.approx(spearman(uncertainty, values), abs=1e-12)
+            assert evaluated[name]["ause"] == pytest.approx(ause(uncertainty, values), abs=1e-12)
+            assert evaluated[name]["aurg"] == pytest.approx(aurg(uncertainty, values), abs=1e-12)
             curve = sparsification_curve(uncertainty, values)[1]
-            np.testing.assert_allclose(judged[name]["discard"], curve * values.mean())
+            np.testing.assert_allclose(evaluated[name]["discard"], curve * values.mean())
 
 
 # ---- calibration

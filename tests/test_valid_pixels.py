@@ -1,4 +1,4 @@
-"""Every kind of EO file is judged alike, and what is excluded counts nowhere: files, metrics, maps, calibration and audit."""
+"""Every kind of EO file counts alike, and what is excluded counts nowhere: files, metrics, maps, calibration and audit."""
 
 import csv
 import json
@@ -106,8 +106,8 @@ def test_the_same_pictures_read_the_same_in_every_kind_of_file(kind, pictures):
         write_deep(pictures / "deep", str(index), kind, picture(10 + index))
     report = run(pictures, "--gt-dir", pictures / "deep", "--gt-range", DEEP[kind][2])
     assert report["inputs"]["gt_range"] == DEEP[kind][2]
-    assert report["counted"] == {"share": 1, "images_with_excluded_pixels": 0}
-    assert report["means"]["share"].pop("clipped_gt")["mean"] == 0
+    assert report["counted"] == {"fraction": 1, "images_with_excluded_pixels": 0}
+    assert report["means"]["fraction"].pop("clipped_gt")["mean"] == 0
     for group, metrics in expected.items():
         for metric, entry in metrics.items():
             assert report["means"][group][metric]["mean"] == pytest.approx(entry["mean"], abs=2e-5), metric
@@ -212,7 +212,7 @@ def test_what_an_image_excludes_does_not_count(kind, side, tmp_path):
     values = {side: read.pixels[~out].astype(float), other: picture(2)[~out].astype(float)}  # [n, 3]
     difference = values["pred"] - values["gt"]
     (row,) = rows_of(tmp_path / "report")
-    assert float(row["share/counted"]) == pytest.approx((~out).mean()) == report["counted"]["share"]
+    assert float(row["fraction/counted"]) == pytest.approx((~out).mean()) == report["counted"]["fraction"]
     assert float(row["standard/psnr"]) == pytest.approx(10 * math.log10(255**2 / (difference**2).mean()), abs=1e-4)
     assert float(row["8-bit/mae"]) == pytest.approx(np.abs(difference).mean(), rel=1e-5)
     to_sar = np.abs(values["pred"] - picture(3)[~out]).mean()
@@ -348,7 +348,7 @@ def test_networks_see_the_images_without_excluded_pixels(pictures, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------- maps and scenes
-def test_a_scene_as_test_py_writes_it_is_judged_by_its_valid_pixels(tmp_path):
+def test_a_scene_as_test_py_writes_it_is_evaluated_by_its_valid_pixels(tmp_path):
     """RGBA with maps that are NaN where it is transparent; a NaN of a map alone costs the maps' measures that pixel alone."""
     rng = np.random.default_rng(0)
     height, width = 560, 140
@@ -369,8 +369,10 @@ def test_a_scene_as_test_py_writes_it_is_judged_by_its_valid_pixels(tmp_path):
     (row,) = rows_of(tmp_path / "report")
     error = np.abs(pred.astype(float) - gt).mean(-1)
     known = np.isfinite(variance)
-    assert float(row["share/counted"]) == pytest.approx(5 / 7) and float(row["8-bit/mae"]) == pytest.approx(error[~out].mean())
-    assert float(row["share/counted_in_maps"]) == known.mean()
+    assert float(row["fraction/counted"]) == pytest.approx(5 / 7) and float(row["8-bit/mae"]) == pytest.approx(
+        error[~out].mean()
+    )
+    assert float(row["fraction/counted_in_maps"]) == known.mean()
     expected = spearmanr(variance[known], error[known]).statistic
     assert float(row["variance/spearman_absolute"]) == pytest.approx(expected, abs=1e-5)
     part = report["uncertainty"]

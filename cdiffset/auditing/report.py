@@ -32,7 +32,7 @@ class Finding:
     score: float  # mean of the discrepancy map: is it a pair at all, and aligned?
     local: float  # its 99th percentile: has a part of it changed?
     maximum: float
-    counted: float  # share of the pixels that count
+    counted: float  # fraction of the pixels that count
     boxes: list[tuple[int, int, int, int]]  # x0, y0, x1, y1 in px, the strongest first
     kept: bool = True
 
@@ -57,8 +57,8 @@ def write_findings(
     for pair in pairs:
         residual = read_tiff(map_path(output, pair))
         counted = residual[np.isfinite(residual)]
-        share = counted.size / residual.size
-        findings.append(Finding(pair, *scores_of(counted), float(counted.max()), share, []))
+        fraction = counted.size / residual.size
+        findings.append(Finding(pair, *scores_of(counted), float(counted.max()), fraction, []))
         step = max(1, min(residual.shape) // 64)  # a grid of some thousand pixels represents a pair
         grid = residual[::step, ::step]
         samples.append(grid[np.isfinite(grid)] if np.isfinite(grid).any() else counted)
@@ -69,11 +69,11 @@ def write_findings(
         sar = read_sar(finding.pair.sar, max_pixels)
         eo, valid, _ = read_unstretched_eo(finding.pair.eo, eo_range, "--eo-range", max_pixels)
         eo[~valid] = EXCLUDED
-        write_png(output / overlay_path(finding.pair), overlay(sar, eo, residual, finding.boxes, threshold))
+        write_png(output / overlay_path(finding.pair), heat_panel(sar, eo, residual, finding.boxes, threshold))
     return sorted(findings, key=lambda finding: (-finding.score, finding.pair.name))
 
 
-def overlay(sar: np.ndarray, eo: np.ndarray, residual: np.ndarray, boxes: list, threshold: float) -> np.ndarray:
+def heat_panel(sar: np.ndarray, eo: np.ndarray, residual: np.ndarray, boxes: list, threshold: float) -> np.ndarray:
     """SAR, EO [H, W, 3] in 0-255 and the map [H, W], NaN: no heat => SAR | EO | EO with heat and boxes, uint8 [H', W', 3].
 
     Heat is half opaque at the threshold and lets the image shine through everywhere.
@@ -89,18 +89,18 @@ def overlay(sar: np.ndarray, eo: np.ndarray, residual: np.ndarray, boxes: list, 
     return panel([to_tensor(picture) for picture in pictures])
 
 
-def choose_kept(findings: list[Finding], drop_share: float, max_score: float | None) -> None:
-    """Mark the pairs that go: those above `max_score`, or else the given share of all, the worst ones.
+def choose_kept(findings: list[Finding], drop_fraction: float, max_score: float | None) -> None:
+    """Mark the pairs that go: those above `max_score`, or else the given fraction of all, the worst ones.
 
     findings: the highest score first.
     """
-    dropped = round(drop_share * len(findings)) if max_score is None else sum(f.score > max_score for f in findings)
+    dropped = round(drop_fraction * len(findings)) if max_score is None else sum(f.score > max_score for f in findings)
     for place, finding in enumerate(findings):
         finding.kept = place >= dropped
 
 
 def write_table(path: Path, findings: list[Finding]) -> None:
-    """CSV, a line per pair in the order given. counted: share of the pixels. Boxes: x0 y0 x1 y1 in px, parted by semicolons."""
+    """CSV, a line per pair in the order given. counted: fraction of the pixels. Boxes: x0 y0 x1 y1 in px, by semicolons."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["name", "score", "local", "max", "counted", "kept", "boxes", "sar", "eo"])

@@ -2,7 +2,7 @@
 
 The error of a pixel is the mean over RGB of |generated - true| in 0-255, both 8-bit. Every map (σ², or the spread over the
 samples) gets a monotone curve to the expected error; with two maps, their expected errors e₁ and e₂ are joined as
-e₁^(1 - s) · e₂^s, which a last monotone curve corrects.
+e₁^(1 - w) · e₂^w, which a last monotone curve corrects.
 """
 
 import json
@@ -18,7 +18,7 @@ from cdiffset.images import write_text
 
 FILE_NAME = "calibration.json"
 KNOTS = 200  # equal-count bins that a curve is fitted to, hence at most as many knots
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the second map
+SPREAD_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LEVELS = (0.5, 0.8, 0.9)  # of the intervals
 BINS = 20  # of the reliability diagram
 MIN_ERROR = 0.01  # 8-bit units; no pixel is promised to be free of error
@@ -40,21 +40,21 @@ class Calibration:
     settings: dict  # of the translation, see options.calibrated_settings
     model: str  # fingerprint of networks, prompt and prediction type
     curves: dict[str, Curve]  # map => expected error
-    share: float | None = None  # of the spread where there are two maps
+    spread_weight: float | None = None  # where there are two maps
     joint: Curve | None = None  # what corrects the two maps' join
     quantiles: dict[str, float] = field(default_factory=dict)  # level => q: |error| <= q * expected in so many of the pixels
     report: dict = field(default_factory=dict)  # what it was fitted on, and how it does on held-out images
 
     def expected_error(self, maps: dict[str, np.ndarray]) -> np.ndarray:
         """Maps of one shape, by name => expected error in 8-bit units, float64 of that shape."""
-        return combine([curve(maps[name]) for name, curve in self.curves.items()], self.share, self.joint)
+        return combine([curve(maps[name]) for name, curve in self.curves.items()], self.spread_weight, self.joint)
 
 
-def combine(errors: list[np.ndarray], share: float | None, joint: Curve | None) -> np.ndarray:
+def combine(errors: list[np.ndarray], spread_weight: float | None, joint: Curve | None) -> np.ndarray:
     """The expected errors by one or two maps => one expected error."""
     if len(errors) == 1:
         return errors[0]
-    joined = errors[0] ** (1 - share) * errors[1] ** share
+    joined = errors[0] ** (1 - spread_weight) * errors[1] ** spread_weight
     return joined if joint is None else joint(joined)
 
 
@@ -71,18 +71,18 @@ def fit_curve(values: np.ndarray, error: np.ndarray) -> Curve:
 
 
 def fit(maps: dict[str, np.ndarray], error: np.ndarray) -> tuple[dict[str, Curve], float | None, Curve | None]:
-    """Maps, each [n], and the error [n] => (curves, share, joint curve), with the share of the least squared error."""
+    """Maps, each [n], and the error [n] => (curves, weight of the spread, joint curve), by the least squared error."""
     curves = {name: fit_curve(values, error) for name, values in maps.items()}
     if len(maps) == 1:
         return curves, None, None
     errors = [curve(maps[name]) for name, curve in curves.items()]
     candidates = []
-    for share in SHARES:
-        joined = combine(errors, share, None)
+    for spread_weight in SPREAD_WEIGHTS:
+        joined = combine(errors, spread_weight, None)
         joint = fit_curve(joined, error)
-        candidates.append((float(np.mean((joint(joined) - error) ** 2)), share, joint))
-    _, share, joint = min(candidates, key=lambda candidate: candidate[:2])
-    return curves, share, joint
+        candidates.append((float(np.mean((joint(joined) - error) ** 2)), spread_weight, joint))
+    _, spread_weight, joint = min(candidates, key=lambda candidate: candidate[:2])
+    return curves, spread_weight, joint
 
 
 def conformal_quantile(expected: np.ndarray, error: np.ndarray, level: float) -> float:
@@ -141,9 +141,6 @@ def load(path: Path, settings: dict) -> Calibration:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise UserError(f"{path} is no calibration, expected what calibrate.py writes: {reason}") from error
-    if calibration.settings.get("num_inference_steps") == 50:  # of before there was a choice of the scheduler
-        calibration.settings.setdefault("scheduler", "ddim")
-        calibration.settings.setdefault("timestep_spacing", "leading")
     if calibration.settings != settings:
         made, wanted = (", ".join(f"{key} {value}" for key, value in each.items()) for each in (calibration.settings, settings))
         raise UserError(f"{path} was made with {made}; this translation has {wanted}: give it the same, or calibrate anew")
@@ -153,18 +150,18 @@ def load(path: Path, settings: dict) -> Calibration:
 def _checked(values: dict) -> Calibration:
     curves = {name: _checked_curve(name, values["curves"][name]) for name in MAPS if name in values["curves"]}
     joint = None if values["joint"] is None else _checked_curve("joint", values["joint"])
-    share, quantiles = values["share"], values["quantiles"]
+    spread_weight, quantiles = values["spread_weight"], values["quantiles"]
     if set(values["curves"]) != set(curves) or not curves:
         raise ValueError(f"curves of {', '.join(values['curves']) or 'nothing'}, expected of {' or '.join(MAPS)}")
-    if (len(curves) == 2) != (joint is not None) or (len(curves) == 2) != (share is not None):
-        raise ValueError("two curves need a share and a joint curve, one curve has neither")
-    if share is not None and not 0 <= share <= 1:
-        raise ValueError(f"share {share}, expected 0 to 1")
+    if (len(curves) == 2) != (joint is not None) or (len(curves) == 2) != (spread_weight is not None):
+        raise ValueError("two curves need spread_weight and a joint curve, one curve has neither")
+    if spread_weight is not None and not 0 <= spread_weight <= 1:
+        raise ValueError(f"spread_weight {spread_weight}, expected 0 to 1")
     if not all(0 < quantile < math.inf for quantile in quantiles.values()):
         raise ValueError(f"quantiles {quantiles}, expected finite ones above 0")
     if not isinstance(values["settings"], dict) or not isinstance(values["model"], str):
         raise ValueError("settings or model of the wrong type")
-    return Calibration(values["settings"], values["model"], curves, share, joint, quantiles, values["report"])
+    return Calibration(values["settings"], values["model"], curves, spread_weight, joint, quantiles, values["report"])
 
 
 def _checked_curve(name: str, curve: dict) -> Curve:

@@ -65,7 +65,7 @@ def evaluate_folders(
         "images": len(measured.rows),
         "sizes": {f"{width} x {height}": count for (width, height), count in measured.sizes.items()},
         "counted": {
-            "share": measured.counted / sum(width * height * count for (width, height), count in measured.sizes.items()),
+            "fraction": measured.counted / sum(width * height * count for (width, height), count in measured.sizes.items()),
             "images_with_excluded_pixels": measured.with_excluded,
         },
         "inputs": {name: None if value is None else as_option(value) for name, value in vars(folders).items()},
@@ -266,10 +266,10 @@ def compare(rows: list[dict], set_values: dict, report: dict, other_rows: list[d
         entry = {"difference": float(finite.mean()) if finite.size else None, "n": int(finite.size), **interval(resampled)}
         groups.setdefault(group, {})[metric] = entry
     both = [name for name in set_values if name in report["set"]]
-    share = "share/counted"
+    counted = "fraction/counted"
     return {
         "baseline": str(path), "images": len(mine), "images_of_baseline": report["images"],
-        "images_of_other_pixels": sum(a.get(share, 1.0) != b.get(share, 1.0) for a, b in zip(mine, theirs, strict=True)),
+        "images_of_other_pixels": sum(a.get(counted, 1.0) != b.get(counted, 1.0) for a, b in zip(mine, theirs, strict=True)),
         "means": groups,
         "set": {name: {"value": set_values[name]["value"], "baseline": report["set"][name]["value"]} for name in both},
     }  # fmt: skip

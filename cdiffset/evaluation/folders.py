@@ -121,7 +121,7 @@ class EvaluationPairs(Dataset):
             generated, eo, valid, values, faults = self._read_pair(stem)
         except UserError as error:
             return {"stem": stem, "faults": [(FAULT_OF.get(type(error), "unreadable"), str(error))]}
-        values |= {"share/counted": float(valid.mean()), "8-bit/mae": mean_difference(generated, eo, valid)}
+        values |= {"fraction/counted": float(valid.mean()), "8-bit/mae": mean_difference(generated, eo, valid)}
         item = {"stem": stem, "generated": to_tensor(generated), "eo": to_tensor(eo), "valid": torch.from_numpy(valid)}
         item |= {"maps": {}, "values": values, "pixels": None, "faults": faults}
         try:
@@ -143,8 +143,8 @@ class EvaluationPairs(Dataset):
             raise EmptyFault(f"{stem}: no pixel is valid in both images")
         generated, eo = (np.where(valid[..., None], image, np.float32(0)) for image in (generated, eo))
         declared = {"pred": (self.folders.pred_range, clipped), "gt": (self.folders.gt_range, eo_clipped)}
-        shares = {f"share/clipped_{kind}": share for kind, (limits, share) in declared.items() if limits is not None}
-        return generated, eo, valid, shares, faults
+        clipped = {f"fraction/clipped_{kind}": fraction for kind, (limits, fraction) in declared.items() if limits is not None}
+        return generated, eo, valid, clipped, faults
 
     def _add_what_stands_beside(self, item: dict, generated: np.ndarray, eo: np.ndarray, valid: np.ndarray) -> None:
         stem, sar = item["stem"], None
@@ -166,7 +166,7 @@ class EvaluationPairs(Dataset):
         candidates = {name: values[valid] for name, values in (maps | trivial_baselines(sar, valid.shape, stem)).items()}  # [n]
         errors, masks = ({name: values[valid] for name, values in each.items()} for each in (errors, masks))
         item["maps"] = {name: np.where(valid, values, np.float32(np.nan)) for name, values in maps.items()}
-        item["values"] |= {"share/counted_in_maps": float(valid.mean()), **image_columns(candidates, errors)}
+        item["values"] |= {"fraction/counted_in_maps": float(valid.mean()), **image_columns(candidates, errors)}
         item["pixels"] = draw_pixels({**errors, **candidates, **masks}, self.pixels_per_image, stem)
 
     def _read_mask(self, name: str, stem: str, size: tuple[int, int]) -> np.ndarray:

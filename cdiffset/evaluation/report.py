@@ -113,7 +113,7 @@ def blocks(report: dict) -> Iterator[Block]:
 
 def counted_pixels(counted: dict, images: int) -> str:
     excluded = counted["images_with_excluded_pixels"]
-    text = f"Pixels that count: {100 * counted['share']:.4g} %."
+    text = f"Pixels that count: {100 * counted['fraction']:.4g} %."
     if not excluded:
         return text
     return (
@@ -125,7 +125,7 @@ def counted_pixels(counted: dict, images: int) -> str:
 
 def warnings(report: dict) -> Iterator[str]:
     for kind in ("pred", "gt"):
-        clipped = report["means"].get("share", {}).get(f"clipped_{kind}", {"mean": 0})["mean"]
+        clipped = report["means"].get("fraction", {}).get(f"clipped_{kind}", {"mean": 0})["mean"]
         if clipped > CLIPPED_SHARE:
             yield (
                 f"Warning: {100 * clipped:.3g} % of the pixels lie beyond --{kind}-range {report['inputs'][f'{kind}_range']} "
@@ -212,11 +212,11 @@ def comparison_blocks(comparison: dict) -> Iterator[Block]:
 
 
 def uncertainty_blocks(part: dict, means: dict, images: int) -> Iterator[Block]:
-    maps, mean_error, share = part["maps"], part["mean_error"], means["share"]["counted_in_maps"]["mean"]
+    maps, mean_error, counted = part["maps"], part["mean_error"], means["fraction"]["counted_in_maps"]["mean"]
     yield (
         "text",
         f"Pooled over {part['pixels']} pixels of {part['images']} images, at most {part['pixels_per_image']} of each, drawn at "
-        f"random with a fixed seed from those that count and are valid in every map (mean over images: {100 * share:.4g} %). "
+        f"random with a fixed seed from those that count and are valid in every map (mean over images: {100 * counted:.4g} %). "
         f"Error: absolute or squared, mean over RGB, in 8-bit units; its mean is {mean_error['absolute']:.3f} and "
         f"{mean_error['squared']:.1f}. Trivial baselines: a random map, and the SAR's brightness, coefficient of variation in "
         f"{WINDOW_PX} x {WINDOW_PX} px and gradient (Gaussian, σ = {GRADIENT_SIGMA_PX:g} px).",
@@ -228,7 +228,7 @@ def uncertainty_blocks(part: dict, means: dict, images: int) -> Iterator[Block]:
     yield "table", [["pixels of an image, mean over images", *labels], *rows]
     yield "text", "AUSE: 0 for a perfect ranking. AURG: 0 for a random one. Both are relative to the mean error."
     yield from detection_blocks(part)
-    yield "text", "Mean absolute error of what remains when the least certain share is left out:"
+    yield "text", "Mean absolute error of what remains when the least certain pixels are left out:"
     discard = {name: measures["ranking"]["absolute"]["discard"] for name, measures in maps.items() if "ranking" in measures}
     rows = [[name, *(number(curve[percent], 3) for percent in DISCARDED)] for name, curve in discard.items()]
     yield "table", [["left out", *(f"{percent} %" for percent in DISCARDED)], *rows]
@@ -252,7 +252,7 @@ def detection_blocks(part: dict) -> Iterator[Block]:
         "text",
         f"Known discrepancies against pixels without any: objects only in the SAR ({found['sar_only']} pixels) and only in the "
         f"EO ({found['eo_only']} pixels). The latter cannot be known from the SAR alone: an AUROC near 0.5 is the honest one. "
-        "AP: average precision; a random map has the share of positives.",
+        "AP: average precision; a random map has the fraction of positives.",
     )
     kinds = [(mask, measure) for mask in MASKS for measure in DETECTION]
     header = ["detection by", *(f"{DETECTION[measure]} {MASK_LABELS[mask]}" for mask, measure in kinds)]

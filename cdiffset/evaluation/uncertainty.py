@@ -24,7 +24,7 @@ def spearman(uncertainty: np.ndarray, error: np.ndarray) -> float:
 def sparsification_curve(uncertainty: np.ndarray, error: np.ndarray, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
     """How the mean error falls when the most uncertain values are removed (Ilg et al., ECCV 2018).
 
-    Returns (fractions, curve), each [steps]: fractions = k / steps for k = 0 ... steps - 1, the share removed;
+    Returns (fractions, curve), each [steps]: fractions = k / steps for k = 0 ... steps - 1, the fraction removed;
     curve = mean error of the ceil((1 - fraction) n) least uncertain values over the mean error of all n, so that curve[0] = 1.
     Equal uncertainties are removed in a random but reproducible order. `error` is not negative and not 0 everywhere.
     """

@@ -230,8 +230,8 @@ def onto_scene(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Strips of the grid that is translated, and what pads it => strips [C, n, W] of the scene's own, of at most STRIP rows."""
     size = radiometry.size(scene)
-    if radiometry.steps != (1, 1):
-        back = tuple(1 / step for step in radiometry.steps)
+    if radiometry.pixel_ratio != (1, 1):
+        back = tuple(1 / ratio for ratio in radiometry.pixel_ratio)
         yield from resample_strips(translated, size, back, scene.shape, STRIP)
         return
     for first, strip in translated:

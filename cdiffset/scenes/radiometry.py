@@ -16,7 +16,7 @@ from rasterio.windows import Window
 from cdiffset.errors import UserError
 from cdiffset.images import PIXEL_PERCENTILES, STRETCH_PERCENTILES, read_sar_valid, three_channels, to_255
 from cdiffset.scenes.geotiff import MAX_PIXELS, POLARISATIONS, Scene, is_auxiliary, is_scene, open_scene
-from cdiffset.scenes.resampling import apply_weights, gsd_of, require_gsd, resampled_size, steps_to, weights
+from cdiffset.scenes.resampling import apply_weights, gsd_of, pixel_ratio_to, require_gsd, resampled_size, weights
 from cdiffset.scenes.scale import SCALE_NAMES, check_scale, detect_scale, likely_fill, scale_of_numbers
 
 SAMPLE_PX = 2**22  # what percentiles are taken of; a scene of at most so many pixels is read whole
@@ -88,14 +88,14 @@ class Radiometry:
     channels: str  # of CHANNELS
     scale: str  # of SCALES
     limits: tuple[tuple[float, float], ...]  # (low, high) that become 0 and 255, one for each band, the ratio last
-    steps: tuple[float, float] = (1.0, 1.0)  # pixels of the scene, down and along, per pixel that is translated
+    pixel_ratio: tuple[float, float] = (1.0, 1.0)  # pixels of the scene per translated pixel, down and along
     despeckle: tuple[int, float | None] | None = None  # side of the window in px of the scene; looks, None for their mean
     nodata: float | None = None  # a value of the file that means no data, besides those that it declares
     scale_reason: str | None = None  # why --scale auto took this one
 
     def size(self, scene: Scene) -> tuple[int, int]:
         """(height, width) of the grid that is translated; windows are of that grid."""
-        return resampled_size(scene.shape, self.steps)
+        return resampled_size(scene.shape, self.pixel_ratio)
 
     def read(self, scene: Scene, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """A window => (float32 [3, h, w] in 0-255, valid [h, w]); what is not valid is filled smoothly from around it."""
@@ -117,24 +117,24 @@ class Radiometry:
 
     def resampled(self, scene: Scene, window: Window) -> tuple[list[np.ndarray], np.ndarray]:
         """`scaled` without the ratio. A coarser pixel is valid where half of its weight is; "dn" is averaged as it is."""
-        if self.steps == (1, 1):
+        if self.pixel_ratio == (1, 1):
             return self.native(scene, window)
-        if window.height > 1 and window.height * window.width * math.prod(self.steps) > READ_PX:
+        if window.height > 1 and window.height * window.width * math.prod(self.pixel_ratio) > READ_PX:
             half = window.height // 2
             upper, there = self.resampled(scene, Window(window.col_off, window.row_off, window.width, half))
             below = Window(window.col_off, window.row_off + half, window.width, window.height - half)
             lower, below_there = self.resampled(scene, below)
             return [np.concatenate(parts) for parts in zip(upper, lower, strict=True)], np.concatenate([there, below_there])
-        row, down = weights(window.row_off, window.row_off + window.height, self.steps[0], scene.height)
-        column, along = weights(window.col_off, window.col_off + window.width, self.steps[1], scene.width)
+        row, down = weights(window.row_off, window.row_off + window.height, self.pixel_ratio[0], scene.height)
+        column, along = weights(window.col_off, window.col_off + window.width, self.pixel_ratio[1], scene.width)
         bands, valid = self.native(scene, Window(column, row, along.shape[1], down.shape[1]))
-        share = apply_weights(down, along, valid.astype(np.float64))
+        covered = apply_weights(down, along, valid.astype(np.float64))
         power = 1 if self.scale == "dn" else 2  # looks are averaged as intensity
         if power == 2:
             self.refuse_negative(scene, bands, "--resample-gsd")
-        kept = share >= 0.5
+        kept = covered >= 0.5
         sums = (apply_weights(down, along, band**power) for band in bands)
-        means = (np.divide(total, share, out=np.zeros_like(share), where=kept) for total in sums)
+        means = (np.divide(total, covered, out=np.zeros_like(covered), where=kept) for total in sums)
         return [mean ** (1 / power) for mean in means], kept
 
     def native(self, scene: Scene, window: Window) -> tuple[list[np.ndarray], np.ndarray]:
@@ -244,10 +244,10 @@ def measure(scene: Scene, options: RadiometryOptions, trained: dict | None = Non
     if options.scale is None and (proposed := scale_of_numbers(backscatter, scene.is_float(indexes))):
         name, why = proposed
         notes.append(f"{why}: this looks like {SCALE_NAMES[name]}, which --scale {name} stretches as amplitude")
-    steps = chosen_steps(scene, options, trained.get("gsd_m"))
+    pixel_ratio = chosen_pixel_ratio(scene, options, trained.get("gsd_m"))
     despeckle = parse_despeckle(options.despeckle)
-    unstretched = Radiometry(indexes, channels, scale, (), steps, despeckle, options.nodata, reason)
-    is_read_so = unstretched.steps == (1, 1) and not despeckle and channels != "ratio"
+    unstretched = Radiometry(indexes, channels, scale, (), pixel_ratio, despeckle, options.nodata, reason)
+    is_read_so = unstretched.pixel_ratio == (1, 1) and not despeckle and channels != "ratio"
     values = SCALES[scale](numbers.astype(np.float64)) if is_read_so else sampled_values(scene, unstretched)
     limits = chosen_limits(scene, unstretched, options.stretch, values, trained.get("sar_statistics"))
     if not all(math.isfinite(high - low) for low, high in limits):
@@ -365,19 +365,19 @@ def require_contrast(scene: Scene, radiometry: Radiometry, numbers: np.ndarray, 
     raise UserError(f"{scene.name}: without contrast, every valid pixel is {numbers.flat[0]:g}: there is nothing to see in it")
 
 
-def chosen_steps(scene: Scene, options: RadiometryOptions, trained_gsd: float | None) -> tuple[float, float]:
-    """Pixels of the scene per pixel that is translated, by --resample-gsd."""
+def chosen_pixel_ratio(scene: Scene, options: RadiometryOptions, trained_gsd: float | None) -> tuple[float, float]:
+    """Pixels of the scene per translated pixel, down and along, by --resample-gsd."""
     if options.resample_gsd is None:
         return 1.0, 1.0
     wanted = trained_gsd if options.resample_gsd is True else options.resample_gsd
     if not wanted:
         raise UserError("--resample-gsd: the checkpoint does not record its training GSD; give it: --resample-gsd METRES")
-    steps = steps_to(require_gsd(scene, options.gsd, "--resample-gsd"), wanted)
-    height, width = resampled_size(scene.shape, steps)
+    pixel_ratio = pixel_ratio_to(require_gsd(scene, options.gsd, "--resample-gsd"), wanted)
+    height, width = resampled_size(scene.shape, pixel_ratio)
     if height * width > max(options.max_pixels, MAX_PIXELS):
         found = f"{width} x {height} px when resampled to {wanted:g} m, more than {MAX_PIXELS}"
         raise UserError(f"{scene.name}: {found}; is the GSD right? Cut the scene, or raise --max-pixels")
-    return steps
+    return pixel_ratio
 
 
 def wanted_polarisations(bands: str | None) -> list[str]:
@@ -392,7 +392,7 @@ def describe(scene: Scene, radiometry: Radiometry) -> str:
     bands = ", ".join(f"{k} ({name})" if (name := scene.descriptions[k - 1]) else str(k) for k in radiometry.indexes)
     scale = radiometry.scale + (f" (auto: {radiometry.scale_reason})" if radiometry.scale_reason else "")
     text = f"{scene.width} x {scene.height} px, bands {bands} as {radiometry.channels}, {scale}, {limits} => 0 to 255"
-    if radiometry.steps != (1, 1):
+    if radiometry.pixel_ratio != (1, 1):
         height, width = radiometry.size(scene)
         text += f"; translated as {width} x {height} px, then back on its own grid"
     if not scene.is_georeferenced:
@@ -405,7 +405,7 @@ def out_of_domain(scene: Scene, radiometry: Radiometry, stated_gsd: float | None
     found = []
     gsd, trained_gsd = (stated_gsd, stated_gsd) if stated_gsd else gsd_of(scene), trained.get("gsd_m")
     if gsd and trained_gsd:
-        translated = math.sqrt(math.prod(gsd) * math.prod(radiometry.steps))
+        translated = math.sqrt(math.prod(gsd) * math.prod(radiometry.pixel_ratio))
         if not GSD_RANGE[0] < translated / trained_gsd < GSD_RANGE[1]:
             found.append(f"{translated:.3g} m per pixel, the checkpoint was trained at {trained_gsd:g} m: see --resample-gsd")
     if (statistics := trained.get("sar_statistics")) is None:

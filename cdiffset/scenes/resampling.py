@@ -66,14 +66,14 @@ def _metres(longitudes: list[float], latitudes: list[float]) -> float:
     )
 
 
-def steps_to(gsd: tuple[float, float], wanted: float) -> tuple[float, float]:
+def pixel_ratio_to(gsd: tuple[float, float], wanted: float) -> tuple[float, float]:
     """Pixels of a scene per pixel of a grid of `wanted` metres, down and along; 1 where they hardly differ."""
     return tuple(1.0 if abs(wanted / each - 1) < SAME_GSD else wanted / each for each in gsd)
 
 
-def resampled_size(size: tuple[int, int], steps: tuple[float, float]) -> tuple[int, int]:
-    """(height, width) of the grid with steps of so many pixels that covers all of `size`."""
-    return tuple(math.ceil(round(side / step, 6)) for side, step in zip(size, steps, strict=True))
+def resampled_size(size: tuple[int, int], pixel_ratio: tuple[float, float]) -> tuple[int, int]:
+    """(height, width) of the grid that covers all of `size` with pixels of so many of its pixels."""
+    return tuple(math.ceil(round(side / ratio, 6)) for side, ratio in zip(size, pixel_ratio, strict=True))
 
 
 def weights(first: int, last: int, step: float, length: int) -> "tuple[int, csr_array]":
@@ -86,12 +86,12 @@ def weights(first: int, last: int, step: float, length: int) -> "tuple[int, csr_
     centres = (np.arange(first, last) + 0.5) * step - 0.5
     reach = max(step, 1.0)
     places = np.floor(centres - reach).astype(np.int64)[:, None] + np.arange(1, 2 * math.ceil(reach) + 2)
-    shares = np.maximum(0, 1 - np.abs(places - centres[:, None]) / reach) * ((places >= 0) & (places < length))
-    shares /= shares.sum(1, keepdims=True)
-    rows, taps = np.nonzero(shares)
+    taps_weight = np.maximum(0, 1 - np.abs(places - centres[:, None]) / reach) * ((places >= 0) & (places < length))
+    taps_weight /= taps_weight.sum(1, keepdims=True)
+    rows, taps = np.nonzero(taps_weight)
     used = places[rows, taps]
     start = int(used.min())
-    return start, csr_array((shares[rows, taps], (rows, used - start)), (len(centres), int(used.max()) + 1 - start))
+    return start, csr_array((taps_weight[rows, taps], (rows, used - start)), (len(centres), int(used.max()) + 1 - start))
 
 
 def apply_weights(down: "csr_array", along: "csr_array", values: np.ndarray) -> np.ndarray:
@@ -104,26 +104,26 @@ def apply_weights(down: "csr_array", along: "csr_array", values: np.ndarray) -> 
 def resample_strips(
     strips: Iterator[tuple[int, np.ndarray]],
     size: tuple[int, int],  # of the grid of the strips
-    steps: tuple[float, float],  # its pixels per pixel of the grid wanted, down and along
+    pixel_ratio: tuple[float, float],  # its pixels per pixel of the grid wanted, down and along
     wanted: tuple[int, int],  # size of that
     rows: int,  # most rows of a strip that is given back
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Strips (first row, [C, n, W]) from top to bottom => the same of another grid, float32, as soon as enough is known."""
-    start, along = weights(0, wanted[1], steps[1], size[1])
-    reach, held, top, done = max(steps[0], 1.0), None, 0, 0
+    start, along = weights(0, wanted[1], pixel_ratio[1], size[1])
+    reach, held, top, done = max(pixel_ratio[0], 1.0), None, 0, 0
     for first, strip in strips:
         known = min(first + strip.shape[1], size[0])
         strip = strip[:, : max(0, known - first), start : start + along.shape[1]]
         held = strip if held is None else np.concatenate([held, strip], 1)
-        ready = wanted[0] if known == size[0] else math.floor((known - reach + 0.5) / steps[0] - 0.5) + 1
+        ready = wanted[0] if known == size[0] else math.floor((known - reach + 0.5) / pixel_ratio[0] - 0.5) + 1
         while done < min(ready, wanted[0]):
             last = min(done + rows, ready, wanted[0])
-            begin, down = weights(done, last, steps[0], size[0])
+            begin, down = weights(done, last, pixel_ratio[0], size[0])
             part = held[:, begin - top : begin - top + down.shape[1]]
             yield done, apply_weights(down, along, part).astype(np.float32)
             done = last
         if done < wanted[0]:  # let go of what no later row needs
-            begin = min(weights(done, done + 1, steps[0], size[0])[0], known)
+            begin = min(weights(done, done + 1, pixel_ratio[0], size[0])[0], known)
             held, top = held[:, begin - top :], begin
 
 

@@ -49,8 +49,8 @@ def scale_bar(metres: float) -> dict[str, str]:
 
 def sar_view(scene: Scene, radiometry: Radiometry, size: tuple[int, int]) -> np.ndarray:
     """The SAR as the network sees it, at the size of a quicklook => uint8 [h, w, 4], transparent where it is not valid."""
-    steps = tuple(side / wanted for side, wanted in zip(scene.shape, size, strict=True))
-    smaller = replace(radiometry, steps=steps)
+    pixel_ratio = tuple(side / wanted for side, wanted in zip(scene.shape, size, strict=True))
+    smaller = replace(radiometry, pixel_ratio=pixel_ratio)
     strips = []
     for top in range(0, size[0], STRIP):
         pixels, valid = smaller.read(scene, Window(0, top, size[1], min(STRIP, size[0] - top)))

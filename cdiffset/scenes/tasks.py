@@ -9,7 +9,7 @@ from cdiffset.errors import UserError
 from cdiffset.inference.record import OutputRecord
 from cdiffset.scenes import geotiff
 from cdiffset.scenes.geotiff import find_sources, open_scene
-from cdiffset.scenes.radiometry import RadiometryOptions, chosen_steps, wanted_polarisations
+from cdiffset.scenes.radiometry import RadiometryOptions, chosen_pixel_ratio, wanted_polarisations
 from cdiffset.scenes.resampling import resampled_size
 
 SUFFIXES = {  # of an image's outputs, in the order of writing; the EO image last, as it stands for a finished task
@@ -85,7 +85,7 @@ def kind_of(
     if not (scene_options or len(files) > 1 or geotiff.is_scene(files[0], tile)):
         return False, False
     with open_scene(files, radiometry.max_pixels) as scene:
-        return True, max(resampled_size(scene.shape, chosen_steps(scene, radiometry, meta.get("gsd_m")))) > tile
+        return True, max(resampled_size(scene.shape, chosen_pixel_ratio(scene, radiometry, meta.get("gsd_m")))) > tile
 
 
 def tasks_of_this_process(tasks: list[Task], folder: Path) -> list[Task]:

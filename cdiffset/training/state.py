@@ -98,7 +98,7 @@ class RunFolder:
         return [f"training data: {pairs} pairs" + (", but other files or order" if pairs == now else f" -> {now} pairs")]
 
     def newest_result(self) -> Path:
-        """What phase test judges where accelerator_path is null: this run's best, else its latest."""
+        """What phase test evaluates where accelerator_path is null: this run's best, else its latest."""
         for name in ("best", "latest"):
             if (self.path / name / checkpoint.META).is_file():
                 return self.path / name

@@ -92,7 +92,7 @@ class Validator:
 
 
 def run_test(config: Config) -> None:
-    """phase: test. Translate the whole test list, then judge the pictures as evaluate.py does."""
+    """phase: test. Translate the whole test list, then evaluate the pictures as evaluate.py does."""
     accelerator = make_accelerator(config)
     check_base(config.pretrained_model_name_or_path)
     run, feeder = RunFolder(config, accelerator), build_feeder(config, "test")
@@ -102,7 +102,7 @@ def run_test(config: Config) -> None:
     check_crops(networks.vae, {"test": feeder})
     validator, folder = Validator(config, accelerator, feeder, networks, logs), run.path / "test"
     try:
-        if accelerator.is_main_process:  # whole folders are judged: pictures of an earlier, longer list must not count
+        if accelerator.is_main_process:  # whole folders are evaluated: pictures of an earlier, longer list must not count
             for name in ("results", "generated", "eo", "sar", "variance"):
                 shutil.rmtree(folder / name, ignore_errors=True)
         accelerator.wait_for_everyone()
@@ -110,7 +110,7 @@ def run_test(config: Config) -> None:
             write_pictures(folder / "results", batch, generated, sigma2)
             write_images(folder, batch, generated, sigma2)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:  # nobody waits for it: judging a large set takes longer than a collective may
+        if accelerator.is_main_process:  # nobody waits for it: evaluating a large set takes longer than a collective may
             maps = folder / "variance" if (folder / "variance").is_dir() else None
             inputs = EvaluationFolders(folder / "generated", folder / "eo", folder / "sar", variance_dir=maps)
             report = evaluate_folders(

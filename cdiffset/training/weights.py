@@ -127,7 +127,7 @@ class TrainedWeights:
 
     @contextmanager
     def evaluated(self) -> Iterator[UNet2DConditionModel]:
-        """The U-Net to judge, whole on every process: the average where one is kept, without the distributed wrapper."""
+        """The U-Net to evaluate, whole on every process: the average where one is kept, without the distributed wrapper."""
         unet = (self.average or self.accelerator.unwrap_model(self.network)).eval()
         with fsdp.gathered(unet):
             yield unet

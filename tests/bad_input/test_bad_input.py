@@ -312,8 +312,8 @@ def claiming(png: bytes, side: int) -> bytes:
     """A PNG whose header claims another size, with the checksum to go with it."""
     import zlib
 
-    header = b"IHDR" + side.to_bytes(4) * 2 + png[24:29]
-    return png[:12] + header + zlib.crc32(header).to_bytes(4) + png[33:]
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + png[24:29]
+    return png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
 
 
 def npy(array, **header) -> bytes:
