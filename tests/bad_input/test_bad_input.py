@@ -138,8 +138,8 @@ ODD_BUT_GOOD = [
         {"test_feeder_args": {"x": 1, "y": 3}},
     ),
     (
-        "merge keys in a chain", "test_feeder_args: {x: &a {k: 1}, y: &b {<<: *a, k: 2}, <<: *b}\n",
-        {"test_feeder_args": {"k": 2, "x": {"k": 1}, "y": {"k": 2}}},
+        "merge keys in a chain", "test_feeder_args: {x: &a {size: 1}, y: &b {<<: *a, size: 2}, <<: *b}\n",
+        {"test_feeder_args": {"size": 2, "x": {"size": 1}, "y": {"size": 2}}},
     ),
     ("a bare no", "mixed_precision: no\n", {"mixed_precision": "no"}),
 ]  # fmt: skip
@@ -371,14 +371,13 @@ def stage2(tmp_path_factory) -> Path:
 def translated_bad(tiny_base, stage2, tmp_path_factory) -> tuple[Path, int, list[str]]:
     """One folder of all the bad images and a good one, translated => (folder, exit code, lines on stderr)."""
     folder = tmp_path_factory.mktemp("bad")
-    for place, (name, content, _) in enumerate(
-        BAD_IMAGES
-    ):  # a folder for each: names that differ in the suffix alone would meet
+    for place, (name, content, _) in enumerate(BAD_IMAGES):  # a folder each: some names differ in the suffix alone
         (folder / f"sar/{place:02}").mkdir(parents=True)
         (folder / f"sar/{place:02}" / name).write_bytes(content)
     (folder / "sar/good.png").write_bytes(PNG)
     argv = translate(tiny_base, stage2, "sar", "out", "--variance-dir", "variance")
-    with contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()) as told:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as told:
+        patch.chdir(folder)
         code = errors.run(translate_command.main, argv)
     return folder, code, re.split(r"[\r\n]+", told.getvalue())
 

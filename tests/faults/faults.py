@@ -9,7 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}  # one thread, so that sums round alike
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",  # so that sums round alike
+    "PYTHONPATH": str(REPO),
+    "PYTHONWARNINGS": "ignore",  # those of old libraries, when they are imported
+}
 PATIENCE_S = 240
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
