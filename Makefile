@@ -23,8 +23,11 @@ demo: .venv/installed
 		--conf-dir $(DEMO)/translated/confidence --variance-dir $(DEMO)/translated/variance
 	$(PY) demo/report.py --scenes data/demo --translated $(DEMO)/translated --base assets/demo_base --output $(DEMO)
 
+# Two at a time, of one thread each; several processes of two threads would only wait for one another.
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+TEST_OPTIONS ?= --numprocesses 2 --dist worksteal
 test: .venv/installed
-	$(PY) -m pytest
+	$(ONE_THREAD) $(PY) -m pytest $(TEST_OPTIONS)
 
 # The tests on the lowest versions that pyproject.toml allows and on the newest: what a reader's environment may hold.
 # Quicker: make test-versions VERSION_TESTS="tests/test_model.py tests/test_diffusion.py"
@@ -32,8 +35,8 @@ LOWEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.13
 VERSION_TESTS ?=
 test-versions: .venvs/lowest/installed .venvs/newest/installed
-	.venvs/lowest/bin/python -m pytest $(VERSION_TESTS)
-	.venvs/newest/bin/python -m pytest $(VERSION_TESTS)
+	$(ONE_THREAD) .venvs/lowest/bin/python -m pytest $(TEST_OPTIONS) $(VERSION_TESTS)
+	$(ONE_THREAD) .venvs/newest/bin/python -m pytest $(TEST_OPTIONS) $(VERSION_TESTS)
 
 .venvs/lowest/installed: pyproject.toml | $(UV)
 	$(UV) venv --quiet --clear --python $(LOWEST_PYTHON) .venvs/lowest
