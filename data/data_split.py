@@ -3,7 +3,8 @@
     python data/data_split.py --dataset qxs --dataroot /data/QXSLAB_SAROPT --ratio 80
 
 writes train_eo_list_080 and test_eo_list_080, each as .txt and .pkl, under data/QXS_split/ (SpaceNet_split, SAROpt_split,
-SENMS_split). Paths are relative to the data root and sorted. SAR2Opt keeps its official folders, and its lists no suffix.
+SENMS_split, SAR2EO_split, SpaceNetChips_split). Paths are relative to the data root and sorted. SAR2Opt, SAR2EO and the
+rendered chips of SpaceNet 6 keep their official folders, and their lists no suffix.
 """
 
 import pickle
@@ -20,12 +21,13 @@ sys.path.insert(0, str(REPO))  # so that the script runs from anywhere
 from cdiffset.errors import Parser, UserError, run  # noqa: E402
 from cdiffset.images import list_images, written_whole  # noqa: E402
 from cdiffset.pairing import relative_path  # noqa: E402
-from feeders.feeder import ListFeeder, QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder  # noqa: E402
+from feeders.feeder import ListFeeder, QXSFeeder, SAR2EOFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder  # noqa: E402
 
 Split = tuple[list[str], list[str]]  # train, test: EO paths relative to the data root
 
 
 PUBLISHED = {(20_000, 80): 3_999}  # (count, ratio) => held out: QXS-SAROPT's split
+SAR2EO_TEST = 4_000  # of the validation pairs, the first so many are those of the published tables
 
 
 def held_out(count: int, ratio: int) -> int:
@@ -68,6 +70,11 @@ def split_saropt(root: Path, ratio: int, seed: int) -> Split:
     return sorted(eo_paths(root, train)), sorted(eo_paths(root, test))
 
 
+def split_sar2eo(root: Path, ratio: int, seed: int) -> Split:
+    """The official folders, of the second the first SAR2EO_TEST; ratio and seed play no part."""
+    return sorted(eo_paths(root, "SAR-EO/EO/train")), sorted(eo_paths(root, "SAR-EO/EO/validation"))[:SAR2EO_TEST]
+
+
 def split_senms(root: Path, ratio: int, seed: int) -> Split:
     """Whole scene folders, season by season: patches of one scene overlap, and must not lie in both splits."""
     seasons = sorted(path.name for path in root.iterdir() if re.fullmatch(r"ROIs[0-9]+_(spring|summer|fall|winter)", path.name))
@@ -90,6 +97,8 @@ SOURCES = {
     "qxs": Source(QXSFeeder, split_qxs, "QXS_split"),
     "spacenet": Source(SpaceNetFeeder, split_spacenet, "SpaceNet_split"),
     "saropt": Source(SAROptFeeder, split_saropt, "SAROpt_split", has_ratio=False),
+    "sar2eo": Source(SAR2EOFeeder, split_sar2eo, "SAR2EO_split", has_ratio=False),
+    "chips": Source(SAROptFeeder, split_saropt, "SpaceNetChips_split", has_ratio=False),
     "senms": Source(SENMSFeeder, split_senms, "SENMS_split"),
 }
 
@@ -133,8 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Split a dataset into training and test lists of EO paths.")
     parser.add_argument("--dataset", required=True, choices=SOURCES)
     parser.add_argument("--dataroot", type=Path, required=True, help="folder of the dataset; the lists are relative to it")
-    parser.add_argument("--ratio", type=int, default=80, help="percentage of training pairs, 1-99; no part in saropt (80)")
-    parser.add_argument("--seed", type=int, default=2025, help="another seed is another split; no part in saropt (2025)")
+    parser.add_argument("--ratio", type=int, default=80, help="percentage of training pairs; not for official splits (80)")
+    parser.add_argument("--seed", type=int, default=2025, help="another seed is another split; not for official ones (2025)")
     parser.add_argument("--output", type=Path, help="folder to write the lists to (data/QXS_split etc. of this repository)")
     args = parser.parse_args(argv)
     source = SOURCES[args.dataset]

@@ -196,6 +196,14 @@ class SAROptFeeder(ListFeeder):
     default_crop_size = 512
 
 
+class SAR2EOFeeder(ListFeeder):
+    """SAR2EO: UNICORN airborne SAR and monochrome EO of one channel, 68,151 training and 21,260 test pairs of 256 x 256 px."""
+
+    layout = "SAR-EO/EO/train/N.png -> SAR-EO/SAR/train/N.png, and so for validation/"
+    folders = {"EO": "SAR"}
+    default_crop_size = 256
+
+
 class SpaceNetFeeder(ListFeeder):
     """SpaceNet 6: Capella X-band SAR (float HH, HV, VH, VV) and WorldView-2 EO at 0.5 m, 3,401 pairs of 900 x 900 px."""
 

@@ -104,7 +104,8 @@ def test_a_variable_that_is_not_set_is_named(load, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- files that ship
 def test_all_configurations_are_there():
-    data_sets = ("qxs_eps", "saropt_eps", "spacenet_eps", "senms_eps", "paired_folder", "demo")
+    data_sets = [f"{name}_eps" for name in ("qxs", "saropt", "sar2eo", "spacenet", "spacenet_chips", "senms")]
+    data_sets += ["paired_folder", "demo"]
     assert {path.stem for path in CONFIGS} >= {*data_sets, *(f"{name}_conf" for name in data_sets)}
 
 

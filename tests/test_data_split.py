@@ -15,7 +15,7 @@ from files import touch
 
 from cdiffset.errors import UserError
 from data.data_split import held_out, main, shuffled_split
-from feeders.feeder import QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder
+from feeders.feeder import QXSFeeder, SAR2EOFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder
 
 SEASONS = ("ROIs1158_spring", "ROIs1868_summer", "ROIs1970_fall", "ROIs2017_winter")
 
@@ -39,8 +39,16 @@ def fill_senms(root, scenes=10, patches=3):
         touch(root, *(f"{season}/{sensor}_{k}/{season}_{sensor}_{k}_p{p}.png" for p in range(patches)))
 
 
+def fill_sar2eo(root, tests=6):
+    for split, count in (("train", 4), ("validation", tests)):
+        touch(root, *(f"SAR-EO/{kind}/{split}/{k:05}.png" for kind in ("SAR", "EO") for k in range(count)))
+
+
 FILL = {"qxs": fill_qxs, "spacenet": fill_spacenet, "saropt": fill_saropt, "senms": fill_senms}
+FILL |= {"sar2eo": fill_sar2eo, "chips": fill_saropt}
 FEEDERS = {"qxs": QXSFeeder, "spacenet": SpaceNetFeeder, "saropt": SAROptFeeder, "senms": SENMSFeeder}
+FEEDERS |= {"sar2eo": SAR2EOFeeder, "chips": SAROptFeeder}
+OFFICIAL = ("saropt", "sar2eo", "chips")  # splits
 
 
 def split(dataset, root, output, *options):
@@ -64,12 +72,13 @@ def test_sizes_are_rounded_and_those_of_qxs_are_the_published_ones(count, ratio,
 @pytest.mark.parametrize("dataset", FILL)
 def test_lists_are_complete_sorted_disjoint_and_feed(dataset, tmp_path, capsys):
     FILL[dataset](tmp_path / "root")
-    suffix = "" if dataset == "saropt" else "_080"
+    suffix = "" if dataset in OFFICIAL else "_080"
     files = split(dataset, tmp_path / "root", tmp_path / "out")
     assert set(files) == {f"{name}_eo_list{suffix}{kind}" for name in ("train", "test") for kind in (".txt", ".pkl")}
     train, test = (lines(files, f"{name}_eo_list{suffix}.txt") for name in ("train", "test"))
     assert train == sorted(train) and test == sorted(test) and len(set(train + test)) == len(train) + len(test)
-    sizes = {"qxs": (40, 10), "spacenet": (20, 5), "saropt": (7, 3), "senms": (96, 24)}[dataset]
+    sizes = {"qxs": (40, 10), "spacenet": (20, 5), "senms": (96, 24), "saropt": (7, 3), "chips": (7, 3), "sar2eo": (4, 6)}
+    sizes = sizes[dataset]
     assert (len(train), len(test)) == sizes
     assert f"train: {sizes[0]} pairs" in (printed := capsys.readouterr().out) and f"test: {sizes[1]} pairs" in printed
     for name, paths in (("train", train), ("test", test)):
@@ -77,6 +86,12 @@ def test_lists_are_complete_sorted_disjoint_and_feed(dataset, tmp_path, capsys):
         for kind in (".txt", ".pkl"):
             feeder = FEEDERS[dataset](tmp_path / "root", tmp_path / f"out/{name}_eo_list{suffix}{kind}")
             assert feeder.names == [path.rpartition(".")[0] for path in paths] and feeder.augment == (name == "train")
+
+
+def test_of_sar2eo_the_first_4000_are_tested(tmp_path):
+    fill_sar2eo(tmp_path / "root", tests=4002)
+    test = lines(split("sar2eo", tmp_path / "root", tmp_path / "out"), "test_eo_list.txt")
+    assert (len(test), test[0], test[-1]) == (4000, "SAR-EO/EO/validation/00000.png", "SAR-EO/EO/validation/03999.png")
 
 
 @pytest.mark.parametrize("dataset", FILL)

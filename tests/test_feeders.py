@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from cdiffset.errors import UserError
 from cdiffset.pairing import read_list, relative_path, split_of
-from feeders.feeder import PairedFolderFeeder, QXSFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder, StellarFeeder
+from feeders.feeder import PairedFolderFeeder, QXSFeeder, SAR2EOFeeder, SAROptFeeder, SENMSFeeder, SpaceNetFeeder, StellarFeeder
 
 SIZE, CROP = 12, 8
 AUGMENTATIONS = {"hflip": True, "vflip": True, "rot": True}
@@ -197,6 +197,7 @@ ROI = "ROIs1158_spring/{0}_1/ROIs1158_spring_{0}_1_p30.png"
         (QXSFeeder, "opt/opt_256_oc_0.2/opt_256_oc_0.2.png", "opt/sar_256_oc_0.2/opt_256_oc_0.2.png"),
         (SAROptFeeder, "trainB/1.png", "trainA/1.png"),
         (SAROptFeeder, "testB/testB.png", "testA/testB.png"),
+        (SAR2EOFeeder, "SAR-EO/EO/validation/00017.png", "SAR-EO/SAR/validation/00017.png"),
         (SpaceNetFeeder, SN6.format("PS-RGB"), SN6.format("SAR-Intensity")),
         (SENMSFeeder, ROI.format("s2"), ROI.format("s1")),
         (SENMSFeeder, "s2_2/s2_140/ROIs1970_fall_s2_140_p7.png", "s2_2/s1_140/ROIs1970_fall_s1_140_p7.png"),
