@@ -1,4 +1,4 @@
-"""The Trainer: config -> feeder -> latents -> U-Net -> loss, validation by PSNR. `fit` is the loop, `step` what it repeats."""
+"""The Trainer: config -> feeder -> latents -> U-Net -> loss, and validation. `fit` is the loop, `step` what it repeats."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import utils
 from cdiffset import checkpoint
-from cdiffset.config import Config
+from cdiffset.config import BEST_METRICS, Config
 from cdiffset.diffusion import training_loss
 from cdiffset.errors import Stopped, UserError, message_of
 from cdiffset.model import check_base, encode, load_unet
@@ -59,6 +59,7 @@ class Trainer:
         self.weights, self.window = self.state.weights, self.state.window
         self.saved = self.state.iteration  # the latest iteration that is on the disk
         self.validator = Validator(config, self.accelerator, self.test_feeder, networks, self.logs)
+        self.validator.require(config.best_metric)
         self.sampler = ResumableBatchSampler(
             len(self.train_feeder), config, self.state.iteration, self.accelerator.process_index, self.accelerator.num_processes
         )
@@ -80,7 +81,7 @@ class Trainer:
         if resume_from:
             saved, meta = checkpoint.read_state(resume_from)
             try:
-                state.restore(saved, meta, self.accelerator)
+                state.restore(saved, meta, self.accelerator, self.config.best_metric)
             except (KeyError, ValueError) as error:
                 raise UserError(
                     f"resume: the optimizer state of {resume_from} does not fit this configuration: {error}"
@@ -140,7 +141,8 @@ class Trainer:
                 paused = time.monotonic()
                 self.validate_and_save()
                 self.window.pause(paused)  # images/s are those of training alone
-        self.logs.train.info("finished: %d iterations, best PSNR %.3f dB", state.iteration, state.best_psnr)
+        best = "not measured" if state.best is None else f"{state.best:.4g}"
+        self.logs.train.info("finished: %d iterations, best %s %s", state.iteration, config.best_metric, best)
 
     def step(self, batches: Iterator[dict]) -> None:
         """One optimizer step on one batch, in gradient_accumulation_steps parts."""
@@ -263,7 +265,7 @@ class Trainer:
         return rest == 0 and (late or (config.eval_epoch > 0 and epoch % config.eval_epoch == 0))
 
     def validate(self) -> bool:
-        """Translate the first val_len test pairs => whether their mean PSNR is the best so far."""
+        """Translate the first val_len test pairs => whether their mean best_metric is the best so far."""
         state, pictures = self.state, self.folder.path / "results" / f"iteration-{self.state.iteration:06d}"
         indices = range(min(self.config.val_len, len(self.test_feeder)))
         try:
@@ -276,9 +278,11 @@ class Trainer:
         epoch = state.iteration / self.sampler.iterations_per_epoch
         self.logs.val.info("iteration %d  epoch %.2f  n %d  %s", state.iteration, epoch, len(rows), text)
         self.logs.scalars("val", means, state.iteration)
-        improved = means["standard/psnr"] > state.best_psnr
-        state.best_psnr = max(means["standard/psnr"], state.best_psnr)
-        return improved
+        value, sign = means[f"standard/{self.config.best_metric}"], BEST_METRICS[self.config.best_metric]
+        if state.best is not None and sign * value <= sign * state.best:
+            return False
+        state.best = value
+        return True
 
     def checkpoint_names(self, improved: bool) -> list[str]:
         """The folders that are due now, the numbered one first; `latest` goes with any of them."""
@@ -288,6 +292,8 @@ class Trainer:
         epoch, rest = divmod(iteration, self.sampler.iterations_per_epoch)
         if config.save_epoch and rest == 0 and epoch % config.save_epoch == 0:
             names.append(f"epoch-{epoch}")
+        if config.keep_at and iteration in config.keep_at:
+            names.append(f"snapshot-{iteration}")
         if improved:
             names.append("best")
         return [*names, "latest"] if names or iteration == config.num_iter else []

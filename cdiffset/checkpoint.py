@@ -1,7 +1,7 @@
 """Checkpoints: writing our own, and loading U-Net weights in every form in which they are found. Save and load side by side.
 
 A checkpoint folder holds unet/ (diffusers layout), unet_ema/ where an average is kept, prompt.safetensors,
-training_state.pt (optimizer, schedule, scaler), checkpoint.json (iteration, epoch, best PSNR, the run's configuration) and
+training_state.pt (optimizer, schedule, scaler), checkpoint.json (iteration, epoch, best validation, the configuration) and
 manifest.json, which lists every other file with its size and SHA-256, so that damage is noticed before it is trained on.
 """
 

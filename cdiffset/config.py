@@ -108,6 +108,14 @@ def gpu_ids(value):
     return ids
 
 
+def iterations(value):
+    found = value if isinstance(value, list) else [value]
+    try:
+        return sorted({whole(1)(each) for each in found})
+    except ValueError as error:
+        raise ValueError(f"{error}, or a list of them") from None
+
+
 def beta_value(value):
     try:
         return value if value == "timestep" else number(0, 1)(value)
@@ -136,6 +144,7 @@ def knob(
     return field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
 
 
+BEST_METRICS = {"psnr": 1, "ssim": 1, "lpips": -1, "dists": -1}  # 1: more is better
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
 
@@ -219,11 +228,18 @@ class Config:
     eval_each_epoch_from: float = knob(
         0.8, number(0, 1), "fraction of num_iter from which every epoch is validated; 1: never", may_change=True
     )
+    best_metric: str = knob(
+        "psnr", choice(*BEST_METRICS), "which mean over the validated pairs picks best; psnr prefers blur", may_change=True
+    )
     lpips: bool = knob(True, boolean, "also the metrics by networks, LPIPS first, where weights are available", may_change=True)
 
     log_iter: int = knob(50, whole(1), "iterations between log lines", group="logs and checkpoints", may_change=True)
     save_iter: int = knob(5000, whole(0), "write checkpoint-N every so many iterations; 0: never", may_change=True)
     save_epoch: int = knob(0, whole(0), "write epoch-N every so many epochs; 0: never", may_change=True)
+    keep_at: list | None = knob(
+        None, optional(iterations), "iterations at which snapshot-N is written, which is never removed; null: none",
+        may_change=True,
+    )  # fmt: skip
     checkpoints_total_limit: int | None = knob(3, optional(whole(1)), "numbered ones to keep; null: all", may_change=True)
     resume: str | None = knob(
         "auto", optional(filled_text),
@@ -396,6 +412,10 @@ def check(values: dict, launcher: dict[str, str]) -> Config:
         raise UserError(f"num_warmup: expected at most num_iter ({config.num_iter}), found {config.num_warmup}")
     if config.batch_size % (steps := config.gradient_accumulation_steps):
         raise UserError(f"gradient_accumulation_steps: expected a divisor of batch_size ({config.batch_size}), found {steps}")
+    if config.keep_at and config.keep_at[-1] > config.num_iter:
+        raise UserError(f"keep_at: expected at most num_iter ({config.num_iter}), found {config.keep_at[-1]}")
+    if config.best_metric == "lpips" and not config.lpips:
+        raise UserError("best_metric: lpips is measured where lpips is true, found lpips: false")
     for name, each in KNOBS.items():
         if config.fsdp and (value := getattr(config, name)) in each.metadata["not_with_fsdp"]:
             raise UserError(f"fsdp: true is not available with {name}: {shown(value)}, expected another {name} or fsdp: false")

@@ -298,7 +298,7 @@ def state_of(iteration: int) -> dict:
 
 def write(work_dir: Path, iteration: int, names: list[str], ema: bool = False) -> None:
     average = trained(seed=iteration + 1000) if ema else None
-    meta = {"iteration": iteration, "epoch": iteration // 2, "best_psnr": None}
+    meta = {"iteration": iteration, "epoch": iteration // 2, "best": {"psnr": None}}
     write_checkpoint(work_dir, names, trained(seed=iteration), average, PROMPT, state_of(iteration), meta)
 
 
@@ -312,7 +312,7 @@ def test_a_checkpoint_comes_back_as_it_was_written(tiny_base, tmp_path):
         require_state(folder)
         state, meta = read_state(folder)
         assert state["optimizer"]["state"][0]["exp_avg"].tolist() == [6, 6, 6] and state["scaler"] is None
-        assert meta == {"iteration": 6, "epoch": 3, "best_psnr": None}
+        assert meta == {"iteration": 6, "epoch": 3, "best": {"psnr": None}}
         assert_same(load_unet(str(folder / "unet"), tiny_base, 4, "resume")[0], trained(seed=6).state_dict())
         assert_same(load_unet(str(folder), tiny_base, 4, "resume")[0], trained(seed=1006).state_dict())
     assert not list((tmp_path / "run").glob(".*"))  # nothing half-written stays

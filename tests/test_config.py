@@ -331,6 +331,8 @@ IMPOSSIBLE = [
         ("eval_each_epoch_from", ("1.01", "-0.01"), "at least 0 and at most 1"),
         ("beta", ("1.5", "-1", ".nan", "steps", "true"), "timestep, or a number of at least 0 and at most 1"),
         ("checkpoints_total_limit", ("0", "1.0"), "at least 1, or null"),
+        ("keep_at", ("0", "[5, -1]", "x", "1.5", "[[1]]"), "a whole number of at least 1, or a list of them, or null"),
+        ("best_metric", ("fid", "null"), "one of psnr, ssim, lpips, dists"),
         ("gpu", ("-1", "[]", "[0, -1]", "[true]", "cuda", "1.0", "'0,x'", "''"), "a GPU number or a list of them"),
         ("confidence", ("1", "'true'", "null", "maybe"), "true or false"),
         ("work_dir", ("''", "' '", "null", "5", "[a]"), "text that is not empty"),
@@ -365,6 +367,9 @@ def test_settings_are_checked_against_each_other(load):
     assert refusal(load, "num_iter: 50\n") == "num_warmup: expected at most num_iter (50), found 100"
     message = refusal(load, "batch_size: 8\ngradient_accumulation_steps: 3\n")
     assert message == "gradient_accumulation_steps: expected a divisor of batch_size (8), found 3"
+    assert refusal(load, "keep_at: [60000, 5]\n") == "keep_at: expected at most num_iter (50000), found 60000"
+    assert load("keep_at: [40000, 5]\n").keep_at == [5, 40000] and load_config(["--keep-at", "7"]).keep_at == [7]
+    assert refusal(load, "best_metric: lpips\nlpips: false\n").startswith("best_metric: lpips is measured where lpips is true")
     for other in ("mixed_precision: bf16_copy", "mixed_precision: fp16", "optimizer: AdamW8bit", "torch_compile: true"):
         name = other.partition(":")[0]
         assert refusal(load, f"fsdp: true\n{other}\n").startswith(f"fsdp: true is not available with {name}: ")

@@ -159,7 +159,7 @@ def test_logs_and_tensorboard_hold_the_same_numbers(stages, stage):
         for name in ("standard/psnr", "standard/ssim", "standard/scc", "paper/psnr"):
             assert row[name] == pytest.approx(board[f"val/{name}"][row["iteration"]], abs=1e-4)
     assert max(row["standard/psnr"] for row in validations) == pytest.approx(
-        meta_of(stages[stage] / "latest")["best_psnr"], abs=1e-4
+        meta_of(stages[stage] / "latest")["best"]["psnr"], abs=1e-4
     )
 
 
@@ -618,9 +618,9 @@ def test_a_feeder_of_another_origin_is_known_by_its_names_or_its_length(names, k
 
 def test_resume_latest_continues_with_changed_settings(build, begun):
     """What the command says now counts, from the first step on: learning rate, weight decay and length of the schedule."""
-    best = meta_of(begun / "latest")["best_psnr"]
+    best = meta_of(begun / "latest")["best"]["psnr"]
     trainer = build(begun, num_iter=4, confidence=True, resume="latest", learning_rate=2e-3, weight_decay=0.5)
-    assert trainer.state.iteration == 2 and trainer.state.best_psnr == best > 0
+    assert trainer.state.iteration == 2 and trainer.state.best == best > 0
     trainer.run()
     log = (begun / "train_log.txt").read_text()
     for line in ("num_iter: 2 -> 4", "learning_rate: 0.001 -> 0.002", "weight_decay: 0.01 -> 0.5"):
@@ -856,8 +856,38 @@ def test_best_is_the_highest_psnr(run, tmp_path, monkeypatch):
     monkeypatch.setattr(validation.Validator, "rows", lambda *args: [{"name": "0", "standard/psnr": next(psnrs)}])
     run(tmp_path, num_iter=12, eval_epoch=1)
     assert meta_of(tmp_path / "best")["iteration"] == 6 and meta_of(tmp_path / "latest")["iteration"] == 12
-    assert meta_of(tmp_path / "latest")["best_psnr"] == 30 and next(psnrs, None) is None
+    assert meta_of(tmp_path / "latest")["best"] == {"psnr": 30} and next(psnrs, None) is None
     assert not same(weights_of(tmp_path / "best" / "unet"), weights_of(tmp_path / "latest" / "unet"))
+
+
+def test_best_by_a_metric_of_which_less_is_better_and_anew_by_another(run, tmp_path, monkeypatch):
+    values = iter([0.5, 0.3, 0.4, 0.2])
+    rows = [{"name": "0", "standard/psnr": 20.0}]
+    monkeypatch.setattr(validation.Validator, "require", lambda *args: None)
+    monkeypatch.setattr(validation.Validator, "rows", lambda *args: [rows[0] | {"standard/lpips": next(values)}])
+    run(tmp_path, num_iter=9, eval_epoch=1, best_metric="lpips", lpips=True)
+    assert meta_of(tmp_path / "best")["iteration"] == 6
+    assert meta_of(tmp_path / "best")["best"] == {"lpips": 0.3}
+    run(tmp_path, num_iter=12, eval_epoch=1, best_metric="psnr", resume="latest")
+    assert meta_of(tmp_path / "best")["iteration"] == 12 and meta_of(tmp_path / "best")["best"] == {"psnr": 20}
+
+
+@pytest.mark.parametrize("metric", ["lpips", "dists"])
+def test_a_metric_without_its_network_is_refused_before_training(run, tmp_path, monkeypatch, metric):
+    def load():
+        raise utils.MetricUnavailable("its network cannot be loaded")
+
+    monkeypatch.setattr(utils, f"_load_{metric}", load)
+    monkeypatch.setattr(utils, "_load_lpips", load)
+    with pytest.raises(UserError, match=f"best_metric: {metric} is not available here: its network cannot be loaded"):
+        run(tmp_path, best_metric=metric, lpips=True)
+    assert not list(tmp_path.glob("*/checkpoint.json"))
+
+
+def test_snapshots_are_written_and_never_pruned(run, tmp_path):
+    run(tmp_path, num_iter=6, save_iter=1, keep_at=[2, 5], checkpoints_total_limit=1)
+    assert {folder.name for folder in tmp_path.glob("*-*") if folder.is_dir()} == {"snapshot-2", "snapshot-5", "checkpoint-6"}
+    assert [meta_of(tmp_path / f"snapshot-{iteration}")["iteration"] for iteration in (2, 5)] == [2, 5]
 
 
 @pytest.mark.parametrize(

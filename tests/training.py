@@ -142,7 +142,7 @@ def assert_same_run(mine: Path, whole: Path) -> None:
         states = [torch.load(folder / name / "training_state.pt", weights_only=True) for folder in (mine, whole)]
         assert len(states[0]["optimizer"]["state"]) > 100 and same(*states)
         metas = [meta_of(folder / name) for folder in (mine, whole)]
-        assert all(metas[0][key] == metas[1][key] for key in ("iteration", "epoch", "best_psnr"))
+        assert all(metas[0][key] == metas[1][key] for key in ("iteration", "epoch", "best"))
     for lines in (train_lines, val_lines):
         logged = [{row.pop("iteration"): row for row in lines(folder)} for folder in (mine, whole)]  # the last time counts
         for rows in logged:

@@ -1,7 +1,6 @@
 """The folder of a run, the checkpoint it continues from, and the one list of what a checkpoint holds."""
 
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -118,7 +117,7 @@ class RunState:
     window: LogWindow  # sums since the last log line
     facts: dict  # of the training data, for those who use the checkpoint: gsd_m, sar_statistics, radiometry
     iteration: int = 0  # steps done
-    best_psnr: float = -math.inf
+    best: float | None = None  # value of config.best_metric
     skipped: int = 0  # steps left out, as their gradient was not finite
     unfinished: bool = False  # whether validation and saving of this iteration are still to be done
 
@@ -134,7 +133,7 @@ class RunState:
                 "unfinished": self.unfinished,
                 "epoch": self.iteration // iterations_per_epoch,
                 "batch_parts": batch_parts(config, accelerator),
-                "best_psnr": self.best_psnr if math.isfinite(self.best_psnr) else None,
+                "best": {config.best_metric: self.best},
                 **self.facts,
                 "data": folder.data,
                 "base_folder": os.path.abspath(base) if base.is_dir() else None,  # which commands started elsewhere find
@@ -145,14 +144,14 @@ class RunState:
             checkpoint.prune(folder.path, config.checkpoints_total_limit, just_written=names)
         accelerator.wait_for_everyone()
 
-    def restore(self, state: dict, meta: dict, accelerator: Accelerator) -> None:
+    def restore(self, state: dict, meta: dict, accelerator: Accelerator, best_metric: str) -> None:
         """All but masters and average, which are loaded as any U-Net. KeyError or ValueError where it does not fit."""
         self.weights.restore(state)
         self.skipped = state["skipped"]
         if len(windows := state["windows"]) == accelerator.num_processes:
             self.window.restore(windows[accelerator.process_index])
         self.iteration, self.unfinished = meta["iteration"], meta["unfinished"]
-        self.best_psnr = -math.inf if meta["best_psnr"] is None else meta["best_psnr"]
+        self.best = meta.get("best", {}).get(best_metric)  # by another metric, the best is sought anew
 
 
 def batch_parts(config: Config, accelerator: Accelerator) -> str:

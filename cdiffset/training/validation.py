@@ -83,9 +83,15 @@ class Validator:
         images = batch["sar_pixels"].numpy() if "sar_pixels" in batch else to_uint8(batch["sar"])  # other feeders: 8-bit data
         return image_noise(self.networks.vae, self.config.seed, images)
 
+    def require(self, metric: str) -> None:
+        """UserError where a metric that a network measures is not available, before anything is trained."""
+        if metric in ("lpips", "dists") and (reason := self.metrics.absent.get(metric)):
+            raise UserError(f"best_metric: {metric} is not available here: {reason}")
+
     @cached_property
     def metrics(self) -> utils.PairMetrics:
-        metrics = utils.PairMetrics(self.accelerator.device, with_lpips=self.config.lpips)
+        with_dists = True if self.config.best_metric == "dists" else None
+        metrics = utils.PairMetrics(self.accelerator.device, self.config.lpips, with_dists)
         for name, reason in metrics.absent.items():
             self.logs.val.info("%s is left out: %s", name, reason)
         return metrics

@@ -130,7 +130,7 @@ class Killed(BaseException):
 
 
 def states(iteration: int) -> tuple[dict, dict]:
-    return {"lr_scheduler": {"last_epoch": iteration}}, {"iteration": iteration, "best_psnr": None, "config": {}}
+    return {"lr_scheduler": {"last_epoch": iteration}}, {"iteration": iteration, "best": {}, "config": {}}
 
 
 def save_and_prune(work_dir: Path, iteration: int) -> None:
