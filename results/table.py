@@ -26,7 +26,7 @@ def read_reports(arguments: list[str]) -> dict[str, dict]:
         name = name or run_name(Path(path))
         try:
             report = json.loads(Path(path).read_text(encoding="utf-8"))
-            _ = report["images"], report["conventions"], report["means"], report["set"], report["uncertainty"]
+            _ = report["images_sha256"], report["conventions"], report["means"], report["set"], report["uncertainty"]
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -43,16 +43,21 @@ def run_name(path: Path) -> str:
     return folder.parent.name if folder.name == "test" else folder.name
 
 
+def images_of(report: dict) -> list[str]:
+    """How many, and the beginning of the hash of their names: only rows of equal ones compare."""
+    return [str(report["images"]), report["images_sha256"][:6]]
+
+
 def convention_table(reports: dict[str, dict], convention: str) -> list[list[str]]:
     from cdiffset.evaluation.report import LABELS, cell  # heavy, here and below: not before the arguments hold
 
     entries = {name: report["means"].get(convention, {}) for name, report in reports.items()}
     metrics = [metric for metric in LABELS if any(metric in means for means in entries.values())]
     rows = [
-        [name, str(reports[name]["images"]), *(cell(means.get(metric), reports[name]["images"]) for metric in metrics)]
+        [name, *images_of(reports[name]), *(cell(means.get(metric), reports[name]["images"]) for metric in metrics)]
         for name, means in entries.items()
     ]
-    return [["run", "n", *(LABELS[metric] for metric in metrics)], *rows]
+    return [["run", "n", "images", *(LABELS[metric] for metric in metrics)], *rows]
 
 
 def set_table(reports: dict[str, dict]) -> list[list[str]]:
@@ -60,10 +65,14 @@ def set_table(reports: dict[str, dict]) -> list[list[str]]:
 
     metrics = [metric for metric in LABELS if any(metric in report["set"] for report in reports.values())]
     rows = [
-        [name, str(images), *(set_cell(metric, of_set[metric], images) if metric in of_set else "–" for metric in metrics)]
-        for name, images, of_set in ((name, report["images"], report["set"]) for name, report in reports.items())
+        [
+            name,
+            *images_of(report),
+            *(set_cell(key, report["set"][key], report["images"]) if key in report["set"] else "–" for key in metrics),
+        ]
+        for name, report in reports.items()
     ]
-    return [["run", "n", *(LABELS[metric] for metric in metrics)], *rows]
+    return [["run", "n", "images", *(LABELS[metric] for metric in metrics)], *rows]
 
 
 def map_table(reports: dict[str, dict]) -> list[list[str]]:
@@ -86,7 +95,8 @@ def map_table(reports: dict[str, dict]) -> list[list[str]]:
 def render(reports: dict[str, dict]) -> str:
     from cdiffset.evaluation.report import markdown_table
 
-    parts = ["# Results", "Written by `results/table.py`; n is the number of images. In brackets: 95 % bootstrap intervals."]
+    about = "n is the number of images, beside it a hash of their names: rows of other images do not compare."
+    parts = ["# Results", f"Written by `results/table.py`. {about} In brackets: 95 % bootstrap intervals."]
     conventions = {name: text for report in reports.values() for name, text in report["conventions"].items()}
     for convention, description in conventions.items():
         parts += [f"## {convention} convention", f"{description}.", markdown_table(convention_table(reports, convention))]

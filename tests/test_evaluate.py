@@ -437,8 +437,9 @@ def test_reports_merge_into_one_table_that_never_mixes_conventions(scene, capsys
         "standard convention", "paper convention", "Whole sets", "Uncertainty maps and trivial baselines"
     ]  # fmt: skip
     for section, convention in zip(sections[1:], ("standard", "paper"), strict=False):
-        assert f"| plain | {COUNT} | {plain['means'][convention]['psnr']['mean']:.4f} [" in section
-        assert f"| with_maps | {COUNT} |" in section
+        same = plain["images_sha256"][:6]  # of both, which are of the same images
+        assert f"| plain | {COUNT} | {same} | {plain['means'][convention]['psnr']['mean']:.4f} [" in section
+        assert f"| with_maps | {COUNT} | {same} |" in section
     assert "| with_maps | ensemble spread | 8 |" in sections[4]
     assert "a second run called with_maps" in refused([argv[0], *argv], capsys, table.main)
     (scene / "plain" / "report.json").write_text("{}")

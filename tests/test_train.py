@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -991,6 +992,14 @@ def test_phase_test_is_translation_and_evaluation(stages, tested, tmp_path):
     folders = [part for option, kind in kinds.items() for part in (f"--{option}-dir", str(tested / kind))]
     assert evaluate.main([*folders, "--no-networks", "--device", "cpu", "--output", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "metrics.csv").read_text() == (tested / "metrics.csv").read_text()
+    again, report = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "again", tested))
+    names = "".join(f"{index}\n" for index in range(TEST_PAIRS))
+    assert report["images_sha256"] == again["images_sha256"] == hashlib.sha256(names.encode()).hexdigest()
+    assert report["run"] == {
+        "feeder": "feeders.feeder.PairedFolderFeeder", "checkpoint": str(stages[1] / "best"), "seed": 2024,
+        "iterations": meta_of(stages[1] / "best")["iteration"], "num_inference_steps": 2,
+    }  # fmt: skip
+    assert again["run"] == {} and f"iterations: {report['run']['iterations']}" in (tested / "report.md").read_text()
 
 
 def test_phase_test_takes_the_runs_own_best(stages, run, tested, tmp_path):

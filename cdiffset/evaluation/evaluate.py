@@ -1,6 +1,7 @@
 """Folder against folder: pairs -> a row of metrics per image -> the report; what evaluate.py and phase test both call."""
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -42,6 +43,7 @@ def evaluate_folders(
     strict: bool = False,  # any fault is an error
     baseline: Path | None = None,  # report.json of another method on the same images
     max_pixels: int = MAX_PIXELS,  # larger images are unreadable
+    run: dict | None = None,  # what made the pictures: dataset, checkpoint, iterations
 ) -> dict:
     """Evaluate the folders and write report.json, report.md, report.html and metrics.csv to `output` => report.json's content.
 
@@ -63,6 +65,8 @@ def evaluate_folders(
     not_whole = dict.fromkeys(set_values, utils.NEEDS_WHOLE) if measured.with_excluded else {}
     report = {
         "images": len(measured.rows),
+        "images_sha256": hash_of([row["name"] for row in measured.rows]),
+        "run": run or {},
         "sizes": {f"{width} x {height}": count for (width, height), count in measured.sizes.items()},
         "counted": {
             "fraction": measured.counted / sum(width * height * count for (width, height), count in measured.sizes.items()),
@@ -80,6 +84,11 @@ def evaluate_folders(
     }
     write_report(output, report, measured.rows, pairs)
     return report
+
+
+def hash_of(names: list[str]) -> str:
+    """Of the names in counting order, one a line: reports of one hash are of the same images."""
+    return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
 
 
 @dataclass

@@ -90,7 +90,8 @@ def title_of(report: dict) -> str:
 def blocks(report: dict) -> Iterator[Block]:
     yield "text", f"Image sizes [px]: {', '.join(f'{size} ({count})' for size, count in report['sizes'].items())}."
     yield "text", counted_pixels(report["counted"], report["images"])
-    yield "items", [f"{name}: {value}" for name, value in report["inputs"].items() if value is not None]
+    facts = report["run"] | report["inputs"] | {"images, SHA-256 of their names": report["images_sha256"]}
+    yield "items", [f"{name}: {value}" for name, value in facts.items() if value is not None]
     yield from (("text", warning) for warning in warnings(report))
     yield "heading", "Images"
     yield from image_blocks(report)

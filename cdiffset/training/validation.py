@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import utils
+from cdiffset.checkpoint import read_meta
 from cdiffset.confidence import confidence_map, variance_map
 from cdiffset.config import Config
 from cdiffset.diffusion import image_noise, translate
@@ -119,8 +120,12 @@ def run_test(config: Config) -> None:
         if accelerator.is_main_process:  # nobody waits for it: evaluating a large set takes longer than a collective may
             maps = folder / "variance" if (folder / "variance").is_dir() else None
             inputs = EvaluationFolders(folder / "generated", folder / "eo", folder / "sar", variance_dir=maps)
+            made_by = {
+                "feeder": config.feeder, "checkpoint": start, "iterations": read_meta(start).get("iteration"),
+                "num_inference_steps": config.num_inference_steps, "seed": config.seed,
+            }  # fmt: skip
             report = evaluate_folders(
-                inputs, folder, device=accelerator.device, num_workers=config.num_worker, networks=config.lpips
+                inputs, folder, device=accelerator.device, num_workers=config.num_worker, networks=config.lpips, run=made_by
             )
             logs.val.info("test  n %d  %s", report["images"], json.dumps(report["means"]["standard"]))
             print((folder / "report.md").read_text(encoding="utf-8"))
