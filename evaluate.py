@@ -37,6 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--output", type=Path, required=True, help="folder of the report")
     group.add_argument("--baseline", type=Path, help="report.json of another method, to compare with image by image")
     group.add_argument("--strict", action="store_true", help="missing, extra, cropped or unreadable files are errors")
+    group.add_argument(
+        "--dino-weights", type=Path, help="also DINO similarity: folder of a DINOv3 ViT, e.g. dinov3-vitl16-pretrain-sat493m"
+    )
     group.add_argument("--no-networks", action="store_true", help="leave out LPIPS, DISTS, FID, KID and IS")
     group = parser.add_argument_group("machine")
     group.add_argument("--batch-size", type=int, default=16, help="images of one size measured together [16]")
@@ -58,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--output: {args.output} is a file, expected a folder")
     if args.mask_dir and not (args.variance_dir or args.error_dir or args.ensemble_dir):
         raise UserError("--mask-dir: it is for maps, expected --variance-dir, --error-dir or --ensemble-dir with it")
+    if args.dino_weights and args.no_networks:
+        raise UserError("--dino-weights: a network measures it, expected no --no-networks")
     require_writable("--output", args.output)
     from cdiffset.device import choose_device  # heavy imports, only once the arguments hold
     from cdiffset.evaluation.evaluate import evaluate_folders, fault_summary
@@ -68,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     report = evaluate_folders(
         folders, args.output, device=device, batch_size=args.batch_size, num_workers=args.num_workers,
         networks=not args.no_networks, strict=args.strict, baseline=args.baseline, max_pixels=args.max_pixels,
+        dino=args.dino_weights,
     )  # fmt: skip
     print((args.output / "report.md").read_text(encoding="utf-8"))
     print(f"To look at: {args.output / 'report.html'}")

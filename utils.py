@@ -3,6 +3,7 @@
 B, H, W: batch, height, width of images. Images are float tensors [B, 3, H, W] in [-1, 1] unless a name says otherwise.
 """
 
+import json
 import math
 import pickle
 import socket
@@ -11,9 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPException
+from pathlib import Path
 from typing import NamedTuple
 
 # First of all, because importing cdiffset mends torchvision, which the metric libraries import.
+from cdiffset.errors import UserError
 from cdiffset.images import to_uint8
 
 # isort: split
@@ -28,9 +31,9 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.functional.image.scc import _scc_per_channel_compute  # the one way to the local values
 
-# SSIM's reflected border, SCC's window, VGG's four poolings (DISTS pads them, and would compare single pixels below).
-MIN_SIDE_PX = {"psnr": 1, "ssim": 6, "scc": 8, "lpips": 16, "dists": 16}
-MAX_PX = {"lpips": 2**24, "dists": 2**24}  # VGG's first features of an image of so many px take 4 GiB
+# SSIM's reflected border, SCC's window, VGG's four poolings (DISTS pads them, and would compare single pixels below), a patch.
+MIN_SIDE_PX = {"psnr": 1, "ssim": 6, "scc": 8, "lpips": 16, "dists": 16, "dino": 16}
+MAX_PX = {"lpips": 2**24, "dists": 2**24, "dino": 2**22}  # VGG's first features of an image of so many px take 4 GiB
 WHOLE_PX = 2**22  # larger images are measured by strips
 STRIP_ROWS, HALO_ROWS = 256, 8
 SSIM_WINDOW_PX, SCC_WINDOW_PX = 11, 8  # torchmetrics' own: a Gaussian, σ = 1.5 px, and a mean
@@ -39,6 +42,7 @@ FID_DIMS = 2048  # Inception pool3
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 500
 IS_MIN_IMAGES = 11
 CONNECT_TIMEOUT_S = 10.0  # a host that does not answer must not hold up a run for minutes
+SATELLITE_MEAN, SATELLITE_STD = (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)  # of DINOv3's satellite images, SAT-493M
 WEIGHT_ERRORS = (ImportError, OSError, RuntimeError, EOFError, pickle.UnpicklingError, HTTPException)
 GAP_PX = 4  # between the pictures of a panel
 TITLE_PX = 14
@@ -123,7 +127,7 @@ MASKED_METRICS = {"psnr": _masked_psnr, "ssim": _masked_ssim, "scc": _masked_scc
 
 
 class PairMetrics:
-    """PSNR, SSIM, SCC, DISTS (torchmetrics) and LPIPS with VGG (lpips) of image pairs, per image, in every one of CONVENTIONS.
+    """PSNR, SSIM, SCC, DISTS (torchmetrics), LPIPS with VGG (lpips) and DINO of image pairs, per image, in all CONVENTIONS.
 
     `absent` holds the reason for each metric that could not be computed, so far, for some image.
     """
@@ -133,11 +137,13 @@ class PairMetrics:
         device: torch.device | str = "cpu",
         with_lpips: bool = True,  # False: leave out the VGG network
         with_dists: bool | None = None,  # None: do not even list it as absent
+        dino: Path | None = None,  # folder of DINOv3's weights; UserError where they cannot be loaded
     ):
         self.device = torch.device(device)
         self.absent: dict[str, str] = {}
         self._lpips = _loaded(_load_lpips, with_lpips, self.device, self.absent, "lpips")
         self._dists = _loaded(_load_dists, with_dists, self.device, self.absent, "dists")
+        self._dino = DinoSimilarity(dino).to(self.device) if dino else None
 
     @torch.inference_mode()
     def __call__(
@@ -175,6 +181,7 @@ class PairMetrics:
         networks = {
             "lpips": (self._lpips, (convention.lpips(generated), convention.lpips(eo))),
             "dists": (self._dists, pixels),
+            "dino": (self._dino, pixels),
         }
         for name, (network, images) in networks.items():
             if network is None or not self._fits(name, eo):
@@ -199,6 +206,35 @@ class PairMetrics:
         else:
             return True
         return False
+
+
+class DinoSimilarity(torch.nn.Module):
+    """Cosine similarity of two images' DINOv3 class tokens, as later papers report: 1 for equal images."""
+
+    def __init__(self, folder: Path):
+        """`folder`: a DINOv3 ViT in the layout of transformers, config.json and model.safetensors; nothing is downloaded."""
+        from transformers import DINOv3ViTModel
+
+        super().__init__()
+        try:
+            options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+            self.model, loaded = DINOv3ViTModel.from_pretrained(folder, **options)
+            if faults := {kind: len(names) for kind, names in loaded.items() if kind.endswith("_keys") and names}:
+                raise ValueError(", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in faults.items()))
+            self.model.eval()
+            file = folder / "preprocessor_config.json"
+            stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            mean, std = stated.get("image_mean", SATELLITE_MEAN), stated.get("image_std", SATELLITE_STD)
+            self.mean, self.std = (torch.nn.Buffer(torch.tensor(each).view(1, 3, 1, 1)) for each in (mean, std))
+        except Exception as error:  # transformers raises almost anything
+            expected = "a DINOv3 ViT as transformers has it, config.json and model.safetensors"
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"--dino-weights: {folder}: expected {expected}: {reason}") from error
+
+    def forward(self, generated: torch.Tensor, eo: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] in [0, 1] each => [B]."""
+        tokens = [self.model((images - self.mean) / self.std).pooler_output for images in (generated, eo)]
+        return F.cosine_similarity(*tokens)
 
 
 def _loaded(load: Callable, wanted: bool | None, device: torch.device, absent: dict[str, str], *metrics: str):

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import evaluate
+import utils
 from cdiffset import errors
 from cdiffset.evaluation import baselines, folders
 from cdiffset.evaluation import evaluate as evaluation
@@ -17,6 +18,7 @@ from cdiffset.evaluation.uncertainty import ence, reliability
 # isort: split
 import numpy as np
 import pytest
+import torch
 from files import Page, save_image
 from PIL import Image
 from scipy.stats import spearmanr
@@ -444,3 +446,28 @@ def test_reports_merge_into_one_table_that_never_mixes_conventions(scene, capsys
     assert "a second run called with_maps" in refused([argv[0], *argv], capsys, table.main)
     (scene / "plain" / "report.json").write_text("{}")
     assert "no report of evaluate.py" in refused(argv, capsys, table.main)
+
+
+def test_dino_similarity_of_the_command_line(scene, monkeypatch, capsys):
+    """By a network that says how far the images' means are apart; the real one is compared in test_metrics."""
+
+    class Means(torch.nn.Module):
+        def __init__(self, folder):
+            super().__init__()
+            assert folder == Path("dino")
+
+        def forward(self, generated, eo):
+            return 1 - (generated.mean((1, 2, 3)) - eo.mean((1, 2, 3))).abs()
+
+    def unavailable():
+        raise utils.MetricUnavailable("not in this test")
+
+    monkeypatch.setattr(utils, "DinoSimilarity", Means)
+    for name in ("_load_lpips", "_load_dists", "_load_inception", "_load_inception_score"):
+        monkeypatch.setattr(utils, name, unavailable)
+    argv = [word for word in arguments(scene, "--dino-weights", "dino", "--num-workers", 0) if word != "--no-networks"]
+    assert evaluate.main(argv) == 0
+    report = json.loads((scene / "report/report.json").read_text())
+    assert 0 < report["means"]["standard"]["dino"]["mean"] < 1 and report["absent"]["lpips"] == "not in this test"
+    assert "| DINO ↑ |" in (scene / "report/report.md").read_text()
+    assert "expected no --no-networks" in refused([*argv, "--no-networks"], capsys)

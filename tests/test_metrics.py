@@ -5,9 +5,11 @@ import socket
 import sys
 import time
 import urllib.error
+from pathlib import Path
 
 # First of all, because it mends torchvision, which the metric libraries import.
 import utils
+from cdiffset.errors import UserError
 from cdiffset.images import to_uint8
 from utils import CONVENTIONS, MetricUnavailable, PairMetrics, SetMetrics
 
@@ -20,12 +22,14 @@ import torchvision
 from PIL import Image
 from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
 from pytorch_fid.inception import InceptionV3
+from safetensors.torch import load_file, save_file
 from torchmetrics.functional.image import (
     deep_image_structure_and_texture_similarity,
     peak_signal_noise_ratio,
     spatial_correlation_coefficient,
     structural_similarity_index_measure,
 )
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 
 def pair(batch: int = 4, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,14 +60,24 @@ def random_dists():
         return utils._load_dists()
 
 
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory) -> Path:
+    """A DINOv3 ViT of two layers with random weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = DINOv3ViTModel(DINOv3ViTConfig(**sizes, num_register_tokens=1, pos_embed_rescale=None))
+    model.save_pretrained(folder := tmp_path_factory.mktemp("dino"))
+    return folder
+
+
 @pytest.fixture
 def pair_metrics(monkeypatch):
     """PairMetrics with the given networks in place of those that are downloaded."""
 
-    def make(lpips: torch.nn.Module | None = None, dists: torch.nn.Module | None = None) -> PairMetrics:
+    def make(lpips: torch.nn.Module | None = None, dists: torch.nn.Module | None = None, **options) -> PairMetrics:
         monkeypatch.setattr(utils, "_load_lpips", lambda: lpips)
         monkeypatch.setattr(utils, "_load_dists", lambda: dists)
-        return PairMetrics(with_lpips=lpips is not None, with_dists=None if dists is None else True)
+        return PairMetrics(with_lpips=lpips is not None, with_dists=None if dists is None else True, **options)
 
     return make
 
@@ -156,14 +170,44 @@ def test_half_precision_images_are_measured_in_float32():
     assert metrics(generated, eo) == metrics(generated.float(), eo.float())
 
 
-def test_images_too_small_for_a_metric_leave_it_absent_with_the_reason(pair_metrics, random_lpips, random_dists):
+def test_dino_is_the_cosine_of_the_class_tokens_in_each_conventions_range(dino):
+    generated, eo = pair(size=48)
+    found, model = PairMetrics(with_lpips=False, dino=dino)(generated, eo), DINOv3ViTModel.from_pretrained(dino).eval()
+    mean, std = (torch.tensor(each)[:, None, None] for each in ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)))
+    for name, convention in CONVENTIONS.items():
+        for index in range(len(eo)):
+            with torch.no_grad():
+                a, b = (
+                    model((convention.pixels(each[index]) - mean)[None] / std).last_hidden_state[0, 0].double()
+                    for each in (generated, eo)
+                )
+            assert found[name]["dino"][index] == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-5)
+    assert PairMetrics(with_lpips=False, dino=dino)(eo, eo)["standard"]["dino"] == pytest.approx([1] * len(eo), abs=1e-5)
+
+
+def test_what_is_no_dino_is_refused_in_one_line(dino, tmp_path):
+    def refusal() -> str:
+        with pytest.raises(UserError, match=f"--dino-weights: {tmp_path}: expected a DINOv3 ViT") as refused:
+            PairMetrics(with_lpips=False, dino=tmp_path)
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    refusal()  # an empty folder
+    tensors = load_file(dino / "model.safetensors")
+    tensors.pop("norm.weight")
+    (tmp_path / "config.json").write_bytes((dino / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "1 missing keys" in refusal()
+
+
+def test_images_too_small_for_a_metric_leave_it_absent_with_the_reason(pair_metrics, random_lpips, random_dists, dino):
     metrics = PairMetrics(with_lpips=False)
     assert set(metrics(*pair(batch=1, size=7))["standard"]) == {"psnr", "ssim"}
     assert metrics.absent["scc"] == "needs sides of at least 8 px, an image has 7 x 7"
     assert set(metrics(*pair(batch=1, size=5))["paper"]) == {"psnr"}
     assert metrics.absent["lpips"] == "switched off"
     for metric, side in utils.MIN_SIDE_PX.items():  # which is enough for the library
-        values = pair_metrics(random_lpips, random_dists)(*pair(batch=1, size=side))
+        values = pair_metrics(random_lpips, random_dists, dino=dino)(*pair(batch=1, size=side))
         assert math.isfinite(values["standard"][metric][0]) and math.isfinite(values["paper"][metric][0])
 
 

@@ -43,6 +43,7 @@ def evaluate_folders(
     strict: bool = False,  # any fault is an error
     baseline: Path | None = None,  # report.json of another method on the same images
     max_pixels: int = MAX_PIXELS,  # larger images are unreadable
+    dino: Path | None = None,  # folder of DINOv3's weights
     run: dict | None = None,  # what made the pictures: dataset, checkpoint, iterations
 ) -> dict:
     """Evaluate the folders and write report.json, report.md, report.html and metrics.csv to `output` => report.json's content.
@@ -55,7 +56,7 @@ def evaluate_folders(
     refuse_faults(pairs.faults, strict)
     if other is not None:
         require_common_images(pairs.stems, other)
-    metrics = utils.PairMetrics(device, with_lpips=networks, with_dists=networks)
+    metrics = utils.PairMetrics(device, with_lpips=networks, with_dists=networks, dino=dino)
     set_metrics = utils.SetMetrics(device, wanted=networks)
     measured = measure_pairs(pairs, metrics, set_metrics, batch_size, num_workers)
     refuse_faults(pairs.faults, strict)

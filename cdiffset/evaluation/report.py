@@ -20,6 +20,7 @@ LABELS = {  # with the unit, and an arrow towards better
     "scc": "SCC ↑",
     "lpips": "LPIPS (VGG) ↓",
     "dists": "DISTS ↓",
+    "dino": "DINO ↑",
     "fid": "FID ↓",
     "kid": "KID ↓",
     "inception_score": "IS ↑",
