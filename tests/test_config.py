@@ -163,7 +163,7 @@ def test_every_setting_is_read():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value).rpartition(".")[2] == "config":
                 read.add(node.attr)
-    assert set(KNOBS) - read == {"feeder", "test_feeder_args"}
+    assert set(KNOBS) - read == {"test_feeder_args"}
 
 
 @pytest.mark.parametrize("which", ["train", "test"])
