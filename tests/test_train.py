@@ -885,6 +885,20 @@ def test_a_metric_without_its_network_is_refused_before_training(run, tmp_path, 
     assert not list(tmp_path.glob("*/checkpoint.json"))
 
 
+@pytest.mark.parametrize(("metric", "side"), [("dists", 8), ("lpips", 8), ("dists", 8192)])
+def test_a_metric_that_the_test_pairs_are_too_small_or_large_for_is_refused(build, metric, side):
+    validator = build().validator
+    validator.feeder.crop_size = side
+    with pytest.raises(UserError, match=f"best_metric: {metric} takes sides of at least 16 px .*crop_size {side}"):
+        validator.require(metric)
+
+
+def test_a_best_that_is_infinite_leaves_valid_json(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(validation.Validator, "rows", lambda *args: [{"name": "0", "standard/psnr": math.inf}])
+    run(tmp_path, num_iter=3)
+    assert meta_of(tmp_path / "best")["best"] == {} and "Infinity" not in (tmp_path / "best/checkpoint.json").read_text()
+
+
 def test_snapshots_are_written_and_never_pruned(run, tmp_path):
     run(tmp_path, num_iter=6, save_iter=1, keep_at=[2, 5], checkpoints_total_limit=1)
     assert {folder.name for folder in tmp_path.glob("*-*") if folder.is_dir()} == {"snapshot-2", "snapshot-5", "checkpoint-6"}

@@ -1,6 +1,7 @@
 """The folder of a run, the checkpoint it continues from, and the one list of what a checkpoint holds."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -133,7 +134,7 @@ class RunState:
                 "unfinished": self.unfinished,
                 "epoch": self.iteration // iterations_per_epoch,
                 "batch_parts": batch_parts(config, accelerator),
-                "best": {config.best_metric: self.best},
+                "best": {config.best_metric: self.best} if self.best is not None and math.isfinite(self.best) else {},
                 **self.facts,
                 "data": folder.data,
                 "base_folder": os.path.abspath(base) if base.is_dir() else None,  # which commands started elsewhere find
