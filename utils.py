@@ -32,8 +32,9 @@ from torchmetrics.functional.image import (
 from torchmetrics.functional.image.scc import _scc_per_channel_compute  # the one way to the local values
 
 # SSIM's reflected border, SCC's window, VGG's four poolings (DISTS pads them, and would compare single pixels below), a patch.
-MIN_SIDE_PX = {"psnr": 1, "ssim": 6, "scc": 8, "lpips": 16, "dists": 16, "dino": 16}
-MAX_PX = {"lpips": 2**24, "dists": 2**24, "dino": 2**22}  # VGG's first features of an image of so many px take 4 GiB
+MIN_SIDE_PX = {"psnr": 1, "ssim": 6, "scc": 8, "lpips": 16, "dists": 16, "squeezenet": 21, "dino": 16}
+# VGG's first features of an image of so many px take 4 GiB.
+MAX_PX = {"lpips": 2**24, "dists": 2**24, "squeezenet": 2**24, "dino": 2**22}
 WHOLE_PX = 2**22  # larger images are measured by strips
 STRIP_ROWS, HALO_ROWS = 256, 8
 SSIM_WINDOW_PX, SCC_WINDOW_PX = 11, 8  # torchmetrics' own: a Gaussian, σ = 1.5 px, and a mean
@@ -127,7 +128,7 @@ MASKED_METRICS = {"psnr": _masked_psnr, "ssim": _masked_ssim, "scc": _masked_scc
 
 
 class PairMetrics:
-    """PSNR, SSIM, SCC, DISTS (torchmetrics), LPIPS with VGG (lpips) and DINO of image pairs, per image, in all CONVENTIONS.
+    """PSNR, SSIM, SCC, DISTS (torchmetrics), LPIPS with VGG (lpips), SqueezeNet and DINO of pairs, in all CONVENTIONS.
 
     `absent` holds the reason for each metric that could not be computed, so far, for some image.
     """
@@ -137,12 +138,14 @@ class PairMetrics:
         device: torch.device | str = "cpu",
         with_lpips: bool = True,  # False: leave out the VGG network
         with_dists: bool | None = None,  # None: do not even list it as absent
+        with_squeezenet: bool | None = None,
         dino: Path | None = None,  # folder of DINOv3's weights; UserError where they cannot be loaded
     ):
         self.device = torch.device(device)
         self.absent: dict[str, str] = {}
         self._lpips = _loaded(_load_lpips, with_lpips, self.device, self.absent, "lpips")
         self._dists = _loaded(_load_dists, with_dists, self.device, self.absent, "dists")
+        self._squeezenet = _loaded(_load_squeezenet, with_squeezenet, self.device, self.absent, "squeezenet")
         self._dino = DinoSimilarity(dino).to(self.device) if dino else None
 
     @torch.inference_mode()
@@ -155,7 +158,7 @@ class PairMetrics:
         """=> {convention: {metric: [one value per image, None where it is undefined]}}. PSNR of equal images is inf.
 
         Where `valid` is given, PSNR is of the valid pixels, SSIM and SCC are means over the windows of valid pixels only, and
-        LPIPS and DISTS are left out, as is any metric that these images are too small or too large for.
+        the networks' metrics are left out, as is any metric that these images are too small or too large for.
         """
         if generated.shape != eo.shape or eo.ndim != 4 or eo.shape[1] != 3:
             raise ValueError(f"image pairs must be [B, 3, H, W], got {list(generated.shape)} and {list(eo.shape)}")
@@ -181,6 +184,7 @@ class PairMetrics:
         networks = {
             "lpips": (self._lpips, (convention.lpips(generated), convention.lpips(eo))),
             "dists": (self._dists, pixels),
+            "squeezenet": (self._squeezenet, pixels),
             "dino": (self._dino, pixels),
         }
         for name, (network, images) in networks.items():
@@ -279,6 +283,13 @@ def _load_dists() -> torch.nn.Module:
         return DISTSNetwork().eval()
 
 
+def _load_squeezenet() -> torch.nn.Module:
+    with _reachable_weights():
+        from cdiffset.squeezenet import SqueezeNet
+
+        return SqueezeNet()
+
+
 def _load_inception() -> torch.nn.Module:
     """pytorch-fid's Inception, [B, 3, H, W] in [0, 1] => [pool3 features]."""
     with _reachable_weights():
@@ -296,17 +307,19 @@ def _load_inception_score():
 
 
 class SetMetrics:
-    """FID, KID and IS (torchmetrics) of a set of images, which comes batch by batch.
+    """FID, KID, IS (torchmetrics) and a Fréchet distance of SqueezeNet's features, of a set that comes batch by batch.
 
-    All three see the 8-bit pictures, so the conventions do not touch them. FID and KID share pytorch-fid's pool3 features
-    (2048-d), IS has torch-fidelity's copy of the same network. Weights are fetched here, once.
+    They see the 8-bit pictures, so the conventions do not touch them. FID and KID share pytorch-fid's pool3 features (2048-d),
+    IS has torch-fidelity's copy of the same network, SqueezeNet's are 512-d. Weights are fetched here, once.
     """
 
     def __init__(self, device: torch.device | str = "cpu", wanted: bool = True):
         self.device = torch.device(device)
         self.absent: dict[str, str] = {}
         self._features: dict[str, list[torch.Tensor]] = {"generated": [], "eo": []}
+        self._squeezed: dict[str, list[torch.Tensor]] = {"generated": [], "eo": []}
         self._inception = _loaded(_load_inception, wanted, self.device, self.absent, "fid", "kid")
+        self._squeezenet = _loaded(_load_squeezenet, wanted, self.device, self.absent, "squeezenet_frechet")
         self._score = _loaded(_load_inception_score, wanted, self.device, self.absent, "inception_score")
         self.images = 0
 
@@ -319,6 +332,10 @@ class SetMetrics:
             if self._inception is not None:
                 features = self._inception(pixels / 255)[0]
                 self._features[kind].append(features.mean((2, 3)).cpu())  # the mean matters where FID_DIMS is not 2048
+            if self._squeezenet is not None and min(pixels.shape[-2:]) < MIN_SIDE_PX["squeezenet"]:
+                self.absent["squeezenet_frechet"] = f"needs sides of at least {MIN_SIDE_PX['squeezenet']} px"
+            elif self._squeezenet is not None:
+                self._squeezed[kind].append(self._squeezenet.pooled(pixels / 255).cpu())
             if self._score is not None and kind == "generated":
                 self._score.update(pixels)
 
@@ -328,7 +345,11 @@ class SetMetrics:
         What cannot be computed is left out, with the reason in `absent`.
         """
         values = {}
-        for name, measure in (("fid", self._fid), ("kid", self._kid), ("inception_score", self._inception_score)):
+        measures = {
+            "fid": self._fid, "kid": self._kid, "inception_score": self._inception_score,
+            "squeezenet_frechet": self._squeezenet_frechet,
+        }  # fmt: skip
+        for name, measure in measures.items():
             if name not in self.absent:
                 try:
                     values[name] = measure()
@@ -336,18 +357,22 @@ class SetMetrics:
                     self.absent[name] = str(error)
         return values
 
-    def _stacked(self) -> list[torch.Tensor]:
+    def _stacked(self, features: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
         if self.images < 2:
             raise MetricUnavailable(f"needs at least 2 images, got {self.images}")
-        return [torch.cat(features).double() for features in self._features.values()]
+        return [torch.cat(each).double() for each in features.values()]
 
     def _fid(self) -> dict[str, float]:
         """Up to 2048 images leave the covariances rank-deficient and the FID biased upwards."""
-        return {"value": frechet_distance(*(features.numpy() for features in self._stacked()))}
+        return {"value": frechet_distance(*(features.numpy() for features in self._stacked(self._features)))}
+
+    def _squeezenet_frechet(self) -> dict[str, float]:
+        """Biased upwards as the FID is, up to 512 images."""
+        return {"value": frechet_distance(*(features.numpy() for features in self._stacked(self._squeezed)))}
 
     def _kid(self) -> dict[str, float]:
         """A set of at most KID_SUBSET_SIZE images is its own and only subset; more are drawn from, KID_SUBSETS times."""
-        generated, eo = self._stacked()
+        generated, eo = self._stacked(self._features)
         subsets, size = (KID_SUBSETS, KID_SUBSET_SIZE) if self.images > KID_SUBSET_SIZE else (1, self.images)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # the metric draws from the global generator
             warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all extracted features")

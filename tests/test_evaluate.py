@@ -126,7 +126,7 @@ def test_numbers_are_those_of_the_files_in_counting_order(whole):
     assert report["examples"]["best"] == [row["name"] for row in ranked[:3]]
     assert report["examples"]["median"] == [row["name"] for row in ranked[2:5]]  # as many better as worse, or one fewer
     assert report["examples"]["worst"] == [row["name"] for row in ranked[-3:]]
-    assert set(report["absent"]) == {"lpips", "dists", "fid", "kid", "inception_score"}
+    assert set(report["absent"]) == {"lpips", "dists", "squeezenet", "fid", "kid", "inception_score", "squeezenet_frechet"}
 
 
 def test_equal_images_are_infinite_and_swapping_the_folders_changes_nothing(whole, scene):
@@ -463,7 +463,7 @@ def test_dino_similarity_of_the_command_line(scene, monkeypatch, capsys):
         raise utils.MetricUnavailable("not in this test")
 
     monkeypatch.setattr(utils, "DinoSimilarity", Means)
-    for name in ("_load_lpips", "_load_dists", "_load_inception", "_load_inception_score"):
+    for name in ("_load_lpips", "_load_dists", "_load_inception", "_load_inception_score", "_load_squeezenet"):
         monkeypatch.setattr(utils, name, unavailable)
     argv = [word for word in arguments(scene, "--dino-weights", "dino", "--num-workers", 0) if word != "--no-networks"]
     assert evaluate.main(argv) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 # First of all, because it mends torchvision, which the metric libraries import.
 import utils
 from cdiffset.errors import UserError
-from cdiffset.images import to_uint8
+from cdiffset.images import read_eo, to_tensor, to_uint8
 from utils import CONVENTIONS, MetricUnavailable, PairMetrics, SetMetrics
 
 # isort: split
@@ -18,11 +18,14 @@ import lpips
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
+from conftest import REPO
 from PIL import Image
 from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
 from pytorch_fid.inception import InceptionV3
 from safetensors.torch import load_file, save_file
+from scipy import linalg
 from torchmetrics.functional.image import (
     deep_image_structure_and_texture_similarity,
     peak_signal_noise_ratio,
@@ -207,7 +210,7 @@ def test_images_too_small_for_a_metric_leave_it_absent_with_the_reason(pair_metr
     assert set(metrics(*pair(batch=1, size=5))["paper"]) == {"psnr"}
     assert metrics.absent["lpips"] == "switched off"
     for metric, side in utils.MIN_SIDE_PX.items():  # which is enough for the library
-        values = pair_metrics(random_lpips, random_dists, dino=dino)(*pair(batch=1, size=side))
+        values = pair_metrics(random_lpips, random_dists, with_squeezenet=True, dino=dino)(*pair(batch=1, size=side))
         assert math.isfinite(values["standard"][metric][0]) and math.isfinite(values["paper"][metric][0])
 
 
@@ -337,7 +340,7 @@ def test_set_metrics_depend_neither_on_batches_nor_on_sizes_being_mixed(random_i
     first, second = eight_bit(11, seed=1), eight_bit(11, seed=2)
     metrics = measured(first, second, batch_size=11)
     values, alone = metrics.compute(), measured(first, second, batch_size=1).compute()
-    assert set(values) == {"fid", "kid", "inception_score"} and metrics.absent == {}
+    assert set(values) == {"fid", "kid", "inception_score", "squeezenet_frechet"} and metrics.absent == {}
     for metric in values:
         assert alone[metric]["value"] == pytest.approx(values[metric]["value"], rel=1e-4)
     metrics.update(eight_bit(2, seed=3, size=24), eight_bit(2, seed=4, size=24))
@@ -407,7 +410,8 @@ def test_sets_that_are_too_small_are_absent_with_the_reason(random_inception, co
 
 def test_set_metrics_without_weights_are_absent_with_the_reason(offline):
     metrics = measured(eight_bit(11, seed=1), eight_bit(11, seed=2))
-    assert metrics.compute() == {} and set(metrics.absent) == {"fid", "kid", "inception_score"} and len(offline) == 2
+    assert set(metrics.compute()) == {"squeezenet_frechet"} and set(metrics.absent) == {"fid", "kid", "inception_score"}
+    assert len(offline) == 2
     assert all("Name or service not known" in reason and "\n" not in reason for reason in metrics.absent.values())
     off = SetMetrics(wanted=False)
     assert len(offline) == 2 and set(off.absent.values()) == {"switched off"} and off.compute() == {}
@@ -452,3 +456,69 @@ def test_panel_titles_stand_above_their_own_column():
     header = picture[: utils.TITLE_PX]
     assert header[:, :64].min() < 100 and (header[:, 64:] == 255).all()
     assert (picture[utils.TITLE_PX :, :64] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ SqueezeNet
+def squeezenet_by_hand(images: torch.Tensor) -> list[torch.Tensor]:
+    """RGB [B, 3, H, W] in [0, 1] => features of conv1, fire4, fire8, fire9, from the stored codes and the published layout."""
+    stored = np.load(REPO / "assets/squeezenet/weights.npz")
+
+    def convolved(features: torch.Tensor, layer: str, **options) -> torch.Tensor:
+        weight = torch.from_numpy(np.take(stored[f"{layer}.values"], stored[f"{layer}.codes"]))
+        return torch.relu(F.conv2d(features, weight, torch.from_numpy(stored[f"{layer}.bias"]), **options))
+
+    red, green, blue = (images * 255).unbind(1)
+    features = convolved(torch.stack([blue - 104, green - 117, red - 123], 1), "conv1", stride=2)
+    kept = [features]
+    for fire in range(2, 10):
+        if fire in (2, 5, 9):
+            features = F.max_pool2d(features, 3, 2, ceil_mode=True)
+        squeezed = convolved(features, f"fire{fire}/conv1x1_1")
+        expanded = convolved(squeezed, f"fire{fire}/conv1x1_2"), convolved(squeezed, f"fire{fire}/conv3x3_2", padding=1)
+        features = torch.cat(expanded, 1)
+        if fire in (4, 8, 9):
+            kept.append(features)
+    return kept
+
+
+def test_squeezenets_distances_are_those_of_its_published_layout(random_inception, no_score):
+    generated, eo = pair(batch=3, size=64)
+    metrics = PairMetrics(with_lpips=False, with_squeezenet=True)
+    values = metrics(generated, eo)
+    for convention, images in in_conventions(generated, eo).items():
+        expected = []
+        for a, b in zip(*map(squeezenet_by_hand, images), strict=True):
+            cosine = F.cosine_similarity(a.double(), b.double(), dim=1)  # |a - b|² = 2 - 2 cos for unit vectors
+            expected.append((2 - 2 * cosine).mean((1, 2)))
+        assert values[convention]["squeezenet"] == pytest.approx(torch.stack(expected).mean(0).tolist(), abs=1e-4)
+    assert metrics(eo, eo.clone())["standard"]["squeezenet"] == pytest.approx([0] * 3, abs=1e-6)
+    found = measured(generated, eo, batch_size=2)
+    pooled = [
+        squeezenet_by_hand(torch.from_numpy(to_uint8(images)).movedim(-1, 1) / 255)[-1].mean((2, 3)).double().numpy()
+        for images in (generated, eo)
+    ]
+    difference = pooled[0].mean(0) - pooled[1].mean(0)
+    roots = linalg.sqrtm(np.cov(pooled[0].T) @ np.cov(pooled[1].T))
+    by_definition = difference @ difference + np.trace(np.cov(pooled[0].T) + np.cov(pooled[1].T) - 2 * roots.real)
+    assert found.compute()["squeezenet_frechet"]["value"] == pytest.approx(by_definition, rel=1e-3)
+
+
+def test_squeezenets_weights_are_the_published_ones():
+    path = REPO.parent / "shared/samples/squeezenet/squeezenet_v1.0_decoded.npz"
+    if not path.is_file():
+        pytest.skip("needs the decoded weights")
+    decoded, stored = np.load(path), np.load(REPO / "assets/squeezenet/weights.npz")
+    layers = [name.removesuffix(".w") for name in decoded.files if name.endswith(".w") and name != "conv_final.w"]
+    assert {name.rsplit(".", 1)[0] for name in stored.files} == set(layers)
+    for layer in layers:
+        assert np.array_equal(stored[f"{layer}.values"][stored[f"{layer}.codes"]], decoded[f"{layer}.w"])
+        assert np.array_equal(stored[f"{layer}.bias"], decoded[f"{layer}.b"])
+
+
+def test_squeezenets_distance_grows_with_blur():
+    """On real EO tiles; PSNR hardly punishes the first of these blurs."""
+    eo = to_tensor(np.stack([read_eo(file) for file in sorted((REPO / "data/sentinel_demo/test/eo").iterdir())[::32]]))
+    metrics = PairMetrics(with_lpips=False, with_squeezenet=True)
+    blurred = [torchvision.transforms.functional.gaussian_blur(eo, 21, sigma) for sigma in (0.5, 1.0, 2.0)]
+    weak, medium, strong = (np.array(metrics(images, eo)["standard"]["squeezenet"]) for images in blurred)
+    assert (weak < medium).all() and (medium < strong).all() and (strong > 0.3).all()

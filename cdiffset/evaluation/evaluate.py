@@ -39,7 +39,7 @@ def evaluate_folders(
     device: torch.device | str = "cpu",
     batch_size: int = 16,
     num_workers: int = 0,
-    networks: bool = True,  # False: leave out LPIPS, DISTS, FID, KID and IS
+    networks: bool = True,  # False: leave out what a network measures
     strict: bool = False,  # any fault is an error
     baseline: Path | None = None,  # report.json of another method on the same images
     max_pixels: int = MAX_PIXELS,  # larger images are unreadable
@@ -56,7 +56,7 @@ def evaluate_folders(
     refuse_faults(pairs.faults, strict)
     if other is not None:
         require_common_images(pairs.stems, other)
-    metrics = utils.PairMetrics(device, with_lpips=networks, with_dists=networks, dino=dino)
+    metrics = utils.PairMetrics(device, networks, networks, networks, dino)
     set_metrics = utils.SetMetrics(device, wanted=networks)
     measured = measure_pairs(pairs, metrics, set_metrics, batch_size, num_workers)
     refuse_faults(pairs.faults, strict)

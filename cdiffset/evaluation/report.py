@@ -20,10 +20,12 @@ LABELS = {  # with the unit, and an arrow towards better
     "scc": "SCC ↑",
     "lpips": "LPIPS (VGG) ↓",
     "dists": "DISTS ↓",
+    "squeezenet": "SqueezeNet distance ↓",
     "dino": "DINO ↑",
     "fid": "FID ↓",
     "kid": "KID ↓",
     "inception_score": "IS ↑",
+    "squeezenet_frechet": "SqueezeNet Fréchet distance ↓",
     "identity_collapse": "identity-collapse ratio",
     "mae": "mean absolute error to EO ↓",
     "mae_sar": "mean absolute difference to SAR",
@@ -34,7 +36,7 @@ for _error in ERRORS:
 DETECTION = {"auroc": "AUROC", "average_precision": "AP"}
 MASK_LABELS = {"sar_only": "SAR-only", "eo_only": "EO-only"}
 CLIPPED_SHARE = 0.01  # of the pixels beyond a declared range, from which it is doubtful
-FID_UNBIASED_IMAGES = 2049  # fewer leave the covariances of 2048 features rank-deficient
+UNBIASED_IMAGES = {"fid": 2049, "squeezenet_frechet": 513}  # fewer leave the covariances of 2048 or 512 features rank-deficient
 DISCARDED = (0, 10, 20, 30, 50, 70, 90)  # percent, in the table of the discard curve
 FAULTS_SHOWN = 20
 
@@ -121,7 +123,7 @@ def counted_pixels(counted: dict, images: int) -> str:
     return (
         f"{text} In {excluded} of {images} images, alpha, nodata, a mask, NaN or infinity in the generated or the true EO "
         "exclude some. PSNR and mean differences are of the pixels that count, SSIM and SCC means over the windows without an "
-        "excluded pixel, and LPIPS, DISTS, FID, KID and IS of the images without one."
+        "excluded pixel, and what a network measures of the images without one."
     )
 
 
@@ -139,8 +141,10 @@ def warnings(report: dict) -> Iterator[str]:
             f"Warning: the identity-collapse ratio is {ratio['value']:.4f}, below 1. The images are closer to the SAR than to "
             "the EO: the output copies its input."
         )
-    if "fid" in report["set"] and (images := report["set"]["fid"]["n"]) < FID_UNBIASED_IMAGES:
-        yield f"FID of {images} images is biased upwards: compare it with FIDs of equally many images only."
+    for metric, least in UNBIASED_IMAGES.items():
+        if metric in report["set"] and (images := report["set"][metric]["n"]) < least:
+            label = plain_label(metric)
+            yield f"{label} of {images} images is biased upwards: compare it with those of equally many images only."
 
 
 def plain_label(metric: str) -> str:
