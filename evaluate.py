@@ -40,8 +40,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--dino-weights", type=Path, help="also DINO similarity: folder of a DINOv3 ViT, e.g. dinov3-vitl16-pretrain-sat493m"
     )
-    what = "leave out LPIPS, DISTS, FID, KID, IS and SqueezeNet's distances"
-    group.add_argument("--no-networks", action="store_true", help=what)
+    group.add_argument(
+        "--no-networks", action="store_true", help="leave out LPIPS, DISTS, FID, KID, IS and SqueezeNet's distances"
+    )
     group = parser.add_argument_group("machine")
     group.add_argument("--batch-size", type=int, default=16, help="images of one size measured together [16]")
     group.add_argument("--num-workers", type=int, default=WORKERS, help=f"processes that read and rank [{WORKERS}]")

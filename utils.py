@@ -138,7 +138,7 @@ class PairMetrics:
         device: torch.device | str = "cpu",
         with_lpips: bool = True,  # False: leave out the VGG network
         with_dists: bool | None = None,  # None: do not even list it as absent
-        with_squeezenet: bool | None = None,
+        with_squeezenet: bool | None = None,  # likewise
         dino: Path | None = None,  # folder of DINOv3's weights; UserError where they cannot be loaded
     ):
         self.device = torch.device(device)
@@ -202,14 +202,18 @@ class PairMetrics:
         return [None if math.isnan(value) else value for value in values]
 
     def _fits(self, metric: str, images: torch.Tensor) -> bool:
-        height, width = images.shape[-2:]
-        if min(height, width) < MIN_SIDE_PX[metric]:
-            self.absent[metric] = f"needs sides of at least {MIN_SIDE_PX[metric]} px, an image has {height} x {width}"
-        elif height * width > MAX_PX.get(metric, math.inf):
-            self.absent[metric] = f"takes images of at most {MAX_PX[metric]} px, one has {height} x {width}"
-        else:
-            return True
-        return False
+        if reason := misfit(metric, *images.shape[-2:]):
+            self.absent[metric] = reason
+        return reason is None
+
+
+def misfit(metric: str, height: int, width: int) -> str | None:
+    """Why a metric cannot measure images of this size; None where it can."""
+    if min(height, width) < MIN_SIDE_PX[metric]:
+        return f"needs sides of at least {MIN_SIDE_PX[metric]} px, an image has {height} x {width}"
+    if height * width > MAX_PX.get(metric, math.inf):
+        return f"takes images of at most {MAX_PX[metric]} px, one has {height} x {width}"
+    return None
 
 
 class DinoSimilarity(torch.nn.Module):
@@ -332,10 +336,11 @@ class SetMetrics:
             if self._inception is not None:
                 features = self._inception(pixels / 255)[0]
                 self._features[kind].append(features.mean((2, 3)).cpu())  # the mean matters where FID_DIMS is not 2048
-            if self._squeezenet is not None and min(pixels.shape[-2:]) < MIN_SIDE_PX["squeezenet"]:
-                self.absent["squeezenet_frechet"] = f"needs sides of at least {MIN_SIDE_PX['squeezenet']} px"
-            elif self._squeezenet is not None:
-                self._squeezed[kind].append(self._squeezenet.pooled(pixels / 255).cpu())
+            if self._squeezenet is not None:
+                if reason := misfit("squeezenet", *pixels.shape[-2:]):
+                    self.absent["squeezenet_frechet"] = reason  # of the whole set or not at all
+                else:
+                    self._squeezed[kind].append(self._squeezenet.pooled(pixels / 255).cpu())
             if self._score is not None and kind == "generated":
                 self._score.update(pixels)
 

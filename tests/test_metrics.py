@@ -25,7 +25,6 @@ from PIL import Image
 from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
 from pytorch_fid.inception import InceptionV3
 from safetensors.torch import load_file, save_file
-from scipy import linalg
 from torchmetrics.functional.image import (
     deep_image_structure_and_texture_similarity,
     peak_signal_noise_ratio,
@@ -497,17 +496,24 @@ def test_squeezenets_distances_are_those_of_its_published_layout(random_inceptio
         squeezenet_by_hand(torch.from_numpy(to_uint8(images)).movedim(-1, 1) / 255)[-1].mean((2, 3)).double().numpy()
         for images in (generated, eo)
     ]
-    difference = pooled[0].mean(0) - pooled[1].mean(0)
-    roots = linalg.sqrtm(np.cov(pooled[0].T) @ np.cov(pooled[1].T))
-    by_definition = difference @ difference + np.trace(np.cov(pooled[0].T) + np.cov(pooled[1].T) - 2 * roots.real)
-    assert found.compute()["squeezenet_frechet"]["value"] == pytest.approx(by_definition, rel=1e-3)
+    assert found.compute()["squeezenet_frechet"]["value"] == pytest.approx(utils.frechet_distance(*pooled), rel=1e-4)
 
 
-def test_squeezenets_weights_are_the_published_ones():
-    path = REPO.parent / "shared/samples/squeezenet/squeezenet_v1.0_decoded.npz"
-    if not path.is_file():
-        pytest.skip("needs the decoded weights")
-    decoded, stored = np.load(path), np.load(REPO / "assets/squeezenet/weights.npz")
+@pytest.mark.parametrize(("side", "reason"), [(20, "needs sides of at least 21 px"), (40, "takes images of at most 1024 px")])
+def test_a_set_with_an_image_that_does_not_fit_has_no_squeezenet_frechet(random_inception, no_score, monkeypatch, side, reason):
+    monkeypatch.setitem(utils.MAX_PX, "squeezenet", 1024)
+    metrics = measured(eight_bit(3, seed=1), eight_bit(3, seed=2))
+    assert "squeezenet_frechet" in metrics.compute()
+    metrics.update(eight_bit(1, seed=3, size=side), eight_bit(1, seed=4, size=side))
+    assert "squeezenet_frechet" not in metrics.compute()
+    assert metrics.absent["squeezenet_frechet"] == f"{reason}, {'an image' if side == 20 else 'one'} has {side} x {side}"
+
+
+def test_squeezenets_weights_are_the_published_ones(samples):
+    decoded, stored = (
+        np.load(samples / "squeezenet/squeezenet_v1.0_decoded.npz"),
+        np.load(REPO / "assets/squeezenet/weights.npz"),
+    )
     layers = [name.removesuffix(".w") for name in decoded.files if name.endswith(".w") and name != "conv_final.w"]
     assert {name.rsplit(".", 1)[0] for name in stored.files} == set(layers)
     for layer in layers:

@@ -885,11 +885,18 @@ def test_a_metric_without_its_network_is_refused_before_training(run, tmp_path, 
     assert not list(tmp_path.glob("*/checkpoint.json"))
 
 
-@pytest.mark.parametrize(("metric", "side"), [("dists", 8), ("lpips", 8), ("dists", 8192)])
-def test_a_metric_that_the_test_pairs_are_too_small_or_large_for_is_refused(build, metric, side):
+@pytest.mark.parametrize(
+    ("metric", "side", "limit"),
+    [
+        ("dists", 8, "needs sides of at least 16 px"),
+        ("lpips", 8, "needs sides of at least 16 px"),
+        ("dists", 8192, "takes images of at most"),
+    ],
+)
+def test_a_metric_that_the_test_pairs_are_too_small_or_large_for_is_refused(build, metric, side, limit):
     validator = build().validator
     validator.feeder.crop_size = side
-    with pytest.raises(UserError, match=f"best_metric: {metric} takes sides of at least 16 px .*crop_size {side}"):
+    with pytest.raises(UserError, match=f"best_metric: {metric} {limit}.* {side} x {side} .test_feeder_args.crop_size.$"):
         validator.require(metric)
 
 

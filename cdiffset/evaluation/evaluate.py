@@ -56,40 +56,15 @@ def evaluate_folders(
     refuse_faults(pairs.faults, strict)
     if other is not None:
         require_common_images(pairs.stems, other)
-    metrics = utils.PairMetrics(device, networks, networks, networks, dino)
+    metrics = utils.PairMetrics(device, with_lpips=networks, with_dists=networks, with_squeezenet=networks, dino=dino)
     set_metrics = utils.SetMetrics(device, wanted=networks)
     measured = measure_pairs(pairs, metrics, set_metrics, batch_size, num_workers)
     refuse_faults(pairs.faults, strict)
     if not measured.rows:
         raise UserError(f"none of {len(pairs)} pairs can be evaluated: {fault_summary(pairs.faults, 1)}")
-    set_values = {name: entry | {"n": set_metrics.images} for name, entry in set_metrics.compute().items()}
-    not_whole = dict.fromkeys(set_values, utils.NEEDS_WHOLE) if measured.with_excluded else {}
-    report = {
-        "images": len(measured.rows),
-        "images_sha256": hash_of([row["name"] for row in measured.rows]),
-        "run": run or {},
-        "sizes": {f"{width} x {height}": count for (width, height), count in measured.sizes.items()},
-        "counted": {
-            "fraction": measured.counted / sum(width * height * count for (width, height), count in measured.sizes.items()),
-            "images_with_excluded_pixels": measured.with_excluded,
-        },
-        "inputs": {name: None if value is None else as_option(value) for name, value in vars(folders).items()},
-        "conventions": {name: convention.description for name, convention in utils.CONVENTIONS.items()},
-        "means": means_with_intervals(measured.rows),
-        "set": set_values | identity_collapse(measured.rows),
-        "absent": metrics.absent | not_whole | set_metrics.absent | missing_folders(folders, bool(measured.pixels)),
-        "faults": {kind: faults for kind, faults in pairs.faults.items() if faults},
-        "uncertainty": pooled_measures(measured.pixels, pairs.pixels_per_image) if measured.pixels else None,
-        "comparison": None if other is None else compare(measured.rows, set_values, *other),
-        "examples": examples(measured.rows),
-    }
+    report = make_report(pairs, measured, metrics, set_metrics, other, run or {})
     write_report(output, report, measured.rows, pairs)
     return report
-
-
-def hash_of(names: list[str]) -> str:
-    """Of the names in counting order, one a line: reports of one hash are of the same images."""
-    return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
 
 
 @dataclass
@@ -139,6 +114,43 @@ def batches(items: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
         together = min(batch_size, max(1, BATCH_PX // (height * width)))
         while batch := list(islice(alike, together)):
             yield batch
+
+
+def make_report(
+    pairs: EvaluationPairs,
+    measured: Measurements,
+    metrics: utils.PairMetrics,
+    set_metrics: utils.SetMetrics,
+    other: tuple[dict, list[dict], Path] | None,  # of read_report
+    run: dict,
+) -> dict:
+    """What was measured => report.json's content."""
+    set_values = {name: entry | {"n": set_metrics.images} for name, entry in set_metrics.compute().items()}
+    not_whole = dict.fromkeys(set_values, utils.NEEDS_WHOLE) if measured.with_excluded else {}
+    return {
+        "images": len(measured.rows),
+        "images_sha256": hash_of([row["name"] for row in measured.rows]),
+        "run": run,
+        "sizes": {f"{width} x {height}": count for (width, height), count in measured.sizes.items()},
+        "counted": {
+            "fraction": measured.counted / sum(width * height * count for (width, height), count in measured.sizes.items()),
+            "images_with_excluded_pixels": measured.with_excluded,
+        },
+        "inputs": {name: None if value is None else as_option(value) for name, value in vars(pairs.folders).items()},
+        "conventions": {name: convention.description for name, convention in utils.CONVENTIONS.items()},
+        "means": means_with_intervals(measured.rows),
+        "set": set_values | identity_collapse(measured.rows),
+        "absent": metrics.absent | not_whole | set_metrics.absent | missing_folders(pairs.folders, bool(measured.pixels)),
+        "faults": {kind: faults for kind, faults in pairs.faults.items() if faults},
+        "uncertainty": pooled_measures(measured.pixels, pairs.pixels_per_image) if measured.pixels else None,
+        "comparison": None if other is None else compare(measured.rows, set_values, *other),
+        "examples": examples(measured.rows),
+    }
+
+
+def hash_of(names: list[str]) -> str:
+    """Of the names in counting order, one a line: reports of one hash are of the same images."""
+    return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
 
 
 def fault_summary(faults: dict[str, list[str]], most: int = SHOWN) -> str:

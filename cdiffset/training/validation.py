@@ -87,11 +87,8 @@ class Validator:
     def require(self, metric: str) -> None:
         """UserError where a metric cannot be measured here or on the test pairs, before anything is trained."""
         side = getattr(self.feeder, "crop_size", None)  # a feeder of another origin may have none
-        if side and not (utils.MIN_SIDE_PX[metric] <= side and side**2 <= utils.MAX_PX.get(metric, math.inf)):
-            limits = f"sides of at least {utils.MIN_SIDE_PX[metric]} px" + (
-                f" and at most {utils.MAX_PX[metric]} px in all" if metric in utils.MAX_PX else ""
-            )
-            raise UserError(f"best_metric: {metric} takes {limits}, found test_feeder_args.crop_size {side}")
+        if side and (reason := utils.misfit(metric, side, side)):
+            raise UserError(f"best_metric: {metric} {reason} (test_feeder_args.crop_size)")
         if metric in ("lpips", "dists") and (reason := self.metrics.absent.get(metric)):
             raise UserError(f"best_metric: {metric} is not available here: {reason}")
 
