@@ -2,26 +2,50 @@ PYTHON ?= python3
 PY := .venv/bin/python
 UV := .venvs/uv/bin/uv
 
-# The demo's length; a quick look: make demo DEMO_TRAIN=256 DEMO_OPTIONS="--num-iter 40"
-DEMO_TRAIN ?= 4096
-DEMO_TEST ?= 160
+# Options of both trainings; a quick look: make demo DEMO_OPTIONS="--num-iter 40 --num-warmup 10"
 DEMO_OPTIONS ?=
 # bfloat16 where the CPU has instructions for it; elsewhere it takes three times as long as float32.
 DEMO_PRECISION ?= $(shell grep -qs bf16 /proc/cpuinfo && echo bf16 || echo no)
+DEMO_COMPUTE := --batch-size 32 --precision $(if $(filter bf16,$(DEMO_PRECISION)),bf16,fp32)
+TRAIN_DEMO := --mixed-precision $(DEMO_PRECISION) $(DEMO_OPTIONS)
 DEMO := work_dir/demo
+PAIRS := data/sentinel_demo
+DEMO_PARTS := test unseen
+MEAN_OF_8 := --preset fast --ensemble 8 --ensemble-output mean
+# The number of simulated scenes: make demo-simulated DEMO_TRAIN=256
+DEMO_TRAIN ?= 4096
+DEMO_TEST ?= 160
+SIMULATED := work_dir/simulated
 # Scenes that a small network can learn in minutes: what no SAR shows is kept moderate, and the speckle as well.
 DEMO_SCENES := --looks 9 --parcel-px 40 --texture 0.4 --p-eo-only 0.2
 
-.PHONY: demo test test-versions faults fuzz lint types lock clean
+.PHONY: demo demo-simulated test test-versions faults fuzz lint types lock clean
 
 demo: .venv/installed
-	rm -rf $(DEMO) data/demo
-	$(PY) data/simulate.py --output data/demo --train $(DEMO_TRAIN) --test $(DEMO_TEST) $(DEMO_SCENES)
-	$(PY) main.py --config configs/demo.yaml --mixed-precision $(DEMO_PRECISION) $(DEMO_OPTIONS)
-	$(PY) main.py --config configs/demo_conf.yaml --mixed-precision $(DEMO_PRECISION) $(DEMO_OPTIONS)
-	$(PY) test.py --sar-dir data/demo/test/sar --checkpoint $(DEMO)/stage2/best --batch-size 32 --output-dir $(DEMO)/translated/eo \
-		--conf-dir $(DEMO)/translated/confidence --variance-dir $(DEMO)/translated/variance
-	$(PY) demo/report.py --scenes data/demo --translated $(DEMO)/translated --base assets/demo_base --output $(DEMO)
+	rm -rf $(DEMO)
+	$(PY) main.py --config configs/demo.yaml $(TRAIN_DEMO)
+	$(PY) main.py --config configs/demo_conf.yaml $(TRAIN_DEMO)
+	$(PY) calibrate.py --checkpoint $(DEMO)/stage2/best --sar-dir $(PAIRS)/test/sar --eo-dir $(PAIRS)/test/eo \
+		$(DEMO_COMPUTE) $(MEAN_OF_8)
+	for part in $(DEMO_PARTS); do \
+		translate="$(PY) test.py --sar-dir $(PAIRS)/$$part/sar --checkpoint $(DEMO)/stage2/best $(DEMO_COMPUTE)"; \
+		sample=$(DEMO)/translated/$$part/sample; mean=$(DEMO)/translated/$$part/mean; \
+		$$translate --output-dir $$sample/eo --conf-dir $$sample/confidence --variance-dir $$sample/variance && \
+		$$translate $(MEAN_OF_8) --output-dir $$mean/eo --variance-dir $$mean/variance \
+			--spread-dir $$mean/spread --error-dir $$mean/error || exit 1; \
+	done
+	$(PY) demo/report.py --scenes $(PAIRS) --parts $(DEMO_PARTS) --translated $(DEMO)/translated --base assets/sentinel_base \
+		--calibration $(DEMO)/stage2/best/calibration.json --output $(DEMO)
+
+demo-simulated: .venv/installed
+	rm -rf $(SIMULATED) data/simulated
+	$(PY) data/simulate.py --output data/simulated --train $(DEMO_TRAIN) --test $(DEMO_TEST) $(DEMO_SCENES)
+	$(PY) main.py --config configs/simulated.yaml $(TRAIN_DEMO)
+	$(PY) main.py --config configs/simulated_conf.yaml $(TRAIN_DEMO)
+	$(PY) test.py --sar-dir data/simulated/test/sar --checkpoint $(SIMULATED)/stage2/best --batch-size 32 \
+		--output-dir $(SIMULATED)/translated/test/sample/eo --conf-dir $(SIMULATED)/translated/test/sample/confidence \
+		--variance-dir $(SIMULATED)/translated/test/sample/variance
+	$(PY) demo/report.py --scenes data/simulated --translated $(SIMULATED)/translated --base assets/simulated_base --output $(SIMULATED)
 
 # Two at a time, of one thread each; several processes of two threads would only wait for one another.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
@@ -84,4 +108,4 @@ lock: $(UV)
 		$(LOCK_OPTIONS) pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf .venv .venvs *.egg-info work_dir data/demo
+	rm -rf .venv .venvs *.egg-info work_dir data/simulated

@@ -8,7 +8,7 @@ import math
 import pickle
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPException
@@ -128,7 +128,7 @@ MASKED_METRICS = {"psnr": _masked_psnr, "ssim": _masked_ssim, "scc": _masked_scc
 
 
 class PairMetrics:
-    """PSNR, SSIM, SCC, DISTS (torchmetrics), LPIPS with VGG (lpips), SqueezeNet and DINO of pairs, in all CONVENTIONS.
+    """PSNR, SSIM, SCC, DISTS (torchmetrics), LPIPS with VGG (lpips), SqueezeNet and DINO of pairs, in CONVENTIONS.
 
     `absent` holds the reason for each metric that could not be computed, so far, for some image.
     """
@@ -140,8 +140,10 @@ class PairMetrics:
         with_dists: bool | None = None,  # None: do not even list it as absent
         with_squeezenet: bool | None = None,  # likewise
         dino: Path | None = None,  # folder of DINOv3's weights; UserError where they cannot be loaded
+        conventions: Sequence[str] = tuple(CONVENTIONS),
     ):
         self.device = torch.device(device)
+        self.conventions = {name: CONVENTIONS[name] for name in conventions}
         self.absent: dict[str, str] = {}
         self._lpips = _loaded(_load_lpips, with_lpips, self.device, self.absent, "lpips")
         self._dists = _loaded(_load_dists, with_dists, self.device, self.absent, "dists")
@@ -169,7 +171,7 @@ class PairMetrics:
             raise ValueError(f"EO images must be in [-1, 1], got {eo.min():g} to {eo.max():g}")
         generated = generated.clamp(-1, 1)
         valid = None if valid is None else valid.to(self.device)
-        return {name: self._measure(convention, generated, eo, valid) for name, convention in CONVENTIONS.items()}
+        return {name: self._measure(convention, generated, eo, valid) for name, convention in self.conventions.items()}
 
     def _measure(
         self, convention: Convention, generated: torch.Tensor, eo: torch.Tensor, valid: torch.Tensor | None

@@ -1,6 +1,6 @@
 """How well does an audit find what it is for? Markdown tables from simulated scenes with known discrepancies.
 
-    python benchmarks/audit.py --checkpoint work_dir/demo/stage2/best --data data/demo
+    python benchmarks/audit.py --checkpoint work_dir/simulated/stage2/best --data data/simulated
 
 Pixels: the planted discrepancies of the held-out scenes of --data, by timestep, noise draws and standardisation. Pairs: new,
 wider scenes of the same kind, their EO shifted, swapped with that of another scene, or free of discrepancies. Minutes on two

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.harness import DEMO_BASE, REPO, Model, machine
+from benchmarks.harness import REPO, SIMULATED_BASE, Model, machine
 
 # isort: split
 import torch
@@ -388,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
         "--size", choices=SIZES, required=True, help="small: 2 CPU cores; large: a GPU; tiny: a check of the command"
     )
     parser.add_argument("--output", type=Path, help="folder of the run [work_dir/benchmarks/discrepancy/SIZE]")
-    parser.add_argument("--base", default=str(DEMO_BASE), help="base model, name or folder [the demo's]")
+    parser.add_argument("--base", default=str(SIMULATED_BASE), help="base model, name or folder [of make demo-simulated]")
     others = [level for level in LEVELS if level != "standard"]
     listed = f"difficulties beside the standard one: any of {', '.join(map(repr, others))} [all]"
     parser.add_argument("--levels", nargs="*", choices=others, default=others, metavar="LEVEL", help=listed)

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 
 from cdiffset.errors import Parser, UserError
+from cdiffset.images import write_text
 
 REPO = Path(__file__).resolve().parents[1]
-DEMO_BASE = REPO / "assets/demo_base"
+SIMULATED_BASE = REPO / "assets/simulated_base"
 RESULTS = REPO / "benchmarks/RESULTS.md"
 REFERENCE = "reference"  # the arm that all others are compared with
 
@@ -84,13 +85,13 @@ def make_models(folder: Path, architecture: str) -> SimpleNamespace:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from benchmarks import reference
-    from demo.pretrain_base import make_scheduler, make_text_encoder
+    from demo.pretrain_base import RECIPES, make_scheduler, make_text_encoder
 
     base, checkpoint, done = folder / "base", folder / "checkpoint", folder / "made.txt"
     if not done.is_file():
         print(f"making a base of random weights in {folder}")
         torch.manual_seed(0)
-        make_scheduler(base)
+        make_scheduler(base, RECIPES["simulated"])
         make_text_encoder(base)  # for its tokenizer
         CLIPTextModel(CLIPTextConfig(**ARCHITECTURES[architecture]["text_encoder"])).save_pretrained(base / "text_encoder")
         build_vae(architecture).save_pretrained(base / "vae")
@@ -475,8 +476,7 @@ def report_arms(
 
 
 def write_json(path: Path, record) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- options

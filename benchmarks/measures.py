@@ -69,7 +69,7 @@ def read_simulation(data: Path) -> tuple[Simulation, int, int]:
     """A folder that data/simulate.py wrote => (what its scenes look like, its seed, number of its held-out scenes)."""
     file = data / "simulation.json"
     if not file.is_file():
-        raise UserError(f"--data: {data} holds no simulation.json, expected a folder written by data/simulate.py (`make demo`)")
+        raise UserError(f"--data: {data} lacks simulation.json, expected a folder of data/simulate.py (`make demo-simulated`)")
     record = json.loads(file.read_text())
     own = {field.name: record.get(field.name, field.default) for field in fields(Simulation)}
     return Simulation(**own), record["seed"], record["test"]

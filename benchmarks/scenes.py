@@ -1,6 +1,6 @@
 """Whole scenes, measured: seams, memory, and what tiles cost besides the networks.
 
-    python benchmarks/scenes.py seams --checkpoint work_dir/demo/stage2/best --output work_dir/seams
+    python benchmarks/scenes.py seams --checkpoint work_dir/simulated/stage2/best --output work_dir/seams
     python benchmarks/scenes.py memory
     python benchmarks/scenes.py bookkeeping
 
@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.harness import DEMO_BASE, memory_mib, psnr, table, watched, words, write_json
+from benchmarks.harness import SIMULATED_BASE, memory_mib, psnr, table, watched, words, write_json
 
 # isort: split
 import rasterio
@@ -175,12 +175,12 @@ def scene_options(root: Path, args: argparse.Namespace) -> dict:
     base, checkpoint = root / "base", root / "checkpoint"
     for name in ("scheduler", "tokenizer", "text_encoder"):
         (base / name).parent.mkdir(exist_ok=True)
-        (base / name).symlink_to(DEMO_BASE / name)
+        (base / name).symlink_to(SIMULATED_BASE / name)
     AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[4] * 4,
         layers_per_block=1, latent_channels=4, norm_num_groups=1, mid_block_add_attention=False,
     ).save_pretrained(base / "vae")  # fmt: skip
-    width = json.loads((DEMO_BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
+    width = json.loads((SIMULATED_BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
     for folder, inputs, outputs in ((base, 4, 4), (checkpoint, 8, 5)):
         UNet2DConditionModel(
             in_channels=inputs, out_channels=outputs, block_out_channels=[4, 4], layers_per_block=1, norm_num_groups=1,
@@ -242,7 +242,7 @@ def make_parser() -> Parser:
             (bookkeeping, "time of all but the networks"),
         )
     )  # fmt: skip
-    one.add_argument("--checkpoint", default="work_dir/demo/stage2/best", help="of a stage 2 run [the demo's]")
+    one.add_argument("--checkpoint", default="work_dir/simulated/stage2/best", help="of a stage 2 run [of make demo-simulated]")
     one.add_argument("--sar", type=Path, help="GeoTIFF to translate [a simulated scene]")
     one.add_argument("--eo", type=Path, help="the truth on the same grid, 8-bit RGB")
     one.add_argument("--size", type=int, default=2048, help="side of the simulated scene, px [2048]")

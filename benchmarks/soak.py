@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.harness import DEMO_BASE, memory_mib, table, watched, words
+from benchmarks.harness import SIMULATED_BASE, memory_mib, table, watched, words
 from cdiffset.errors import Parser, run
 
 MEMORY_TOLERANCE = 0.02  # of the memory after the warm-up
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         feeder = {"sar_dir": f"{root}/few", "eo_dir": f"{root}/eo", "crop_size": 32}
         augmentations = {"hflip": True, "vflip": True, "rot": True}
         training = {
-            "work_dir": root / "run", "pretrained_model_name_or_path": DEMO_BASE,
+            "work_dir": root / "run", "pretrained_model_name_or_path": SIMULATED_BASE,
             "feeder": "feeders.feeder.PairedFolderFeeder", "test_feeder_args": {**feeder, "split": "test"},
             "train_feeder_args": {**feeder, **augmentations, "split": "train"}, "num_iter": args.iterations, "batch_size": 4,
             "log_iter": 10, "num_worker": 1, "save_iter": args.iterations // 20, "eval_epoch": args.iterations // 80,

@@ -1,6 +1,6 @@
 """What do fewer steps cost? Schedulers, timestep spacings and step counts on pairs whose discrepancies are known.
 
-    python benchmarks/steps.py    # after `make demo`; minutes on two CPU cores
+    python benchmarks/steps.py    # after `make demo-simulated`; minutes on two CPU cores
 
 translates the same images by every sampling, each from the same noise, compares picture and σ² with the truth and with the
 paper's sampling, prints the tables of STEPS.md and writes steps.png into --output. STEPS.md says what the columns mean; the
@@ -160,8 +160,8 @@ def figure(rows: dict, steps: tuple[int, ...], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Measure what fewer steps cost.", allow_abbrev=False)
-    parser.add_argument("--checkpoint", default="work_dir/demo/stage2/best", help="of stage 2 [the demo's]")
-    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder of data/simulate.py [data/demo]")
+    parser.add_argument("--checkpoint", default="work_dir/simulated/stage2/best", help="of stage 2 [of make demo-simulated]")
+    parser.add_argument("--data", type=Path, default=Path("data/simulated"), help="folder of data/simulate.py [data/simulated]")
     parser.add_argument(
         "--steps", type=int, nargs="+", default=STEPS, help=f"step counts, 1 to 50 [{' '.join(map(str, STEPS))}]"
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
-from benchmarks.harness import DEMO_BASE, REFERENCE, Parts, between, now, shown
+from benchmarks.harness import REFERENCE, SIMULATED_BASE, Parts, between, now, shown
 from cdiffset.errors import UserError, run
 
 CACHE = "CACHE"
@@ -211,7 +211,7 @@ def compare_curves(args: argparse.Namespace) -> int:
     def one(name: str, round_: int) -> dict:
         (seed, settings), folder = arms[name], harness.folder_of(args, f"curve of {name}", round_)
         job = {
-            "work_dir": str(folder / "run"), "base": str(DEMO_BASE), "images": str(images), "size": 64, "batch_size": 8,
+            "work_dir": str(folder / "run"), "base": str(SIMULATED_BASE), "images": str(images), "size": 64, "batch_size": 8,
             "workers": 0, "seed": seed, "settings": {**with_cache(settings, args.models / "curve_latents"), "log_iter": 1},
         }  # fmt: skip
         means = window_means(losses_of(job, folder, iterations, args.device))

@@ -6,7 +6,7 @@ picture. SAR is the same ground by backscatter class in dB, with double bounce o
 radar shadow behind, and multiplicative gamma speckle. Tanks, piers and buildings are as bright in the SAR as ships and
 vehicles, so that brightness alone does not show which objects are doubtful.
 
-    python data/simulate.py --output data/demo --train 2048 --test 160 --size 64 --seed 0
+    python data/simulate.py --output data/simulated --train 2048 --test 160 --size 64 --seed 0
 
 writes train/ and test/, each with sar/, eo/, mask_sar_only/, mask_eo_only/ (8-bit PNG, one file per scene and folder).
 Scene k of a split depends on (seed, split, k) and the simulation options alone.

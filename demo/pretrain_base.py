@@ -1,13 +1,13 @@
-"""Train a small Stable-Diffusion-shaped base that a demo fine-tunes, 5.6 M parameters in fp16.
+"""Train a small Stable-Diffusion-shaped base that a demo fine-tunes.
 
 It stands to its images as SD 2.1 stands to pictures: an AutoencoderKL that reconstructs them and a 4-in/4-out U-Net
-pretrained as a noise predictor on EO images alone, without any SAR, beside a CLIP text encoder and tokenizer of the same
+pretrained as a denoiser on EO images alone, without any SAR, beside a CLIP text encoder and tokenizer of the same
 classes (random weights: one prompt is all they ever see). Folder layout, file names and configs are diffusers' own.
 
-    python demo/pretrain_base.py simulated     # assets/demo_base: about an hour on 2 CPU cores, VAE 16 min, U-Net 40 min
     python demo/pretrain_base.py sentinel      # assets/sentinel_base, from the training tiles of data/sentinel_demo
+    python demo/pretrain_base.py simulated     # assets/simulated_base: about an hour on 2 CPU cores, VAE 16 min, U-Net 40 min
 
-Simulated scenes are drawn from seeds that the demo's data never uses.
+Simulated scenes are drawn from seeds that the demo's data never uses. The same command continues a U-Net that was interrupted.
 """
 
 import json
@@ -15,6 +15,8 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +27,12 @@ import cdiffset  # noqa: F401  first: it mends torchvision
 # isort: split
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm, trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cdiffset.errors import Parser, run
+from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import list_images, read_eo, read_sar
 from cdiffset.model import embed_prompt, encode, load_vae
 from data.simulate import Simulation, simulate_scene
@@ -40,9 +42,31 @@ SCENE_SEED = 5000  # the demo's own scenes come from small seeds
 SCENES = 6000
 CAPTION = "satellite photograph"
 CROP_PX = 64  # what the VAE is trained on
-UNETS = {  # side of the latent, channels of the blocks; one attention block each way, next to the innermost
-    "simulated": (16, (64, 96, 128)),
-    "sentinel": (32, (32, 64, 96, 128)),
+KEPT, KEPT_EVERY = "unet.training", 500  # from where an interrupted U-Net goes on; iterations between two such states
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a base is made.
+
+    A tile's colours are uniform over many pixels, and SD's schedule (beta_end 0.012) still shows them at its last timestep:
+    a U-Net then reads the layout of a real tile from the noise and not from the SAR. `beta_end` 0.03 ends at a
+    signal-to-noise ratio of 1e-5, where only v prediction gives the network something to learn.
+    """
+
+    latent_px: int  # side of the latent that the U-Net is trained on
+    channels: tuple[int, ...]  # of the U-Net's blocks; one attention block each way, next to the innermost
+    prediction_type: str
+    beta_end: float
+    vae_steps: int  # iterations of 16 images
+    unet_steps: int
+    unet_batch: int
+    unet_lr: float
+
+
+RECIPES = {
+    "simulated": Recipe(16, (64, 96, 128), "epsilon", 0.012, 3200, 9000, 32, 5e-4),
+    "sentinel": Recipe(32, (48, 64, 96, 128), "v_prediction", 0.03, 2800, 12000, 16, 8e-4),
 }
 
 
@@ -79,12 +103,22 @@ def cosine_lr(peak: float, step: int, steps: int, warmup: int = 100) -> float:
     return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def optimise(model, loss_of_step, steps: int, lr: float, name: str, ema_decay: float) -> None:
-    """Run AdamW under bf16 autocast and leave the EMA of the weights in `model`."""
+def optimise(
+    model: torch.nn.Module, loss_of_step: Callable, steps: int, lr: float, name: str, ema_decay: float, kept: Path | None = None
+) -> None:
+    """Run AdamW and leave the EMA of the weights in `model`; every few iterations the whole state goes to the file `kept`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=True, power=0.75)
+    parts, done = {"model": model, "optimizer": optimizer, "ema": ema}, 0
+    if kept and kept.is_file():
+        state = torch.load(kept, weights_only=True)
+        done, settings = state.pop("done"), state.pop("settings")
+        if settings != [steps, lr]:
+            raise UserError(f"{kept} is of {settings[0]} steps at {settings[1]}, expected {steps} at {lr}: remove it")
+        for part, values in state.items():
+            parts[part].load_state_dict(values)
     started, recent = time.monotonic(), []
-    for step in (bar := trange(steps, desc=name, unit="it", mininterval=10)):
+    for step in (bar := trange(done, steps, desc=name, unit="it", mininterval=10)):
         optimizer.param_groups[0]["lr"] = cosine_lr(lr, step, steps)
         loss = loss_of_step(torch.Generator().manual_seed(step))
         loss.backward()
@@ -95,9 +129,13 @@ def optimise(model, loss_of_step, steps: int, lr: float, name: str, ema_decay: f
         recent = [*recent[-99:], loss.item()]
         if step % 100 == 99:
             bar.set_postfix(loss=f"{np.mean(recent):.5f}", refresh=False)
+        if kept and (step + 1) % KEPT_EVERY == 0:
+            record = {"done": step + 1, "settings": [steps, lr]}
+            torch.save(record | {part: held.state_dict() for part, held in parts.items()}, kept.with_suffix(".new"))
+            kept.with_suffix(".new").replace(kept)
     ema.copy_to(model.parameters())
     minutes = (time.monotonic() - started) / 60
-    print(f"{name}: {steps} iterations, mean loss of the last 100 {np.mean(recent):.5f}, {minutes:.1f} min")
+    print(f"{name}: {steps - done} iterations, mean loss of the last 100 {np.mean(recent):.5f}, {minutes:.1f} min")
 
 
 def train_vae(images: dict[str, torch.Tensor], steps: int) -> AutoencoderKL:
@@ -142,68 +180,69 @@ def make_text_encoder(output: Path) -> None:
     CLIPTextModel(config).half().save_pretrained(output / "text_encoder")
 
 
-def make_scheduler(output: Path) -> None:
+def make_scheduler(output: Path, recipe: Recipe) -> None:
     PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False,
-        steps_offset=1, prediction_type="epsilon",
+        beta_start=0.00085, beta_end=recipe.beta_end, beta_schedule="scaled_linear", skip_prk_steps=True,
+        set_alpha_to_one=False, steps_offset=1, prediction_type=recipe.prediction_type,
     ).save_pretrained(output / "scheduler")  # fmt: skip
 
 
-def train_unet(vae: AutoencoderKL, output: Path, eo: torch.Tensor, kind: str, steps: int) -> UNet2DConditionModel:
-    """Noise prediction on EO latents, as SD was pretrained."""
+def encode_all(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, 3, H, W] => latents [N, C, h, w], fp16."""
+    chunks = tqdm(images.split(64), desc="encoding", mininterval=5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return torch.cat([encode(vae, chunk.float() / 127.5 - 1) for chunk in chunks]).half()
+
+
+def train_unet(vae: AutoencoderKL, output: Path, eo: torch.Tensor, recipe: Recipe) -> UNet2DConditionModel:
+    """Denoising of EO latents, as SD was pretrained."""
     captions = [embed_prompt(str(output), CAPTION), embed_prompt(str(output), "")]
-    scheduler = PNDMScheduler.from_pretrained(output / "scheduler")
-    alphas_cumprod = scheduler.alphas_cumprod
+    scheduler = DDPMScheduler.from_pretrained(output / "scheduler")
     torch.manual_seed(1)
-    side, channels = UNETS[kind]
+    channels = recipe.channels
     down = ["DownBlock2D"] * len(channels)
     up = ["UpBlock2D"] * len(channels)
     down[-2], up[1] = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
     unet = UNet2DConditionModel(
-        sample_size=side, in_channels=4, out_channels=4, block_out_channels=channels, layers_per_block=1, norm_num_groups=16,
-        down_block_types=down, up_block_types=up, attention_head_dim=[width // 32 for width in channels],
-        cross_attention_dim=64, use_linear_projection=True,
+        sample_size=recipe.latent_px, in_channels=4, out_channels=4, block_out_channels=channels, layers_per_block=1,
+        norm_num_groups=16, down_block_types=down, up_block_types=up, cross_attention_dim=64, use_linear_projection=True,
+        attention_head_dim=[width // 32 for width in channels],
     )  # fmt: skip
-    views = []  # the 8 flips and turns are images of their own: latents do not turn with the picture
-    for flip in (False, True):
-        for turns in range(4):
-            pixels = torch.rot90(eo.flip(3) if flip else eo, turns, (2, 3))
-            chunks = tqdm(pixels.split(64), desc=f"encoding view {len(views) + 1} of 8", mininterval=5)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                views.append(torch.cat([encode(vae, chunk.float() / 127.5 - 1) for chunk in chunks]))
-    latents = torch.cat(views).half()  # [8 x images,4,h,w]
+    # All 8 flips and turns: they are images of their own, as latents do not turn with the picture.
+    views = [torch.rot90(side, turns, (2, 3)) for side in (eo, eo.flip(3)) for turns in range(4)]
+    latents = torch.cat([encode_all(vae, view) for view in views])
 
     def loss_of_step(generator: torch.Generator) -> torch.Tensor:
-        clean = latents[torch.randint(len(latents), (32,), generator=generator)].float()  # [B,4,h,w]
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (32,), generator=generator)
+        clean = latents[torch.randint(len(latents), (recipe.unet_batch,), generator=generator)].float()  # [B,4,h,w]
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
-        alpha = alphas_cumprod[timesteps][:, None, None, None]
+        target = noise if recipe.prediction_type == "epsilon" else scheduler.get_velocity(clean, noise, timesteps)
         caption = captions[int(torch.rand((), generator=generator) < 0.1)]
         with torch.autocast("cpu", torch.bfloat16):
-            noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-            predicted = unet(noisy, timesteps, caption.expand(32, -1, -1)).sample
-        return F.mse_loss(predicted.float(), noise)
+            noisy = scheduler.add_noise(clean, noise, timesteps)
+            predicted = unet(noisy, timesteps, caption.expand(len(clean), -1, -1)).sample
+        return F.mse_loss(predicted.float(), target)
 
-    optimise(unet, loss_of_step, steps, lr=5e-4, name="U-Net", ema_decay=0.9995)
+    optimise(unet, loss_of_step, recipe.unet_steps, recipe.unet_lr, "U-Net", ema_decay=0.9995, kept=output / KEPT)
     return unet
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Pretrain a demo's small base.", allow_abbrev=False)
-    parser.add_argument("kind", choices=UNETS, help="what it is trained on")
-    parser.add_argument("--output", type=Path, help="[assets/demo_base, or assets/sentinel_base]")
-    parser.add_argument("--vae-steps", type=int, default=3200, help="iterations of 16 images [%(default)s]")
-    parser.add_argument("--unet-steps", type=int, default=9000, help="iterations of 32 images [%(default)s]")
+    parser.add_argument("kind", choices=RECIPES, help="what it is trained on")
+    parser.add_argument("--output", type=Path, help="[assets/KIND_base]")
     args = parser.parse_args(argv)
-    output = args.output or ROOT / "assets" / ("demo_base" if args.kind == "simulated" else "sentinel_base")
+    output, recipe = args.output or ROOT / "assets" / f"{args.kind}_base", RECIPES[args.kind]
     images = simulate(SCENES, seed=0) if args.kind == "simulated" else read_tiles(ROOT / "data/sentinel_demo/train")
     output.mkdir(parents=True, exist_ok=True)
-    make_text_encoder(output)
-    make_scheduler(output)
-    train_vae(images, args.vae_steps).half().save_pretrained(output / "vae")
+    if not (output / KEPT).is_file():
+        make_text_encoder(output)
+        make_scheduler(output, recipe)
+        train_vae(images, recipe.vae_steps).half().save_pretrained(output / "vae")
     # Read back, so that the U-Net learns the latents of the fp16 weights that the demo loads.
-    unet = train_unet(load_vae(str(output)), output, images["eo"], args.kind, args.unet_steps)
+    unet = train_unet(load_vae(str(output)), output, images["eo"], recipe)
     unet.half().save_pretrained(output / "unet")
+    (output / KEPT).unlink(missing_ok=True)
     return 0
 
 

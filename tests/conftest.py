@@ -18,7 +18,7 @@ from PIL import Image
 from training import command_line, forget_accelerator
 
 import main
-from demo.pretrain_base import make_scheduler, make_text_encoder
+from demo.pretrain_base import RECIPES, make_scheduler, make_text_encoder
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -56,7 +56,7 @@ def samples() -> Path:
 def tiny_base(tmp_path_factory) -> str:
     """A complete base model folder in diffusers layout with random weights."""
     folder = tmp_path_factory.mktemp("base")
-    make_scheduler(folder)
+    make_scheduler(folder, RECIPES["simulated"])
     make_text_encoder(folder)
     tiny_vae().save_pretrained(folder / "vae")
     tiny_unet().save_pretrained(folder / "unet")

@@ -105,7 +105,7 @@ def test_a_variable_that_is_not_set_is_named(load, monkeypatch):
 # ------------------------------------------------------------------------------------------------------- files that ship
 def test_all_configurations_are_there():
     data_sets = [f"{name}_eps" for name in ("qxs", "saropt", "sar2eo", "spacenet", "spacenet_chips", "senms")]
-    data_sets += ["paired_folder", "demo"]
+    data_sets += ["paired_folder", "demo", "simulated"]
     assert {path.stem for path in CONFIGS} >= {*data_sets, *(f"{name}_conf" for name in data_sets)}
 
 
@@ -118,7 +118,8 @@ def test_every_shipped_configuration_loads(path, load):
     # In comments the placeholder may stay.
     config = load(written.replace(": /path/to", ": /data"))
     assert config.confidence == path.stem.endswith("_conf")
-    assert all(config.train_feeder_args[name] is True for name in AUGMENTATIONS)  # off by default
+    is_augmented = "demo" not in path.stem  # whose radar and sun shine from fixed sides
+    assert all(config.train_feeder_args[name] is is_augmented for name in AUGMENTATIONS)  # off by default
     assert not AUGMENTATIONS.keys() & config.test_feeder_args.keys()
     # Stage 2 is stage 1 but for these.
     twin = load(path.with_stem(path.stem.removesuffix("_conf")).read_text().replace(": /path/to", ": /data"))
@@ -343,7 +344,7 @@ IMPOSSIBLE = [
         ("mixed_precision", ("yes", "fp8", "16", "null"), "one of no, fp16, bf16"),
         ("optimizer", ("SGD",), "one of AdamW, Adam, AdamW8bit"),
         ("lr_scheduler", ("step",), "one of cosine, linear"),
-        ("report_to", ("wandb",), "one of tensorboard, none"),
+        ("report_to", ("comet",), "one of tensorboard, wandb, none"),
         ("train_feeder_args", ("null", "5", "[a]", "{1: 2}"), "a mapping of names to values"),
     )
     for name in names.split()

@@ -131,8 +131,8 @@ def save(path: Path, calibration: Calibration) -> None:
     write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
-def load(path: Path, settings: dict) -> Calibration:
-    """Read a calibration and check its content; UserError where it is damaged or was made with other settings."""
+def load(path: Path, settings: dict | None = None) -> Calibration:
+    """Read a calibration and check its content; UserError where it is damaged or was made with other settings than given."""
     if not path.is_file():
         raise UserError(f"there is no calibration {path}: make one with calibrate.py, or name another by --calibration")
     try:
@@ -141,7 +141,7 @@ def load(path: Path, settings: dict) -> Calibration:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise UserError(f"{path} is no calibration, expected what calibrate.py writes: {reason}") from error
-    if calibration.settings != settings:
+    if settings is not None and calibration.settings != settings:
         made, wanted = (", ".join(f"{key} {value}" for key, value in each.items()) for each in (calibration.settings, settings))
         raise UserError(f"{path} was made with {made}; this translation has {wanted}: give it the same, or calibrate anew")
     return calibration
