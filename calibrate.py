@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     check(args)
     sampling, machine, model = sampling_settings(args), machine_settings(args), model_settings(args)
+    if model.source and not args.output:
+        raise UserError(f"--output: expected a file, found none: {model.source} is from the Hub, nothing is written beside it")
     output = args.output or calibration.path_beside(model.checkpoint)
     require_writable("--output", output.parent)
     pairs = find_pairs(args)

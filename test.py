@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             require_writable(option, folder)
     from cdiffset.checkpoint import read_meta  # a heavy import, only once the options hold
 
-    calibration, meta = find_calibration(args, settings.sampling), read_meta(settings.model.checkpoint)
+    calibration, meta = find_calibration(args, settings), read_meta(settings.model.checkpoint)
     settings = replace(settings, radiometry=as_trained(settings.radiometry, meta.get("radiometry") or {}))
     folders = {kind: folder for kind, option in FOLDER_OPTIONS.items() if (folder := output_folders(args).get(option))}
     tasks, failures = find_tasks(
@@ -155,16 +155,16 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(model_settings(args), machine, sampling, tiles, radiometry_options(args))
 
 
-def calibration_path(args: argparse.Namespace) -> Path:
-    return args.calibration or path_beside(args.checkpoint)
+def calibration_path(args: argparse.Namespace, settings: Settings) -> Path:
+    return args.calibration or path_beside(settings.model.checkpoint)
 
 
-def find_calibration(args: argparse.Namespace, sampling: SamplingSettings) -> Calibration | None:
+def find_calibration(args: argparse.Namespace, settings: Settings) -> Calibration | None:
     """The calibration that --error-dir and --overlay-dir need, before the networks are loaded."""
     if not (args.error_dir or args.overlay_dir):
         return None
     try:
-        return load_calibration(calibration_path(args), calibrated_settings(sampling))
+        return load_calibration(calibration_path(args, settings), calibrated_settings(settings.sampling))
     except UserError as error:
         option = "--calibration" if args.calibration else "--error-dir" if args.error_dir else "--overlay-dir"
         raise UserError(f"{option}: {error}") from error
@@ -179,7 +179,7 @@ def make_records(args: argparse.Namespace, settings: Settings) -> dict[str, Outp
     for option, folder in output_folders(args).items():
         own = {}
         if option in ("--error-dir", "--overlay-dir"):
-            own["calibration"] = hashlib.sha256(calibration_path(args).read_bytes()).hexdigest()
+            own["calibration"] = hashlib.sha256(calibration_path(args, settings).read_bytes()).hexdigest()
         if option == "--overlay-dir":
             own["overlay_threshold"] = args.overlay_threshold
         by_option[option] = OutputRecord(folder, recorded | own, args.skip_existing)
@@ -235,7 +235,8 @@ def translate(
         needing_variance.append("--calibration")
     checkpoint = load_checkpoint(settings.model, settings.machine, needing_variance, with_fingerprint)
     if calibration and calibration.model != checkpoint.fingerprint:
-        raise UserError(f"--calibration: {calibration_path(args)} was made for another checkpoint, base model or prompt")
+        path = calibration_path(args, settings)
+        raise UserError(f"--calibration: {path} was made for another checkpoint, base model or prompt")
     translator = Translator(checkpoint, settings.sampling, settings.machine.batch_size)
     common = Run(translator, settings.tiles, settings.radiometry, calibration, args.overlay_threshold, records)
     started = time.monotonic()

@@ -15,6 +15,7 @@ from cdiffset import checkpoint
 from cdiffset.config import BEST_METRICS, Config
 from cdiffset.diffusion import training_loss
 from cdiffset.errors import Stopped, UserError, message_of
+from cdiffset.hub import Found, find_checkpoint
 from cdiffset.model import check_base, encode, load_unet
 from cdiffset.training.batches import (
     NOISE,
@@ -27,7 +28,7 @@ from cdiffset.training.batches import (
     train_loader,
 )
 from cdiffset.training.latent_cache import Encoder, LatentCache
-from cdiffset.training.logs import LogWindow
+from cdiffset.training.logs import LogWindow, start_tracking
 from cdiffset.training.networks import check_crops, load_networks
 from cdiffset.training.processes import StopSignals, make_accelerator
 from cdiffset.training.state import RunFolder, RunState, report_resume
@@ -48,14 +49,18 @@ class Trainer:
         self.folder = RunFolder(config, self.accelerator, data_record(self.train_feeder, config.train_feeder_args))
         resume_from = self.folder.agree_on_resume()
         self.logs = self.folder.open()
-        option, start = ("resume", str(resume_from / "unet")) if resume_from else ("accelerator_path", config.accelerator_path)
+        option, start, path = "accelerator_path", None, config.accelerator_path
+        if resume_from:
+            option, start = "resume", Found(resume_from / "unet")
+        elif path:
+            start = find_checkpoint(path, option)
         networks = load_networks(config, self.accelerator, start, option, self.logs.train)
         self.vae, self.scheduler, self.prompt_embedding, unet = networks
         check_crops(self.vae, {"train": self.train_feeder, "test": self.test_feeder})
         self.cache = None
         if config.latent_cache:
             self.cache = LatentCache(Path(config.latent_cache), self.train_feeder, self.vae, self.logs.train.info)
-        self.state = self.begin_or_resume(unet, resume_from)
+        self.state = self.begin_or_resume(unet, resume_from, start and start.source)
         self.weights, self.window = self.state.weights, self.state.window
         self.saved = self.state.iteration  # the latest iteration that is on the disk
         self.validator = Validator(config, self.accelerator, self.test_feeder, networks, self.logs)
@@ -65,13 +70,14 @@ class Trainer:
         )
         self.signals = StopSignals(self.accelerator.num_processes)
 
-    def begin_or_resume(self, unet, resume_from: Path | None) -> RunState:
+    def begin_or_resume(self, unet, resume_from: Path | None, source: str | None) -> RunState:
         average = None
         if resume_from and self.config.ema_decay and (resume_from / "unet_ema").is_dir():
             base, latent_channels = self.config.pretrained_model_name_or_path, self.vae.config.latent_channels
             average, _ = load_unet(str(resume_from / "unet_ema"), base, latent_channels, "resume", is_verified=True)
         measure = getattr(self.train_feeder, "sar_statistics", None)  # a feeder of another origin may have none
         facts = {
+            "started_from": checkpoint.read_meta(resume_from).get("started_from") if resume_from else source,
             "gsd_m": getattr(self.train_feeder, "gsd_m", None),
             "sar_statistics": measure() if measure and self.is_main else None,
             "radiometry": getattr(self.train_feeder, "radiometry", {}),
@@ -94,8 +100,7 @@ class Trainer:
         """`fit`, and where it ends early, a checkpoint of what is done so far."""
         try:
             with self.signals:
-                if self.config.report_to == "tensorboard":
-                    self.logs.open_board(self.state.iteration)
+                start_tracking(self.accelerator, self.config, self.state.iteration)
                 try:
                     self.fit()
                 except (Stopped, LoaderFault) as reason:
@@ -104,8 +109,6 @@ class Trainer:
         except OSError as error:  # a full disk, first of all; the feeders report faults of their own files
             where = f"cannot write into {self.folder.path}: {error.strerror or error}"
             raise UserError(f"{where}; {self.folder.last_good()}") from error
-        finally:
-            self.logs.close()
 
     def end_early(self, reason: Stopped | LoaderFault) -> NoReturn:
         """Save what is done so far, and say how to go on."""
@@ -246,7 +249,7 @@ class Trainer:
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.logs.train.info("iteration %d/%d  epoch %.2f  %s", iteration, self.config.num_iter, epoch, text)
         bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_s']:.1f} images/s", refresh=False)
-        self.logs.scalars("train", values, iteration)
+        self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=iteration)
 
     # ---------------------------------------------------------------------------------------------- validation and saving
     def validate_and_save(self) -> None:
@@ -277,7 +280,7 @@ class Trainer:
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         epoch = state.iteration / self.sampler.iterations_per_epoch
         self.logs.val.info("iteration %d  epoch %.2f  n %d  %s", state.iteration, epoch, len(rows), text)
-        self.logs.scalars("val", means, state.iteration)
+        self.accelerator.log({f"val/{name}": value for name, value in means.items()}, step=state.iteration)
         value, sign = means[f"standard/{self.config.best_metric}"], BEST_METRICS[self.config.best_metric]
         if state.best is not None and sign * value <= sign * state.best:
             return False

@@ -22,12 +22,25 @@ from safetensors.torch import load_file, save_file
 from cdiffset.device import AS_STORED, Form
 from cdiffset.errors import UserError
 
+
+def with_variant(name: str, variant: str | None) -> str:
+    """Weights file or index => its name in a variant: model.safetensors => model.fp16.safetensors."""
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}" if variant else name
+
+
 META, STATE = "checkpoint.json", "training_state.pt"
 PROMPT_FILE, PROMPT_TENSOR = "prompt.safetensors", "embedding"  # [1, L, D] float32
 MANIFEST, LOCK = "manifest.json", ".lock"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers; Accelerate, hence the released code's runs
 WRAPPERS = ("module.", "unet.", "_orig_mod.")  # what DDP, pipelines and torch.compile put before names
 INDEX = ".index.json"  # what diffusers and Accelerate add to these names where the weights are split over several files
+WEIGHT_PLACES = tuple(  # where a checkpoint folder may hold its weights, the first found counts
+    f"{folder}{with_variant(name, variant)}"
+    for folder in ("unet_ema/", "unet/", "")
+    for variant in (None, "fp16")
+    for name in (*WEIGHTS, *(f"{name}{INDEX}" for name in WEIGHTS))
+)
 FORMS = "a .safetensors file, a diffusers U-Net folder, a checkpoint folder of this code, or a folder with model.safetensors"
 
 
@@ -40,19 +53,10 @@ def find_weights(path: Path, option: str) -> Path:
         raise UserError(f"{option}: {path} is a {path.suffix or 'nameless'} file, expected {FORMS}; nothing else is opened")
     if not path.is_dir():
         raise UserError(f"{option}: there is no {path}, expected {FORMS}")
-    names = [*WEIGHTS, *(f"{name}{INDEX}" for name in WEIGHTS)]
-    names += [with_variant(name, "fp16") for name in names]
-    files = [folder / name for folder in (path / "unet_ema", path / "unet", path) for name in names]
-    if found := next((file for file in files if file.is_file()), None):
+    if found := next((file for place in WEIGHT_PLACES if (file := path / place).is_file()), None):
         return found
     wanted = (*WEIGHTS, with_variant(WEIGHTS[0], "fp16"))
     raise UserError(f"{option}: {path} holds none of unet_ema/, unet/, {', '.join(wanted)}; expected {FORMS}")
-
-
-def with_variant(name: str, variant: str | None) -> str:
-    """Weights file or index => its name in a variant: model.safetensors => model.fp16.safetensors."""
-    stem, _, suffix = name.rpartition(".")
-    return f"{stem}.{variant}.{suffix}" if variant else name
 
 
 class Weights(NamedTuple):

@@ -20,6 +20,11 @@ import yaml
 from cdiffset.errors import Parser, UserError
 
 DEFAULT_BASE = "Manojb/stable-diffusion-2-1-base"
+_GEOSET = "JeonghyeokDo/GeoSET/baselines"
+RELEASED = {  # short names of the weights that the authors released, see cdiffset/hub.py
+    **{name: f"{_GEOSET}/{name}/c-diffset" for name in ("qxs-saropt", "sar2opt", "sar2eo", "spacenet6")},
+    **{f"{name}-stage1": f"{_GEOSET}/{name}/sd21-ft" for name in ("qxs-saropt", "sar2opt", "sar2eo", "spacenet6")},
+}
 DEFAULT_PROMPT = "electro-optical image"
 # The paper samples by DDIM, 50 steps of 1000, leading, offset 1, and reads σ² for its confidence map at the loop's midpoint.
 PAPER_TIMESTEPS = tuple(1000 // 50 * step + 1 for step in reversed(range(50)))  # 981, 961 ... 1
@@ -174,7 +179,7 @@ class Config:
     pretrained_model_name_or_path: str = knob(
         DEFAULT_BASE, filled_text, "Stable Diffusion: Hub name or local folder", group="model"
     )
-    accelerator_path: str | None = knob(None, optional(filled_text), "U-Net checkpoint to start from; null: the base's")
+    accelerator_path: str | None = knob(None, optional(filled_text), "U-Net to start from, path or Hub name; null: the base's")
     confidence: bool = knob(True, boolean, "true: stage 2, variance channel and C-Diff loss; false: stage 1, MSE")
     prompt: str = knob(DEFAULT_PROMPT, text, "the one text prompt; empty: the null prompt")
 
@@ -246,7 +251,9 @@ class Config:
         "auto: continue work_dir's run if its settings are these; latest or a folder: continue it; null: start afresh",
         may_change=True,
     )  # fmt: skip
-    report_to: str = knob("tensorboard", choice("tensorboard", "none"), "scalars beside the text logs", may_change=True)
+    report_to: str = knob(
+        "tensorboard", choice("tensorboard", "wandb", "none"), "scalars beside the text logs", may_change=True
+    )
 
 
 KNOBS, DEFAULTS = {each.name: each for each in fields(Config)}, Config()

@@ -416,6 +416,7 @@ def test_outputs_say_what_they_are(tmp_path, checkpoint):
             assert tags["CDIFFSET_SOURCE"] == name and tags["CDIFFSET_ACQUIRED"] == "2022-01-04T17:05:58"
             assert tags["CDIFFSET_SOURCE_UNITS"] == "dB"
             np.testing.assert_allclose([float(each) for each in tags["CDIFFSET_GSD_M"].split()], [10, 10], rtol=1e-3)
+        assert (tmp_path / "out" / kind / name).with_suffix(".qml").is_file() == (kind != "eo")
     page = (tmp_path / "out/eo" / name).with_suffix(".swipe.html").read_text("utf-8")
     rows = dict(re.findall("<tr><th>(.*?)</th><td>(.*?)</td></tr>", page))
     assert rows["CRS"] == "EPSG:32631 (geotransform)" and rows["GSD"] == "10 m" and rows["acquired"] == "2022-01-04T17:05:58"

@@ -138,7 +138,7 @@ class Identity:
 @pytest.mark.parametrize("size", [(131, 203), (65, 64), (9, 301)])
 def test_an_identity_model_returns_its_input(tmp_path, size):
     same = Identity()
-    checkpoint = LoadedCheckpoint(same, same, same, torch.zeros(1, 2, 4), torch.device("cpu"), "fp32", 4, {}, "0")
+    checkpoint = LoadedCheckpoint(same, same, same, torch.zeros(1, 2, 4), torch.device("cpu"), "fp32", 4, {}, None, "0")
     sampling = SamplingSettings(1, "ddim", "leading", 2, "midpoint", 1, "first")
     model = SimpleNamespace(checkpoint=checkpoint, sampling=sampling, scheduler=same, variance_timesteps=(481,))
     pixels = RNG.integers(0, 256, size, dtype=np.uint8)

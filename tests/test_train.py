@@ -164,6 +164,42 @@ def test_logs_and_tensorboard_hold_the_same_numbers(stages, stage):
     )
 
 
+def test_wandb_gets_the_scalars_and_a_resumed_run_goes_on_in_its_own(argv, tmp_path):
+    pytest.importorskip("wandb")
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+    for iterations, more in ((1, {}), (2, {"resume": "latest"})):
+        command = [sys.executable, "main.py", *argv(tmp_path / "run", num_iter=iterations, report_to="wandb", **more)]
+        done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    records = list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(records) == 2 and len({file.stem for file in records}) == 1  # two processes, one run
+    for file in records:
+        written = file.read_bytes()
+        assert all(name in written for name in (b"train/loss", b"val/standard/psnr", b"learning_rate", b"c-diffset"))
+    assert not (tmp_path / "run/tensorboard").exists()
+
+
+def test_wandb_that_is_not_installed_is_one_line(argv, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("cdiffset.training.processes.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match="^report_to: wandb is not installed: pip install wandb, or take report_to: tensorboard$"
+    ):
+        main.main(argv(tmp_path / "run", report_to="wandb"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_that_cannot_start_is_one_line(argv, tmp_path, monkeypatch, capsys):
+    def refuse(*arguments, **options):
+        raise RuntimeError("No API key configured.\nmore")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
+    monkeypatch.setattr("cdiffset.training.processes.find_spec", lambda name: name)
+    assert errors.run(main.main, argv(tmp_path / "run", report_to="wandb")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: report_to: wandb cannot start (No API key configured.): `wandb login` first")
+
+
 @pytest.mark.parametrize("stage, pictures", [(0, 3), (1, 4)])
 def test_every_validation_leaves_a_picture_of_each_pair(stages, pair_folders, stage, pictures):
     """SAR, EO and generated EO side by side, with the confidence in stage 2."""

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [  # names of modules, or of packages for all that is in them
     {"cdiffset", "cdiffset.errors", "cdiffset.losses", "cdiffset.ranks", "cdiffset.squeezenet"},
     {"cdiffset.images", "cdiffset.config", "cdiffset.device", "cdiffset.pages"},
-    {"cdiffset.pairing", "cdiffset.checkpoint", "cdiffset.model", "cdiffset.diffusion", "cdiffset.confidence"},
+    {"cdiffset.pairing", "cdiffset.checkpoint", "cdiffset.hub", "cdiffset.model", "cdiffset.diffusion", "cdiffset.confidence"},
     {"feeders", "utils"},
     {"cdiffset.inference"},
     {"cdiffset.evaluation"},

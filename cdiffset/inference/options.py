@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES, Config
+from cdiffset.config import DEFAULT_BASE, DEFAULT_PROMPT, PREDICTION_TYPES, RELEASED, Config
 from cdiffset.errors import UserError
 from cdiffset.images import MAX_PIXELS
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
@@ -47,6 +47,7 @@ class ModelSettings:
     base: str  # Stable Diffusion: Hub name or local folder
     prompt: str
     prediction_type: str  # of PREDICTION_TYPES
+    source: str | None = None  # of weights from the Hub, see hub.Found
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,15 @@ def model_settings(args: argparse.Namespace, config: Config | None = None) -> Mo
     UserError where there are no weights: before the base model, which may be far away.
     """
     from cdiffset.checkpoint import find_weights, read_meta, recorded_base
+    from cdiffset.hub import find_checkpoint
 
-    checkpoint = Path(args.checkpoint).expanduser()
+    checkpoint, source = find_checkpoint(args.checkpoint, "--checkpoint")
     find_weights(checkpoint, "--checkpoint")
     recorded = read_meta(checkpoint).get("config", asdict(config) if config else {})
     base = args.pretrained_model_name_or_path or recorded_base(checkpoint) or recorded.get("pretrained_model_name_or_path")
     prompt = next(text for text in (args.prompt, recorded.get("prompt"), DEFAULT_PROMPT) if text is not None)
     prediction_type = args.prediction_type or recorded.get("prediction_type") or "epsilon"
-    return ModelSettings(checkpoint, base or DEFAULT_BASE, prompt, prediction_type)
+    return ModelSettings(checkpoint, base or DEFAULT_BASE, prompt, prediction_type, source)
 
 
 def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
@@ -160,7 +162,12 @@ def add_translation_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", required=True, help="U-Net: .safetensors file, diffusers folder or checkpoint folder")
+    released = ", ".join(RELEASED)
+    group.add_argument(
+        "--checkpoint", required=True,
+        help="U-Net: .safetensors file, diffusers folder or checkpoint folder; or on the Hugging Face Hub, "
+        f"OWNER/NAME[@REVISION][/FOLDER], or released weights by a short name: {released}",
+    )  # fmt: skip
     group.add_argument("--pretrained-model-name-or-path", help=f"base model [the checkpoint's own, else {DEFAULT_BASE}]")
     group.add_argument("--prompt", help=f"text prompt [the checkpoint's own, else {DEFAULT_PROMPT!r}]")
     group.add_argument(

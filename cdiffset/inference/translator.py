@@ -54,6 +54,7 @@ class LoadedCheckpoint:
     precision: str  # fp32, fp16 or bf16
     factor: int  # px that a latent cell spans in each direction
     meta: dict  # checkpoint.json; {} for weights of another origin
+    source: str | None  # of weights from the Hub, see hub.Found
     fingerprint: str | None  # of all that a calibration depends on; None: not asked for, as it takes seconds for a large model
 
     def stack(self, images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -90,11 +91,11 @@ def load_checkpoint(
     unet, vae = (network.to(device, dtype, memory_format=memory_format) for network in (unet, vae))
     if machine.compile:
         unet.compile()
-    print(f"{weights.file} on {device}, {machine.precision}, base {model.base}, prompt {model.prompt!r}")
+    print(f"{model.source or weights.file} on {device}, {machine.precision}, base {model.base}, prompt {model.prompt!r}")
     if note := without_instructions(device, machine.precision):
         print(note)
-    embedding, meta = prompt_embedding.to(device, dtype), read_meta(model.checkpoint)
-    return LoadedCheckpoint(unet, vae, scheduler, embedding, device, machine.precision, vae_factor(vae), meta, found)
+    embedding, factor, meta = prompt_embedding.to(device, dtype), vae_factor(vae), read_meta(model.checkpoint)
+    return LoadedCheckpoint(unet, vae, scheduler, embedding, device, machine.precision, factor, meta, model.source, found)
 
 
 def load_vae_of(model: ModelSettings, dtype: torch.dtype) -> AutoencoderKL:

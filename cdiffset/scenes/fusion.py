@@ -31,6 +31,7 @@ from cdiffset.losses import variance
 from cdiffset.model import decode, encode
 from cdiffset.scenes.geotiff import Scene, open_scene, quicklook, write_cog
 from cdiffset.scenes.options import TileSettings
+from cdiffset.scenes.qgis_style import write_style
 from cdiffset.scenes.radiometry import Radiometry, RadiometryOptions, describe, measure, out_of_domain
 from cdiffset.scenes.resampling import gsd_of, resample_strips
 from cdiffset.scenes.slider_page import write_swipe
@@ -296,6 +297,7 @@ class SceneInfo:
 
     radiometry: Radiometry
     settings: dict  # all that the pixels depend on, besides the scene itself
+    weights: str | None  # where they came from on the Hub
     gsd: tuple[float, float] | None  # metres down the rows, along the columns
     acquired: str | None  # ISO 8601
     warnings: list[str]  # what is far from the training images
@@ -313,7 +315,7 @@ def inspect(scene: Scene, translator: Translator, tiles: TileSettings, options: 
         "prediction_type": translator.scheduler.config.prediction_type, "radiometry": asdict(radiometry),
     }  # fmt: skip
     gsd = (options.gsd, options.gsd) if options.gsd else gsd_of(scene)
-    return SceneInfo(radiometry, settings, gsd, scene.acquired(), warnings)
+    return SceneInfo(radiometry, settings, checkpoint.source, gsd, scene.acquired(), warnings)
 
 
 def facts_of(scene: Scene, info: SceneInfo) -> dict[str, str]:
@@ -336,6 +338,7 @@ def facts_of(scene: Scene, info: SceneInfo) -> dict[str, str]:
         f"seed {settings['seed']}, {settings['precision']}",
         "tiles": f"{settings['tile']} px, {settings['overlap']} px overlap",
         "checkpoint": settings["checkpoint"],
+        "weights": info.weights,
         "far from the training images": "; ".join(info.warnings),
     }
     return {name: value for name, value in facts.items() if value}
@@ -344,6 +347,7 @@ def facts_of(scene: Scene, info: SceneInfo) -> dict[str, str]:
 def tags_of(scene: Scene, info: SceneInfo) -> dict[str, str]:
     units = [scene.units[k - 1] for k in info.radiometry.indexes]
     optional = {
+        "CDIFFSET_WEIGHTS": info.weights,
         "CDIFFSET_ACQUIRED": info.acquired,
         "CDIFFSET_GSD_M": info.gsd and " ".join(f"{each:.6g}" for each in info.gsd),
         "CDIFFSET_SOURCE_UNITS": ", ".join(units) if all(units) else None,
@@ -362,10 +366,11 @@ def tags_of(scene: Scene, info: SceneInfo) -> dict[str, str]:
 def write_map(
     path: Path, scratch: Path, scene: Scene, info: SceneInfo, translated: Iterable, names: Sequence[str], bands: dict
 ) -> None:
-    """A float32 GeoTIFF of maps; translated, names: as for `map_strips`; bands: `maps_of`."""
+    """A float32 GeoTIFF of maps, and its style for QGIS; translated, names: as for `map_strips`; bands: `maps_of`."""
     maps = map_strips(scene, info.radiometry, translated, names, list(bands.values()))
     titles, units = zip(*bands, strict=True)
     write_cog(path, scratch, scene, titles, units, "float32", maps, tags_of(scene, info))
+    write_style(path, units[0])
 
 
 def write_picture(path: Path, scratch: Path, scene: Scene, info: SceneInfo, translated: Iterable) -> None:

@@ -1,39 +1,41 @@
-"""What a run reports: two text logs, TensorBoard, and the means over the iterations between two log lines."""
+"""What a run reports: two text logs, a tracker of Accelerate's, and the means over the iterations between two log lines."""
 
+import hashlib
 import logging
 import time
-from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from cdiffset.config import Config
+from cdiffset.errors import UserError
+
 
 class RunLogs:
-    """train_log.txt and val_log.txt, also on the console, and TensorBoard once `open_board` was called; the main process's."""
+    """train_log.txt and val_log.txt, also on the console; the main process's."""
 
     def __init__(self, folder: Path, is_main: bool):
-        self.folder, self.is_main, self.board = folder, is_main, None
         self.train, self.val = (text_log(folder / f"{name}_log.txt", is_main) for name in ("train", "val"))
 
-    def open_board(self, iteration: int) -> None:
-        """From `iteration` on: what a killed run wrote after its checkpoint is written again."""
-        if self.is_main:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=iteration + 1)
-
-    def scalars(self, group: str, values: dict[str, float], iteration: int) -> None:
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(f"{group}/{name}", value, iteration)
-            self.board.flush()
-
-    def close(self) -> None:
-        if self.board:
-            with suppress(OSError):  # what it could not write it has reported before
-                self.board.close()
+def start_tracking(accelerator: Accelerator, config: Config, iteration: int) -> None:
+    """Start the tracker of `report_to`, from `iteration` on; a run that is resumed goes on in its own."""
+    folder = Path(config.work_dir).resolve()
+    if config.report_to == "tensorboard":  # what a killed run wrote after its checkpoint is written again
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": iteration + 1}})
+    elif config.report_to == "wandb":
+        identity = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+        options = {"name": folder.name, "id": identity, "resume": "allow", "dir": str(folder), "config": asdict(config)}
+        try:
+            accelerator.init_trackers("c-diffset", init_kwargs={"wandb": options})
+        except Exception as error:  # of its own kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"report_to: wandb cannot start ({reason}): `wandb login` first, or set WANDB_MODE=offline"
+            ) from error
 
 
 class LogWindow:

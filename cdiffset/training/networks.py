@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from cdiffset.config import Config
 from cdiffset.device import without_instructions
 from cdiffset.errors import UserError
+from cdiffset.hub import Found
 from cdiffset.model import (
     base_prediction_type,
     check_latent_channels,
@@ -39,7 +40,7 @@ class Networks(NamedTuple):
 def load_networks(
     config: Config,
     accelerator: Accelerator,
-    start: str | None,  # a U-Net checkpoint; None: the base's own
+    start: Found | None,  # a U-Net checkpoint; None: the base's own
     option: str,  # what errors about it name
     log: logging.Logger,
 ) -> Networks:
@@ -54,14 +55,15 @@ def load_networks(
         check_latent_channels(unet, vae, base)
         unet = patch_conv_in(unet)
     else:
-        unet, origin = load_unet(start, base, latent_channels, option, is_verified=option == "resume")
+        unet, file = load_unet(str(start.path), base, latent_channels, option, is_verified=option == "resume")
+        origin = start.source or file
     has_variance = unet.config.out_channels == latent_channels + 1
     adds_variance = config.confidence and not has_variance and config.phase == "train"
     if adds_variance:
         unet = patch_conv_out(unet)
     elif has_variance and not config.confidence and config.phase == "train":
         expected = f"stage 1 (confidence: false) expects {latent_channels} output channels"
-        raise UserError(f"{option}: {expected}, {start} has {latent_channels + 1}: it is a stage 2 checkpoint")
+        raise UserError(f"{option}: {expected}, {origin} has {latent_channels + 1}: it is a stage 2 checkpoint")
     check_prompt_width(unet, prompt_embedding, base, option)
     stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
     log.info(", ".join(f"{name} {getattr(config, name)}" for name, _ in launch.SETTINGS.values()))

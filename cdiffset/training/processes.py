@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -32,12 +33,16 @@ def make_accelerator(config: Config) -> Accelerator:
             f"accelerate launch: expected plain data parallelism, found {sharding[0]}, which Accelerate leaves out on CPUs and "
             "whose checkpoints would be parts. Launch without it and set fsdp: true, which divides the model everywhere"
         )
+    if config.report_to == "wandb" and find_spec("wandb") is None:
+        raise UserError("report_to: wandb is not installed: pip install wandb, or take report_to: tensorboard")
     try:
         # `cpu` also tells a launcher's processes to communicate by gloo where there is no GPU.
         accelerator = Accelerator(
             mixed_precision=AUTOCAST_TYPE.get(config.mixed_precision, config.mixed_precision),
             cpu=not torch.accelerator.is_available(),
             dynamo_backend="no",  # torch_compile compiles, and Accelerate would once more where its launcher was told to
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=config.work_dir,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients, not two
         )
     except ValueError as error:

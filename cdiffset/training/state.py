@@ -116,7 +116,7 @@ class RunState:
     weights: TrainedWeights
     prompt_embedding: torch.Tensor  # [1,L,D]
     window: LogWindow  # sums since the last log line
-    facts: dict  # of the training data, for those who use the checkpoint: gsd_m, sar_statistics, radiometry
+    facts: dict  # for those who use the checkpoint: started_from, gsd_m, sar_statistics, radiometry
     iteration: int = 0  # steps done
     best: float | None = None  # value of config.best_metric
     skipped: int = 0  # steps left out, as their gradient was not finite

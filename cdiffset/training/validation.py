@@ -22,6 +22,7 @@ from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import UserError
 from cdiffset.evaluation.evaluate import evaluate_folders
 from cdiffset.evaluation.folders import EvaluationFolders
+from cdiffset.hub import find_checkpoint
 from cdiffset.images import to_uint8, write_png, write_tiff
 from cdiffset.model import check_base
 from cdiffset.training.batches import batches_of, loader_options
@@ -107,7 +108,7 @@ def run_test(config: Config) -> None:
     check_base(config.pretrained_model_name_or_path)
     run, feeder = RunFolder(config, accelerator), build_feeder(config, "test")
     logs = run.open()
-    start = config.accelerator_path or str(run.newest_result())
+    start = find_checkpoint(config.accelerator_path or str(run.newest_result()), "accelerator_path")
     networks = load_networks(config, accelerator, start, "accelerator_path", logs.train)
     check_crops(networks.vae, {"test": feeder})
     validator, folder = Validator(config, accelerator, feeder, networks, logs), run.path / "test"
@@ -124,7 +125,8 @@ def run_test(config: Config) -> None:
             maps = folder / "variance" if (folder / "variance").is_dir() else None
             inputs = EvaluationFolders(folder / "generated", folder / "eo", folder / "sar", variance_dir=maps)
             made_by = {
-                "feeder": config.feeder, "checkpoint": start, "iterations": read_meta(start).get("iteration"),
+                "feeder": config.feeder, "checkpoint": start.source or str(start.path),
+                "iterations": read_meta(start.path).get("iteration"),
                 "num_inference_steps": config.num_inference_steps, "seed": config.seed,
             }  # fmt: skip
             report = evaluate_folders(
