@@ -306,6 +306,7 @@ def test_outputs_are_cloud_optimized_and_say_how_they_were_made(checkpoints, tmp
         "eo/a.quicklook.png",
         "eo/a.swipe.html",
         "conf/a.tif",
+        "conf/a.qml",
     }  # nothing is left of the work
 
 
