@@ -46,10 +46,9 @@ from benchmarks.discrepancy import (
 )
 from benchmarks.measures import Scenes, at_pixels, residuals, sampled, uncertainty_maps
 from benchmarks.real_confidence_report import report
-from benchmarks.rival_models import BASE, PAIRS
+from benchmarks.rival_models import BASE, PAIRS, base_hashes
 from cdiffset.auditing.residual import TIMESTEPS
 from cdiffset.calibration import calibration
-from cdiffset.checkpoint import size_and_hash
 from cdiffset.config import DEFAULT_PROMPT
 from cdiffset.device import keep_freed_memory
 from cdiffset.errors import Parser, run
@@ -356,8 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="small", help="tiny: a check of the command [small]")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs and of the report")
     args = parser.parse_args(argv)
-    base = {name: size_and_hash(BASE / name / "diffusion_pytorch_model.safetensors")["sha256"] for name in ("vae", "unet")}
-    check_settings(args.output, {"size": asdict(SIZES[args.size]), "base": base})
+    check_settings(args.output, {"size": asdict(SIZES[args.size]), "base": base_hashes()})
     keep_freed_memory(torch.device("cpu"))
     results = [evaluate_seed(args.output, args.size, seed) for seed in SIZES[args.size].seeds]
     write_report(results, args.size, args.output)

@@ -13,6 +13,7 @@ from benchmarks.discrepancy_report import cell
 PICTURES = {"psnr": ("PSNR [dB] ↑", 2), "ssim": ("SSIM ↑", 3), "squeezenet": ("SqueezeNet distance ↓", 3)}
 OUTPUTS = ("sample", "mean")
 RANKING = {"spearman": "Spearman ↑", "ause": "AUSE ↓"}
+KINDS = {"sar_only": "SAR-only", "eo_only": "EO-only"}
 
 
 def over_seeds(results: list[dict], path: Iterable[str], digits: int = 3) -> str:
@@ -56,29 +57,17 @@ def gap_table(results: list[dict], labels: dict[str, str]) -> str:
     return table(["difference of PSNR [dB]", *OUTPUTS], lines)
 
 
+def ranking_table(results: list[dict], part: str) -> str:
+    measures = [(of, measure) for of in OUTPUTS for measure in RANKING]
+    columns = {f"{RANKING[measure]}, {of}": (("ranking", part, None, of, measure), 3) for of, measure in measures}
+    return rows_table(results, f"map, {part}", results[0]["ranking"][part], columns)
+
+
 def report(results: list[dict], labels: dict[str, str], heading: str) -> str:
     first = results[0]
-    measures = [(of, measure) for of in OUTPUTS for measure in RANKING]
-    rankings = {
-        part: rows_table(
-            results, f"map, {part}", first["ranking"][part],
-            {f"{RANKING[measure]}, {of}": (("ranking", part, None, of, measure), 3) for of, measure in measures},
-        )
-        for part in first["ranking"]
-    }  # fmt: skip
-    levels = first["coverage"]["unseen"]
-    coverage = rows_table(
-        results, "intervals cover, in", first["coverage"],
-        {f"{float(level):.0%}": (("coverage", None, level), 3) for level in levels},
-    )  # fmt: skip
-    rise = rows_table(
-        results, "map", first["rise"],
-        {"unseen over test": (("rise", None, "ratio"), 2), "AUROC of tiles": (("rise", None, "auroc"), 3)},
-    )  # fmt: skip
-    planted = rows_table(
-        results, "map", first["planted"],
-        {f"AUROC {kind.replace('_o', '-o')}": (("planted", None, kind), 3) for kind in ("sar_only", "eo_only")},
-    )  # fmt: skip
+    levels = {f"{float(level):.0%}": (("coverage", None, level), 3) for level in first["coverage"]["unseen"]}
+    rise = {"unseen over test": (("rise", None, "ratio"), 2), "AUROC of tiles": (("rise", None, "auroc"), 3)}
+    planted = {f"AUROC {name}": (("planted", None, kind), 3) for kind, name in KINDS.items()}
     return f"""# What the confidence is worth on real pairs
 
 {heading}
@@ -91,25 +80,25 @@ def report(results: list[dict], labels: dict[str, str], heading: str) -> str:
 
 ## Do the maps rank real errors?
 
-{rankings["test"]}
+{ranking_table(results, "test")}
 
-{rankings["unseen"]}
+{ranking_table(results, "unseen")}
 
 The expected error is calibrated for the mean, on half of the test places for the other half and conversely, and for the unseen
 region on all of them. The learnt error is idea 3 below.
 
-{coverage}
+{rows_table(results, "intervals cover, in", first["coverage"], levels)}
 
 ## Do they rise in a region that training never saw?
 
-{rise}
+{rows_table(results, "map", first["rise"], rise)}
 
 ## Do planted changes show?
 
 Pixels of a change against all pixels without one. A map that sees the SAR alone cannot know what changed in the EO: there it
 says whether changes happen to lie in doubtful places. The rows from the audit on see both images.
 
-{planted}
+{rows_table(results, "map", first["planted"], planted)}
 
 Three ideas: `blanked SAR` is the audit's residual less that with the place blanked in the SAR; `swapped` the SAR's likelihood
 given the EO, by a model of the other direction; `learnt error` an error of decoded pixels, by a small network that is fitted to

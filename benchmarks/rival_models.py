@@ -33,6 +33,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from tqdm import trange
 
+from cdiffset.checkpoint import size_and_hash
 from cdiffset.config import DEFAULT_PROMPT
 from cdiffset.device import keep_freed_memory
 from cdiffset.diffusion import image_seed, sample, starting_noise
@@ -50,6 +51,11 @@ PATCH_PX = 4  # of the pixel diffusion
 MEAN_OF = 8  # samples
 Tiles = dict[str, torch.Tensor]  # of read_tiles
 SAMPLINGS = {"sample": ("leading", 50, 1), "mean": ("trailing", 8, MEAN_OF)}  # DDIM: spacing, steps, samples per image
+
+
+def base_hashes() -> dict[str, str]:
+    """What tells one base from another, for the settings of a run that may be continued."""
+    return {name: size_and_hash(BASE / name / "diffusion_pytorch_model.safetensors")["sha256"] for name in ("vae", "unet")}
 
 
 # ------------------------------------------------------------------------------------------------------------- networks

@@ -31,8 +31,7 @@ from matplotlib.figure import Figure
 import utils
 from benchmarks.discrepancy import check_settings
 from benchmarks.discrepancy_report import cell
-from benchmarks.rival_models import BASE, METHODS, PAIRS, PARTS
-from cdiffset.checkpoint import size_and_hash
+from benchmarks.rival_models import BASE, METHODS, PAIRS, PARTS, base_hashes
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.evaluation.evaluate import evaluate_folders, resampled_means
 from cdiffset.evaluation.folders import EvaluationFolders
@@ -352,8 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     args = parser.parse_args(argv)
     output = args.output.resolve()
-    base = {name: size_and_hash(BASE / name / "diffusion_pytorch_model.safetensors")["sha256"] for name in ("vae", "unet")}
-    check_settings(output, {"base": base})
+    check_settings(output, {"base": base_hashes()})
     measured = pilot(output)
     planned = budgets(measured, args.minutes)
     jobs = dict.fromkeys(  # in an order that soon gives a whole table; those of both budgets once

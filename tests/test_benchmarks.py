@@ -17,7 +17,7 @@ from benchmarks import harness, reference, scaling, startup, train, translate
 from cdiffset import diffusion
 from cdiffset.config import KNOBS
 from cdiffset.images import read_sar, to_signed, to_uint8
-from cdiffset.model import embed_prompt, encode, load_scheduler, load_vae, patch_conv_in, patch_conv_out
+from cdiffset.model import check_base, embed_prompt, encode, load_scheduler, load_vae, patch_conv_in, patch_conv_out
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +133,8 @@ def test_options_of_the_arms_are_the_commands():
     for settings in train.ROWS.values():
         for name, value in settings.items():
             assert value == train.CACHE or KNOBS[name].metadata["kind"](value) == value
+
+
+def test_a_throw_away_base_is_complete(tmp_path):
+    harness.make_models(tmp_path, "tiny")
+    check_base(str(tmp_path / "base"))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import REPO
 
 import test as translate_command
-from benchmarks import rival_models, rivals
+from benchmarks import real_confidence, rival_models, rivals
 from benchmarks.rival_models import METHODS, PATCH_PX, Generator, discriminator, pixel_unet
 from benchmarks.rivals import Job
 from cdiffset.config import load_config
@@ -76,11 +77,18 @@ def test_a_method_trains_and_translates(method, monkeypatch, tmp_path):
     assert written == {f"{part}/{name}/eo" for part in ("test", "unseen") for name in outputs}
 
 
-def test_patches_are_put_back_where_they_were():
-    image = torch.rand(1, 3, 16, 16)
-    patches = torch.nn.functional.pixel_unshuffle(image, PATCH_PX)
-    assert patches.shape == (1, 48, 4, 4)
-    torch.testing.assert_close(torch.nn.functional.pixel_shuffle(patches, PATCH_PX), image)
+def test_the_sampler_puts_the_predicted_patches_where_they_belong():
+    image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    class Knowing:
+        dtype = torch.float32
+
+        def __call__(self, patches, timestep, encoder_hidden_states):
+            assert patches.shape == (2, 4 * PATCH_PX**2, 4, 4)  # SAR and noisy EO
+            return SimpleNamespace(sample=torch.nn.functional.pixel_unshuffle(image, PATCH_PX))
+
+    generated = rival_models.diffuse(Knowing(), torch.zeros(2, 1, 16, 16), "trailing", steps=3, samples=2)
+    torch.testing.assert_close(generated, image, rtol=0, atol=0.15)  # SD's last step leaves 3 % of noise
 
 
 # --------------------------------------------------------------------------------------------------------------- budgets
@@ -105,6 +113,15 @@ def test_commands_are_those_that_the_programs_take(tmp_path):
             assert args.checkpoint == str(job.folder(tmp_path) / "stage2/best")
             assert sampling_settings(args).ensemble == (8 if name == "mean" else 1)
     assert rivals.training_commands(Job("pix2pix", 9, 0), tmp_path)[0][0] == "benchmarks/rival_models.py"
+
+
+def test_what_is_compared_is_the_demo():
+    first, second = (load_config(["--config", str(REPO / f"configs/{name}.yaml")]) for name in ("demo", "demo_conf"))
+    assert rivals.STAGE1 == first.num_iter / (first.num_iter + second.num_iter)
+    assert {first.num_warmup, second.num_warmup} == {rivals.WARMUP}
+    assert {first.batch_size, second.batch_size} == {rival_models.BATCH}
+    size = real_confidence.SIZES["small"]
+    assert (size.stage1, size.stage2, size.batch_size) == (first.num_iter, second.num_iter, first.batch_size)
 
 
 def test_the_mean_is_that_of_the_demo():
