@@ -13,10 +13,11 @@ from tqdm import tqdm
 import utils
 from cdiffset import checkpoint
 from cdiffset.config import BEST_METRICS, Config
-from cdiffset.diffusion import training_loss
 from cdiffset.errors import Stopped, UserError, message_of
 from cdiffset.hub import Found, find_checkpoint
-from cdiffset.model import check_base, encode, load_unet
+from cdiffset.losses import training_loss
+from cdiffset.model import check_base, load_unet
+from cdiffset.pipeline import encode
 from cdiffset.training.batches import (
     NOISE,
     LoaderFault,
@@ -74,7 +75,9 @@ class Trainer:
         average = None
         if resume_from and self.config.ema_decay and (resume_from / "unet_ema").is_dir():
             base, latent_channels = self.config.pretrained_model_name_or_path, self.vae.config.latent_channels
-            average, _ = load_unet(str(resume_from / "unet_ema"), base, latent_channels, "resume", is_verified=True)
+            average, _ = load_unet(
+                str(resume_from / "unet_ema"), base, latent_channels, "resume", is_verified=True, merge=False
+            )
         measure = getattr(self.train_feeder, "sar_statistics", None)  # a feeder of another origin may have none
         facts = {
             "started_from": checkpoint.read_meta(resume_from).get("started_from") if resume_from else source,

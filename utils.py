@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 # First of all, because importing cdiffset mends torchvision, which the metric libraries import.
 from cdiffset.errors import UserError
-from cdiffset.images import to_uint8
+from cdiffset.pipeline import to_uint8
 
 # isort: split
 import numpy as np

@@ -24,7 +24,7 @@ from benchmarks.measures import BATCH_SIZE, OTHER, TEST, Scenes, draw_scenes, re
 from cdiffset.auditing.residual import DRAWS, TIMESTEPS, scores_of, squared_residual, upsampled
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.evaluation.uncertainty import auroc
-from cdiffset.model import encode
+from cdiffset.pipeline import encode
 from data.simulate import Simulation
 
 CANDIDATE_TIMESTEPS, CANDIDATE_DRAWS = (100, 250, 500, 600, 750, 900, 950), (1, 2, 4, 8)

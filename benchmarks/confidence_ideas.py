@@ -17,9 +17,9 @@ from tqdm import trange
 
 from benchmarks.measures import BATCH_SIZE, residuals
 from cdiffset.auditing.residual import DRAWS, TIMESTEPS, squared_residual
-from cdiffset.model import encode
+from cdiffset.pipeline import encode
 
-CELL_PX = 16  # side of the squares that are blanked
+CELL_PX = 8  # side of the squares that are blanked
 WIDTH = 32  # channels of the error network
 USUAL_ERROR = 20.0  # 8-bit units, what an untrained network predicts, nearly
 

@@ -37,14 +37,12 @@ from benchmarks.discrepancy_report import Results, figure, report
 from benchmarks.measures import TEST, TRAIN, draw_scenes, evaluate
 from cdiffset.config import DEFAULT_PROMPT
 from cdiffset.device import keep_freed_memory
-from cdiffset.diffusion import predict, target_of, training_loss
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import written_whole
-from cdiffset.losses import variance
+from cdiffset.losses import target_of, training_loss
 from cdiffset.model import (
     check_base,
     embed_prompt,
-    encode,
     load_base_unet,
     load_scheduler,
     load_unet,
@@ -52,6 +50,7 @@ from cdiffset.model import (
     patch_conv_in,
     patch_conv_out,
 )
+from cdiffset.pipeline import encode, predict, variance
 from data.simulate import Simulation
 
 SCENE_SEED = 0

@@ -13,11 +13,10 @@ from torch.nn.functional import interpolate
 from benchmarks.harness import Model
 from cdiffset.auditing.residual import residual_map
 from cdiffset.config import MIDPOINT, PAPER_TIMESTEPS
-from cdiffset.diffusion import image_noise, translate, variance_weights, weighted_mean
 from cdiffset.errors import UserError
 from cdiffset.evaluation.uncertainty import auroc, ause, average_precision, ence, reliability, spearman
-from cdiffset.images import to_signed, to_uint8
-from cdiffset.losses import variance
+from cdiffset.images import to_signed
+from cdiffset.pipeline import image_noise, to_uint8, translate, variance, variance_weights, weighted_mean
 from data.simulate import Simulation, simulate_scene
 from utils import PairMetrics
 

@@ -55,7 +55,8 @@ from cdiffset.errors import Parser, run
 from cdiffset.evaluation.baselines import trivial_baselines
 from cdiffset.evaluation.uncertainty import auroc, ause, spearman
 from cdiffset.images import list_images, write_png, write_text, written_whole
-from cdiffset.model import embed_prompt, load_scheduler, load_unet, load_vae, make_sampler
+from cdiffset.model import embed_prompt, load_scheduler, load_unet, load_vae
+from cdiffset.pipeline import make_sampler
 from demo.pretrain_base import encode_all, read_tiles
 
 SIZES = {
@@ -65,7 +66,7 @@ SIZES = {
 MSE, CDIFF = Variant("MSE", confidence=False), Variant("C-Diff, β = timestep")
 VARIANTS = {"mse": MSE, "mse_weighted": Variant("MSE, timesteps weighted as by C-Diff", confidence=False), "cdiff": CDIFF}
 ERROR_UPDATES = {"tiny": 2, "small": 400}
-PATCH_PX = (16, 48)  # sides of planted changes
+PATCH_PX = (8, 24)  # sides of planted changes
 # The audit's timestep was chosen on SD's schedule; with this base's, where it leaves no trace of the EO, an earlier one has
 # as much noise.
 AUDITS = {"audit": TIMESTEPS, "audit, t = 750": (750,)}

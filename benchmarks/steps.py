@@ -23,13 +23,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.measures import TEST, Scenes, draw_scenes, read_simulation
-from cdiffset.confidence import variance_map
-from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.evaluation.uncertainty import auroc, spearman
-from cdiffset.images import to_uint8, written_whole
+from cdiffset.images import written_whole
 from cdiffset.inference.options import PAPER, PRESETS, SCHEDULERS, TIMESTEP_SPACINGS, Sampling
-from cdiffset.model import make_sampler
+from cdiffset.pipeline import image_noise, make_sampler, to_uint8, translate, variance_map
 from utils import PairMetrics
 
 STEPS = (1, 2, 4, 5, 8, 10, 20, 25, 50)

@@ -26,7 +26,7 @@ from cdiffset.errors import UserError, run
 
 CACHE = "CACHE"
 CACHED, COPY, CHECKPOINTED = {"latent_cache": CACHE}, {"mixed_precision": "bf16_copy"}, {"gradient_checkpointing": True}
-COMPILED, EIGHT_BIT = {"torch_compile": True}, {"optimizer": "AdamW8bit"}
+COMPILED, EIGHT_BIT, LORA = {"torch_compile": True}, {"optimizer": "AdamW8bit"}, {"lora_rank": 16}
 ROWS = {  # what each arm changes in the configuration; CACHE stands for the latent cache's folder
     REFERENCE: {},
     "defaults": {},
@@ -42,6 +42,10 @@ ROWS = {  # what each arm changes in the configuration; CACHE stands for the lat
     "two accumulation steps": {"gradient_accumulation_steps": 2},
     "AdamW8bit": EIGHT_BIT,
     "ema": {"ema_decay": 0.999},
+    "LoRA": LORA,
+    "LoRA, gradient_checkpointing": LORA | CHECKPOINTED,
+    "bf16_copy, LoRA": COPY | LORA,
+    "bf16_copy, LoRA, gradient_checkpointing": COPY | LORA | CHECKPOINTED,
     "bf16_copy, cached": COPY | CACHED,
     "bf16_copy, cached, torch_compile": COPY | CACHED | COMPILED,
     "bf16_copy, gradient_checkpointing": COPY | CHECKPOINTED,
@@ -112,9 +116,9 @@ def train_reference(job: dict, parts: Parts, iterations: int) -> None:
 
 def train_project(job: dict, parts: Parts, iterations: int) -> None:
     import main
-    from cdiffset import diffusion
+    from cdiffset import losses
 
-    parts.watch(diffusion, "predict", "U-Net forward")  # a compiled network's own `forward` is not called
+    parts.watch(losses, "predict", "U-Net forward")  # a compiled network's own `forward` is not called
     main.main(command_line(job, iterations))
 
 

@@ -74,11 +74,11 @@ def translate_reference(job: dict, parts: Parts, image_is_written, unet_has_run)
 
 def translate_project(job: dict, parts: Parts, image_is_written, unet_has_run) -> None:
     import test
-    from cdiffset import diffusion, images
+    from cdiffset import images, pipeline
 
     parts.watch(images, "read_sar_valid", "load", on_cpu=True)
     parts.watch(images, "write_png", "write", on_cpu=True, done=image_is_written)
-    parts.watch(diffusion, "predict", "U-Net forward", done=unet_has_run)  # a compiled network's own `forward` is not called
+    parts.watch(pipeline, "predict", "U-Net forward", done=unet_has_run)  # a compiled network's own `forward` is not called
     files = {key: job[key] for key in ("sar_dir", "output_dir", "checkpoint", "device", "batch_size")}
     if code := test.main(harness.words({**files, "pretrained_model_name_or_path": job["base"], **ROWS[job["name"]]})):
         raise RuntimeError(f"test.py ended with {code}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -30,18 +31,24 @@ def with_variant(name: str, variant: str | None) -> str:
 
 
 META, STATE = "checkpoint.json", "training_state.pt"
+PIPELINE = "model_index.json"  # makes a folder that export.py wrote a diffusers pipeline: its base lies in it
 PROMPT_FILE, PROMPT_TENSOR = "prompt.safetensors", "embedding"  # [1, L, D] float32
 MANIFEST, LOCK = "manifest.json", ".lock"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers; Accelerate, hence the released code's runs
 WRAPPERS = ("module.", "unet.", "_orig_mod.")  # what DDP, pipelines and torch.compile put before names
+ADAPTER, ADAPTER_CONFIG, CONV_LAYERS = "adapter_model.safetensors", "adapter_config.json", "conv_layers.safetensors"
+ADAPTER_PREFIX = "base_model.model."  # what peft puts before names
+WHOLE = ("conv_in", "conv_out")  # layers that are trained whole beside adapters
 INDEX = ".index.json"  # what diffusers and Accelerate add to these names where the weights are split over several files
-WEIGHT_PLACES = tuple(  # where a checkpoint folder may hold its weights, the first found counts
-    f"{folder}{with_variant(name, variant)}"
-    for folder in ("unet_ema/", "unet/", "")
-    for variant in (None, "fp16")
-    for name in (*WEIGHTS, *(f"{name}{INDEX}" for name in WEIGHTS))
+WEIGHT_FILES = tuple(  # what a folder may hold its weights in, the first found counts
+    with_variant(name, variant) for variant in (None, "fp16") for name in (*WEIGHTS, *(f"{name}{INDEX}" for name in WEIGHTS))
 )
-FORMS = "a .safetensors file, a diffusers U-Net folder, a checkpoint folder of this code, or a folder with model.safetensors"
+WEIGHT_PLACES = tuple(f"{folder}{name}" for folder in ("unet_ema/", "unet/", "") for name in (*WEIGHT_FILES, ADAPTER))
+COMPONENTS = ("scheduler", "tokenizer", "text_encoder", "vae", "unet")  # folders of a base model
+FORMS = (
+    "a .safetensors file, a diffusers U-Net folder, a checkpoint folder of this code (also of adapters), a pipeline folder of "
+    "export.py, or a folder with model.safetensors"
+)
 
 
 # ---------------------------------------------------------------------------------------------------- U-Net weights in
@@ -60,11 +67,15 @@ def find_weights(path: Path, option: str) -> Path:
 
 
 class Weights(NamedTuple):
-    """A U-Net's tensors, with what errors about them name."""
+    """A U-Net's tensors, with what errors about them name. Of adapters: theirs, and those of conv_in and conv_out."""
 
     tensors: dict[str, torch.Tensor]
     file: Path
     option: str
+
+    @property
+    def are_adapters(self) -> bool:
+        return self.file.name == ADAPTER
 
 
 def read_weights(path: str, option: str, form: Form = AS_STORED, is_verified: bool = False) -> Weights:
@@ -76,6 +87,7 @@ def read_weights(path: str, option: str, form: Form = AS_STORED, is_verified: bo
     if not is_verified and (listed := listed_in_manifest(file, option)) and size_and_hash(file) != listed:
         raise UserError(f"{option}: {file} is damaged: not as it was written by {MANIFEST}, take another checkpoint")
     tensors, finite = read_tensors(file, option), {}
+    form = AS_STORED if file.name == ADAPTER else form  # they are merged in float32
     if any(name not in tensors or tensors[name].dim() != 4 for name in ("conv_in.weight", "conv_out.weight")):
         kernels = f"conv_in.weight and conv_out.weight among its {len(tensors)} tensors"
         raise UserError(f"{option}: {file} is no U-Net: expected {kernels}")
@@ -99,11 +111,14 @@ def read_tensors(file: Path, option: str) -> dict[str, torch.Tensor]:
             raise UserError(f"{option}: {part} is damaged or no safetensors file ({str(error).splitlines()[0]})") from error
     while tensors and (prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in tensors)), None)):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    tensors = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in tensors.items()}
     return {name.replace("._orig_mod.", "."): tensor for name, tensor in tensors.items()}  # of blocks compiled one by one
 
 
 def parts_of(file: Path, option: str) -> list[Path]:
-    """A weights file itself; of an index the files beside it that it names."""
+    """A weights file itself; of an index the files beside it that it names; with adapters the convolutions beside them."""
+    if file.name == ADAPTER:
+        return [file, file.with_name(CONV_LAYERS)]
     if file.suffix != ".json":
         return [file]
     try:
@@ -155,8 +170,11 @@ def meta_file(path: str | Path) -> Path | None:
 
 
 def recorded_base(path: str | Path) -> str | None:
-    """The base model that a checkpoint of ours was trained from: its folder then, else what the configuration had."""
-    meta = read_meta(path)
+    """The base model of a checkpoint of ours: the folder itself of an exported pipeline, else the one of the training: its
+    folder then, else what the configuration had."""
+    meta, file = read_meta(path), meta_file(path)
+    if file and file.with_name(PIPELINE).is_file():
+        return str(file.parent)
     written = meta.get("config", {}).get("pretrained_model_name_or_path")
     places = [place for place in (meta.get("base_folder"), written) if place]
     return next((place for place in places if Path(place).expanduser().is_dir()), next(iter(places), None))
@@ -164,7 +182,13 @@ def recorded_base(path: str | Path) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------ our own folders
 def write_checkpoint(
-    work_dir: Path, names: list[str], unet, ema_unet, prompt_embedding: torch.Tensor, state: dict, meta: dict
+    work_dir: Path,
+    names: list[str],
+    unet: UNet2DConditionModel,
+    ema_unet: UNet2DConditionModel | None,
+    prompt_embedding: torch.Tensor,
+    state: dict,
+    meta: dict,
 ) -> None:
     """Write one checkpoint under each of `names` in work_dir. The later names share the first one's files by hard links.
 
@@ -175,9 +199,9 @@ def write_checkpoint(
     shutil.rmtree(building, ignore_errors=True)
     try:
         building.mkdir(parents=True)
-        unet.save_pretrained(building / "unet")
-        if ema_unet is not None:
-            ema_unet.save_pretrained(building / "unet_ema")
+        for name, module in (("unet", unet), ("unet_ema", ema_unet)):
+            if module is not None:
+                save_unet(module, building / name)
         save_file({PROMPT_TENSOR: prompt_embedding.cpu().contiguous()}, building / PROMPT_FILE)
         torch.save(state, building / STATE)
         (building / META).write_text(json.dumps(meta, indent=2) + "\n")
@@ -191,6 +215,25 @@ def write_checkpoint(
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError to torch.save
         shutil.rmtree(building, ignore_errors=True)
         raise OSError(str(error).splitlines()[0]) from error
+
+
+def has_adapters(unet: UNet2DConditionModel) -> bool:
+    return bool(getattr(unet, "peft_config", None))
+
+
+def save_unet(unet: UNet2DConditionModel, folder: Path) -> None:
+    """In diffusers' layout; of a U-Net with adapters these, in peft's files, and the WHOLE layers alone."""
+    if not has_adapters(unet):
+        unet.save_pretrained(folder)
+        return
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True)
+    tensors = {f"{ADAPTER_PREFIX}{name}": value for name, value in get_peft_model_state_dict(unet).items()}
+    whole = {name: value for name, value in unet.state_dict().items() if name.startswith(WHOLE)}
+    for file, values in ((ADAPTER, tensors), (CONV_LAYERS, whole)):
+        save_file({name: value.cpu().contiguous() for name, value in values.items()}, folder / file)
+    unet.peft_config["default"].save_pretrained(str(folder))
 
 
 def hidden(folder: Path, purpose: str) -> Path:

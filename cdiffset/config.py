@@ -121,6 +121,13 @@ def iterations(value):
         raise ValueError(f"{error}, or a list of them") from None
 
 
+def names(value):
+    found = value if isinstance(value, list) else [value]
+    if not found or not all(isinstance(each, str) and each.strip() for each in found):
+        raise ValueError("a name or a list of names")
+    return sorted(set(found))
+
+
 def beta_value(value):
     try:
         return value if value == "timestep" else number(0, 1)(value)
@@ -181,6 +188,13 @@ class Config:
     )
     accelerator_path: str | None = knob(None, optional(filled_text), "U-Net to start from, path or Hub name; null: the base's")
     confidence: bool = knob(True, boolean, "true: stage 2, variance channel and C-Diff loss; false: stage 1, MSE")
+    lora_rank: int | None = knob(
+        None, optional(whole(1)), "train adapters of this rank beside the frozen U-Net; null: train the U-Net's own weights"
+    )
+    lora_alpha: int | None = knob(None, optional(whole(1)), "the adapters count lora_alpha / lora_rank times; null: once")
+    lora_targets: list | None = knob(
+        None, optional(names), "layers with adapters, ends of their names, e.g. [to_q, conv1]; null: those of the attention"
+    )
     prompt: str = knob(DEFAULT_PROMPT, text, "the one text prompt; empty: the null prompt")
 
     prediction_type: str = knob("epsilon", choice(*PREDICTION_TYPES), "what the U-Net predicts", group="loss")
@@ -423,6 +437,13 @@ def check(values: dict, launcher: dict[str, str]) -> Config:
         raise UserError(f"keep_at: expected at most num_iter ({config.num_iter}), found {config.keep_at[-1]}")
     if config.best_metric == "lpips" and not config.lpips:
         raise UserError("best_metric: lpips is measured where lpips is true, found lpips: false")
+    for name in ("lora_alpha", "lora_targets"):
+        if getattr(config, name) is not None and config.lora_rank is None:
+            raise UserError(f"{name}: it is of adapters, which take lora_rank, found lora_rank: null")
+    if own := [name for name in config.lora_targets or () if name.rpartition(".")[2] in ("conv_in", "conv_out")]:
+        raise UserError(f"lora_targets: conv_in and conv_out are trained whole, found {', '.join(own)}")
+    if config.fsdp and config.lora_rank:
+        raise UserError("fsdp: true is not available with lora_rank: leave one out")
     for name, each in KNOBS.items():
         if config.fsdp and (value := getattr(config, name)) in each.metadata["not_with_fsdp"]:
             raise UserError(f"fsdp: true is not available with {name}: {shown(value)}, expected another {name} or fsdp: false")

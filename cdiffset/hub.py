@@ -12,7 +12,7 @@ from typing import NamedTuple
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from cdiffset.checkpoint import FORMS, PROMPT_FILE, WEIGHT_PLACES
+from cdiffset.checkpoint import COMPONENTS, CONV_LAYERS, FORMS, PIPELINE, PROMPT_FILE, WEIGHT_PLACES
 from cdiffset.config import RELEASED
 from cdiffset.errors import UserError
 
@@ -80,16 +80,20 @@ def places(inside: str) -> list[PurePosixPath]:
 def files_of(files: list[str], inside: str) -> list[str]:
     """Of a repository's files those of the checkpoint in `inside`; none where it has no weights.
 
-    The weights, the JSON files beside them and at the checkpoint's top, and the prompt's embedding.
+    The weights, the JSON files beside them and at the checkpoint's top, and the prompt's embedding; of a pipeline all
+    components.
     """
     known, top = set(files), PurePosixPath(inside)
     weights = next((place for place in places(inside) if str(place) in known), None)
     if weights is None:
         return []
 
+    is_pipeline = str(top / PIPELINE) in known
+
     def belongs(file: PurePosixPath) -> bool:
         is_part = weights.suffix == ".json" and file.parent == weights.parent and file.match("*-of-*.safetensors")
-        is_record = file.parent in (weights.parent, top) and (file.suffix == ".json" or file.name == PROMPT_FILE)
-        return file == weights or is_part or is_record
+        is_record = file.parent in (weights.parent, top) and (file.suffix == ".json" or file.name in (PROMPT_FILE, CONV_LAYERS))
+        is_component = is_pipeline and file.parent.parent == top and file.parent.name in COMPONENTS
+        return file == weights or is_part or is_record or (is_component and file.suffix in (".json", ".safetensors"))
 
     return [name for name in files if belongs(PurePosixPath(name))]

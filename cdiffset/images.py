@@ -200,12 +200,6 @@ def to_tensor(pixels: np.ndarray) -> "torch.Tensor":
     return to_signed(torch.from_numpy(np.moveaxis(pixels, -1, -3).astype(np.float32, order="C")))
 
 
-def to_uint8(signed: "torch.Tensor") -> np.ndarray:
-    """[..., 3, H, W] in [-1, 1] => uint8 array [..., H, W, 3], rounded; values outside are clipped."""
-    pixels = ((signed.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
-    return pixels.movedim(-3, -1).cpu().numpy()
-
-
 def write_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write uint8 [H, W] or [H, W, 3]; the file appears whole or not at all."""
     with written_whole(path) as temporary:

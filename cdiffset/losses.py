@@ -1,21 +1,12 @@
-"""The losses of both stages. Pure tensor functions: everything here is computed in float32 whatever the autocast type."""
+"""The losses of both stages. Everything here but the U-Net's pass is computed in float32 whatever the autocast type."""
 
 import math
 
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 
-VARIANCE_MIN, VARIANCE_MAX = 1e-6, 10.0
-# softplus(RAW_OFFSET) + 1e-6 = 1: a raw variance of 0, where conv_out's new channel starts, means unit variance.
-RAW_OFFSET = math.log(math.exp(1 - VARIANCE_MIN) - 1)
-
-
-def variance(raw: torch.Tensor) -> torch.Tensor:
-    """Raw variance channel v, any shape and range => σ² in [1e-6, 10], float32 (C-DiffSET, section on the C-Diff loss).
-
-    σ² = clamp(softplus(v + c) + 1e-6, 1e-6, 10) with c = log(exp(1 - 1e-6) - 1), so that σ² = 1 at v = 0.
-    """
-    return (F.softplus(raw.float() + RAW_OFFSET) + VARIANCE_MIN).clamp(VARIANCE_MIN, VARIANCE_MAX)
+from cdiffset.pipeline import predict, variance
 
 
 def mse_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -36,3 +27,40 @@ def cdiff_loss(prediction: torch.Tensor, target: torch.Tensor, sigma2: torch.Ten
     nll = 0.5 * (squared_error / sigma2 + sigma2.log() + math.log(2 * math.pi))  # [B,C,h,w]
     weight = sigma2.detach() ** beta.float()[:, None, None, None]  # [B,1,h,w]
     return (weight * nll).mean()
+
+
+def target_of(scheduler: DDIMScheduler, z_eo: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """What the U-Net is to predict under the scheduler's prediction type, [B, C, h, w]."""
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return noise
+        case "sample":
+            return z_eo
+        case "v_prediction":
+            return scheduler.get_velocity(z_eo, noise, timesteps)
+        case other:
+            raise ValueError(f"unknown prediction type {other!r}")
+
+
+def training_loss(
+    unet,
+    scheduler: DDIMScheduler,
+    z_sar: torch.Tensor,  # [B,C,h,w]
+    z_eo: torch.Tensor,  # [B,C,h,w]
+    noise: torch.Tensor,  # [B,C,h,w], standard normal
+    timesteps: torch.Tensor,  # [B], 0 ... 999
+    prompt_embedding: torch.Tensor,  # [1,L,D]
+    beta: str | float,  # "timestep": β = sqrt(ᾱ_t), or a constant 0 ... 1
+):
+    """The loss of one batch => (scalar, mean σ² of each sample [B] or None): C-Diff with a variance channel, else the MSE."""
+    z_t = scheduler.add_noise(z_eo, noise, timesteps)  # [B,C,h,w]
+    prediction, raw = predict(unet, z_sar, z_t, timesteps, prompt_embedding)
+    target = target_of(scheduler, z_eo, noise, timesteps)
+    if raw is None:
+        return mse_loss(prediction, target), None
+    sigma2 = variance(raw)  # [B,1,h,w]
+    if beta == "timestep":
+        exponent = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].sqrt()  # [B]
+    else:
+        exponent = torch.full(timesteps.shape, float(beta), device=timesteps.device)
+    return cdiff_loss(prediction, target, sigma2, exponent), sigma2.detach().mean(dim=(1, 2, 3))

@@ -1,8 +1,4 @@
-"""The backbone: loading a Stable Diffusion base, patching its U-Net, pixels <-> latents, the prompt embedding.
-
-Shapes used everywhere: B images of H x W px; f = the VAE's downsampling factor (8 in SD); h = H / f, w = W / f;
-C = latent channels (4 in SD); L prompt tokens of width D. Pixels are RGB in [-1, 1].
-"""
+"""The backbone: loading a Stable Diffusion base, patching its U-Net, the prompt embedding. Shapes as in `pipeline.py`."""
 
 import gc
 import json
@@ -14,23 +10,23 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    DPMSolverMultistepScheduler,
     UNet2DConditionModel,
-    UniPCMultistepScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 
-from cdiffset.checkpoint import INDEX, Weights, check_channels, check_tensors, read_weights, with_variant
+from cdiffset import adapter
+from cdiffset.checkpoint import COMPONENTS, INDEX, Weights, check_channels, check_tensors, read_weights, with_variant
 from cdiffset.errors import UserError
+from cdiffset.hub import find_checkpoint
+from cdiffset.pipeline import encode_prompt
 
 # The libraries' retries and bars say less than our own one-line error.
 hub_logging.set_verbosity_error()
 diffusers_logging.set_verbosity_error()
 
 CONFIGS = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json", "vocab.json")}  # either file
-COMPONENTS = ("scheduler", "tokenizer", "text_encoder", "vae", "unet")
 HOW_TO_GET_A_BASE = (
     f"expected the name of a model on the Hugging Face Hub (reachable or already in its cache) or a local folder in diffusers "
     f"layout ({', '.join(f'{name}/' for name in COMPONENTS)})"
@@ -119,17 +115,22 @@ def load_base_unet(base: str) -> UNet2DConditionModel:
 
 
 def load_unet(
-    path: str, base: str, latent_channels: int, option: str, is_verified: bool = False
+    path: str, base: str, latent_channels: int, option: str, is_verified: bool = False, merge: bool = True
 ) -> tuple[UNet2DConditionModel, Path]:
     """A stage 1 (2C in, C out) or stage 2 (2C in, C + 1 out) U-Net, float32, in evaluation mode => (it, its weights file)."""
     weights = read_weights(path, option, is_verified=is_verified)
-    return build_unet(weights, base, latent_channels), weights.file
+    return build_unet(weights, base, latent_channels, merge), weights.file
 
 
-def build_unet(weights: Weights, base: str, latent_channels: int) -> UNet2DConditionModel:
-    """The U-Net of these weights; the base gives the architecture to those that come without a config.json."""
+def build_unet(weights: Weights, base: str, latent_channels: int, merge: bool = True) -> UNet2DConditionModel:
+    """The U-Net of these weights; the base gives the architecture to those that come without a config.json.
+
+    Adapters are merged into the weights that they stand on, or with `merge` False left beside them, to be trained further.
+    """
     tensors, where = weights.tensors, f"{weights.option}: {weights.file}"
     check_channels(tensors, latent_channels, where)
+    if weights.are_adapters:
+        return build_adapted(weights, base, latent_channels, merge)
     outputs = tensors["conv_out.weight"].shape[0]
     config = {**config_beside(weights.file, base), "in_channels": 2 * latent_channels, "out_channels": outputs}
     try:
@@ -141,6 +142,19 @@ def build_unet(weights: Weights, base: str, latent_channels: int) -> UNet2DCondi
     check_tensors(tensors, unet.state_dict(), where)
     unet.load_state_dict(tensors, assign=True)
     return unet.requires_grad_(True).eval()
+
+
+def build_adapted(weights: Weights, base: str, latent_channels: int, merge: bool) -> UNet2DConditionModel:
+    """`build_unet` of adapters."""
+    settings = adapter.read_settings(weights)
+    stands_on = settings["base_model_name_or_path"]
+    if stands_on is None:
+        unet = load_base_unet(base)
+    else:
+        option = f"{weights.option}: {weights.file} holds adapters of {stands_on}"
+        unet, _ = load_unet(str(find_checkpoint(stands_on, option).path), base, latent_channels, option)
+    unet = adapter.with_adapters(unet, weights, settings)
+    return adapter.merged(unet) if merge else unet
 
 
 def config_beside(weights: Path, base: str) -> dict:
@@ -171,45 +185,24 @@ def load_scheduler(base: str, prediction_type: str) -> DDIMScheduler:
     return load_component(DDIMScheduler.from_pretrained, base, "scheduler", prediction_type=prediction_type, **ddim)
 
 
-NOISE_SCHEDULE = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
-    "prediction_type", "steps_offset",
-)  # fmt: skip
-MULTISTEP: dict[str, tuple[type, dict]] = {  # 2nd order, on predictions of the clean latent; the last step ends without noise
-    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}),
-    "unipc": (UniPCMultistepScheduler, {"predict_x0": True, "solver_type": "bh2"}),
-}
-
-
-def make_sampler(ddim: DDIMScheduler, scheduler: str = "ddim", timestep_spacing: str = "leading"):
-    """One of inference.options.SCHEDULERS, a new object, on the noise schedule and prediction type of `ddim`.
-
-    Sources: DDIM, Song et al. (ICLR 2021); DPM-Solver++(2M), Lu et al. (2022); UniPC, Zhao et al. (NeurIPS 2023); the two
-    spacings are those of Table 2 of Lin et al. (WACV 2024).
-    """
-    if scheduler == "ddim":
-        return DDIMScheduler.from_config(ddim.config, timestep_spacing=timestep_spacing)
-    solver, settings = MULTISTEP[scheduler]
-    kept = {name: ddim.config[name] for name in NOISE_SCHEDULE}  # not what a base's own scheduler may say of sampling
-    ours = {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero", "timestep_spacing": timestep_spacing}
-    return solver(**kept, **settings, **ours)
-
-
-def embed_prompt(base: str, prompt: str) -> torch.Tensor:
-    """Text => [1, L, D] float32, tokenised without padding. The text encoder leaves memory again: one prompt serves all."""
+def load_text_models(base: str) -> tuple:
+    """=> (CLIP tokenizer, CLIP text encoder), float32, in evaluation mode."""
     from transformers import CLIPTextModel, CLIPTokenizer  # slow to import, and an embedding that is kept does without
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     tokenizer = load_component(CLIPTokenizer.from_pretrained, base, "tokenizer")
-    load = CLIPTextModel.from_pretrained
-    text_encoder = load_component(load, base, "text_encoder", dtype=torch.float32, output_loading_info=True).eval()
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without a vocabulary
         raise UserError(f"tokenizer/ of the base model {base!r} holds no vocabulary; {HOW_TO_GET_A_BASE}")
-    length = {"padding": "do_not_pad", "truncation": True, "max_length": text_encoder.config.max_position_embeddings}
-    tokens = tokenizer(prompt, return_tensors="pt", **length)
-    with torch.no_grad():
-        embedding = text_encoder(tokens.input_ids)[0]  # [1,L,D]
+    load = CLIPTextModel.from_pretrained
+    text_encoder = load_component(load, base, "text_encoder", dtype=torch.float32, output_loading_info=True)
+    return tokenizer, text_encoder.eval()
+
+
+def embed_prompt(base: str, prompt: str) -> torch.Tensor:
+    """Text => [1, L, D] float32, tokenised without padding. The text encoder leaves memory again: one prompt serves all."""
+    tokenizer, text_encoder = load_text_models(base)
+    embedding = encode_prompt(tokenizer, text_encoder, prompt)
     del text_encoder
     gc.collect()
     return embedding.clone()
@@ -230,21 +223,6 @@ def check_latent_channels(unet: UNet2DConditionModel, vae: AutoencoderKL, base: 
             f"pretrained_model_name_or_path: unet/ of {base!r}: expected {expected} input and output channels, as its vae/ "
             f"has, found {found[0]} and {found[1]}"
         )
-
-
-def vae_factor(vae: AutoencoderKL) -> int:
-    """f: how many pixels a latent cell spans in each direction."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels [B, 3, H, W] in [-1, 1] => latents [B, C, h, w], float32: the posterior's mean times the scaling factor."""
-    return (vae.encode(pixels.to(vae.dtype)).latent_dist.mean * vae.config.scaling_factor).float()
-
-
-def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Latents [B, C, h, w] => pixels [B, 3, H, W] in [-1, 1], float32."""
-    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float().clamp(-1, 1)
 
 
 def patch_conv_in(unet: UNet2DConditionModel) -> UNet2DConditionModel:

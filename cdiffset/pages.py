@@ -1,4 +1,4 @@
-"""HTML pages from Jinja2 templates. Pictures are held as data URLs, so that a page opens anywhere and loads nothing."""
+"""Pages from Jinja2 templates. Pictures in them are data URLs, so that a page opens anywhere and loads nothing."""
 
 import base64
 import io
@@ -9,12 +9,12 @@ from PIL import Image
 
 
 def render_page(template: str, **values) -> str:
-    """Fill a template, named relative to this package; every value is escaped, and one that is missing is an error."""
+    """Fill a template, named relative to this package; in HTML every value is escaped, and one that is missing is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=template.endswith(".html.jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -34,7 +34,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import list_images, read_eo, read_sar
-from cdiffset.model import embed_prompt, encode, load_vae
+from cdiffset.model import embed_prompt, load_vae
+from cdiffset.pipeline import encode
 from data.simulate import Simulation, simulate_scene
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,15 +59,16 @@ class Recipe:
     channels: tuple[int, ...]  # of the U-Net's blocks; one attention block each way, next to the innermost
     prediction_type: str
     beta_end: float
-    vae_steps: int  # iterations of 16 images
+    vae_steps: int
+    vae_batch: int
     unet_steps: int
     unet_batch: int
     unet_lr: float
 
 
 RECIPES = {
-    "simulated": Recipe(16, (64, 96, 128), "epsilon", 0.012, 3200, 9000, 32, 5e-4),
-    "sentinel": Recipe(32, (48, 64, 96, 128), "v_prediction", 0.03, 2800, 12000, 16, 8e-4),
+    "simulated": Recipe(16, (64, 96, 128), "epsilon", 0.012, 3200, 16, 9000, 32, 5e-4),
+    "sentinel": Recipe(16, (64, 96, 128), "v_prediction", 0.03, 9000, 8, 9000, 16, 8e-4),
 }
 
 
@@ -107,7 +109,7 @@ def optimise(
     model: torch.nn.Module, loss_of_step: Callable, steps: int, lr: float, name: str, ema_decay: float, kept: Path | None = None
 ) -> None:
     """Run AdamW and leave the EMA of the weights in `model`; every few iterations the whole state goes to the file `kept`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=True, power=0.75)
     parts, done = {"model": model, "optimizer": optimizer, "ema": ema}, 0
     if kept and kept.is_file():
@@ -138,7 +140,7 @@ def optimise(
     print(f"{name}: {steps - done} iterations, mean loss of the last 100 {np.mean(recent):.5f}, {minutes:.1f} min")
 
 
-def train_vae(images: dict[str, torch.Tensor], steps: int) -> AutoencoderKL:
+def train_vae(images: dict[str, torch.Tensor], steps: int, batch: int) -> AutoencoderKL:
     """f = 4 with 4 latent channels, on EO and (every third batch) SAR images: MSE + 1e-4 KL per latent element."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -148,7 +150,7 @@ def train_vae(images: dict[str, torch.Tensor], steps: int) -> AutoencoderKL:
 
     def loss_of_step(generator: torch.Generator) -> torch.Tensor:
         kind = "sar" if torch.randint(3, (), generator=generator) == 0 else "eo"
-        pixels = draw_pixels(images[kind], 16, generator)
+        pixels = draw_pixels(images[kind], batch, generator)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(pixels).latent_dist
             restored = vae.decode(posterior.sample(generator)).sample
@@ -238,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (output / KEPT).is_file():
         make_text_encoder(output)
         make_scheduler(output, recipe)
-        train_vae(images, recipe.vae_steps).half().save_pretrained(output / "vae")
+        train_vae(images, recipe.vae_steps, recipe.vae_batch).half().save_pretrained(output / "vae")
     # Read back, so that the U-Net learns the latents of the fp16 weights that the demo loads.
     unet = train_unet(load_vae(str(output)), output, images["eo"], recipe)
     unet.half().save_pretrained(output / "unet")

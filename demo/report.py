@@ -28,7 +28,8 @@ from cdiffset.calibration.error_pictures import ERROR_VIEW_MAX, colours
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.evaluation.uncertainty import auroc, ause, spearman
 from cdiffset.images import list_images, read_eo, read_sar, read_tiff, to_tensor, write_png, write_text
-from cdiffset.model import decode, encode, load_vae
+from cdiffset.model import load_vae
+from cdiffset.pipeline import decode, encode
 
 # Folders of test.py's translations, and what they hold. One sample is the method's own output.
 SAMPLINGS = {"sample": "one sample", "mean": "mean of 8 samples"}

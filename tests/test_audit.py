@@ -25,8 +25,9 @@ from cdiffset.auditing.residual import residual_map, scores_of, strongest_boxes,
 from cdiffset.config import Config
 from cdiffset.errors import UserError
 from cdiffset.images import read_tiff
-from cdiffset.model import encode, load_scheduler
+from cdiffset.model import load_scheduler
 from cdiffset.pairing import Pair
+from cdiffset.pipeline import encode
 from feeders.feeder import PairedFolderFeeder, QXSFeeder
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")

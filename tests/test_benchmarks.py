@@ -14,10 +14,11 @@ from torch import nn
 
 import test as test_py
 from benchmarks import harness, reference, scaling, startup, train, translate
-from cdiffset import diffusion
+from cdiffset import losses, pipeline
 from cdiffset.config import KNOBS
-from cdiffset.images import read_sar, to_signed, to_uint8
-from cdiffset.model import check_base, embed_prompt, encode, load_scheduler, load_vae, patch_conv_in, patch_conv_out
+from cdiffset.images import read_sar, to_signed
+from cdiffset.model import check_base, embed_prompt, load_scheduler, load_vae, patch_conv_in, patch_conv_out
+from cdiffset.pipeline import encode, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_reference_loss_and_gradient_are_the_projects(models, tiny_base):
     theirs = reference.training_loss(models, z_sar, z_eo, noise, timesteps)
     theirs_grad = torch.autograd.grad(theirs, list(models.unet.parameters()))
     scheduler = load_scheduler(tiny_base, "epsilon")
-    ours, _ = diffusion.training_loss(models.unet, scheduler, z_sar, z_eo, noise, timesteps, models.prompt, "timestep")
+    ours, _ = losses.training_loss(models.unet, scheduler, z_sar, z_eo, noise, timesteps, models.prompt, "timestep")
     ours_grad = torch.autograd.grad(ours, list(models.unet.parameters()))
     torch.testing.assert_close(ours, theirs)
     for mine, other in zip(ours_grad, theirs_grad, strict=True):
@@ -55,8 +56,8 @@ def test_reference_translation_is_the_projects(models, tiny_base):
     sar = torch.rand(1, 3, 40, 32) * 2 - 1
     theirs, theirs_sigma2 = reference.translate(models, sar, 50)
     scheduler, vae = load_scheduler(tiny_base, "epsilon"), load_vae(tiny_base)
-    noise = diffusion.image_noise(vae, 0, to_uint8(sar))
-    ours, sigma2 = diffusion.translate(models.unet, vae, scheduler, sar, noise, models.prompt, 50)
+    noise = pipeline.image_noise(vae, 0, to_uint8(sar))
+    ours, sigma2 = pipeline.translate(models.unet, vae, scheduler, sar, noise, models.prompt, 50)
     torch.testing.assert_close(ours, theirs.clamp(-1, 1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sigma2, theirs_sigma2, rtol=1e-4, atol=1e-5)
 

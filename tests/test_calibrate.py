@@ -86,9 +86,10 @@ def test_of_two_maps_the_one_that_knows_counts(informative):
 
 
 def test_the_weight_is_the_second_maps():
-    errors_by_map = [np.array([1.0, 16.0]), np.array([16.0, 81.0])]
-    np.testing.assert_allclose(calibration.combine(errors_by_map, 0.25, None), [2.0, 24.0])
-    np.testing.assert_allclose(calibration.combine(errors_by_map, 0.25, Curve([0, 100], [0, 200])), [4.0, 48.0])
+    maps = {"variance": np.array([1.0, 16.0]), "spread": np.array([16.0, 81.0])}
+    as_they_are = dict.fromkeys(maps, Curve([0, 100], [0, 100]))
+    for joint, expected in ((Curve([0, 100], [0, 100]), [2.0, 24.0]), (Curve([0, 100], [0, 200]), [4.0, 48.0])):
+        np.testing.assert_allclose(Calibration({}, "", as_they_are, 0.25, joint).expected_error(maps), expected)
 
 
 def test_two_maps_that_both_know_beat_each():

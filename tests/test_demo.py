@@ -12,7 +12,8 @@ from PIL import Image
 from cdiffset.calibration.calibration import Calibration, Curve, save
 from cdiffset.errors import UserError
 from cdiffset.images import list_images, read_eo, write_png, write_tiff
-from cdiffset.model import COMPONENTS, check_base, decode, embed_prompt, encode, load_base_unet, load_scheduler, load_vae
+from cdiffset.model import COMPONENTS, check_base, embed_prompt, load_base_unet, load_scheduler, load_vae
+from cdiffset.pipeline import decode, encode
 from data import simulate
 from data.simulate import Simulation, simulate_scene
 from demo import pretrain_base, report

@@ -12,19 +12,7 @@ from conftest import tiny_unet, tiny_vae
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from cdiffset.config import MIDPOINT, PAPER_TIMESTEPS
-from cdiffset.diffusion import (
-    image_noise,
-    image_seed,
-    predict,
-    sample,
-    starting_noise,
-    target_of,
-    training_loss,
-    translate,
-    variance_weights,
-)
 from cdiffset.errors import UserError
-from cdiffset.inference.ensemble import ensemble, reduce_samples
 from cdiffset.inference.options import (
     PRESETS,
     SCHEDULERS,
@@ -35,8 +23,21 @@ from cdiffset.inference.options import (
     sampling_settings,
 )
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
-from cdiffset.losses import variance
-from cdiffset.model import load_scheduler, make_sampler, patch_conv_in, patch_conv_out
+from cdiffset.losses import target_of, training_loss
+from cdiffset.model import load_scheduler, patch_conv_in, patch_conv_out
+from cdiffset.pipeline import (
+    ensemble,
+    image_noise,
+    image_seed,
+    make_sampler,
+    predict,
+    reduce_samples,
+    sample,
+    starting_noise,
+    translate,
+    variance,
+    variance_weights,
+)
 
 SIZE = (4, 16, 16)
 PROMPT = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(9))

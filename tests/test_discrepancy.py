@@ -14,11 +14,10 @@ from sklearn.metrics import roc_auc_score
 from benchmarks import discrepancy, discrepancy_report
 from benchmarks.harness import Model
 from benchmarks.measures import TEST, Map, appearance, draw_scenes, found, map_measures, picture_measures, sampled, share_drawn
-from cdiffset.diffusion import image_noise, translate, variance_weights, weighted_mean
-from cdiffset.images import to_uint8
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.losses import cdiff_loss
 from cdiffset.model import embed_prompt, load_scheduler, load_vae, patch_conv_in, patch_conv_out
+from cdiffset.pipeline import image_noise, to_uint8, translate, variance_weights, weighted_mean
 from data import simulate
 
 

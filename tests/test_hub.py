@@ -1,5 +1,6 @@
 """Checkpoints by name, from a loopback server that answers as the Hugging Face Hub does."""
 
+import base64
 import hashlib
 import json
 import os
@@ -54,7 +55,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def refuse(self, status: int, code: str):
-        self.answer(status, b"{}", self.command == "GET", X_Error_Code=code, X_Error_Message=code)
+        self.answer(status, b"{}", self.command != "HEAD", X_Error_Code=code, X_Error_Message=code)
 
     def do_GET(self):
         self.server.asked.append((self.command, self.path, self.headers.get("Range")))
@@ -81,6 +82,28 @@ class Hub(BaseHTTPRequestHandler):
         return self.file(files[name], commit)
 
     do_HEAD = do_GET
+
+    def do_POST(self):
+        """An upload: the repository, what is to be sent how (all as it is), and one commit, which is then what main holds."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append((self.command, self.path, None))
+        if not self.headers.get("Authorization"):
+            return self.refuse(401, "Unauthorized")
+        if self.path == "/api/repos/create":
+            self.server.created = json.loads(body)
+            return self.json({"url": "http://127.0.0.1/owner/name", "name": "owner/name", "id": "owner/name"})
+        if self.path == "/api/validate-yaml":
+            return self.json({"errors": [], "warnings": []})
+        if "/preupload/" in self.path:
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]
+            ]
+            return self.json({"files": files})
+        sent = [json.loads(line) for line in body.splitlines()]
+        self.server.files[COMMIT] = {
+            line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in sent if line["key"] == "file"
+        }
+        return self.json({"commitUrl": f"http://127.0.0.1/owner/name/commit/{COMMIT}", "commitOid": COMMIT})
 
     def json(self, value):
         self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
@@ -190,7 +213,8 @@ def test_offline_a_name_that_is_nowhere_is_one_line():
     ("inside", "present", "expected"),
     [
         ("", ["unet/diffusion_pytorch_model.safetensors", "unet/config.json", "vae/config.json", "model_index.json", "a.bin"],
-         ["unet/diffusion_pytorch_model.safetensors", "unet/config.json", "model_index.json"]),
+         ["unet/diffusion_pytorch_model.safetensors", "unet/config.json", "vae/config.json", "model_index.json"]),
+        ("", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json"], ["unet/diffusion_pytorch_model.safetensors"]),
         ("c", ["c/unet_ema/diffusion_pytorch_model.safetensors", "c/unet/diffusion_pytorch_model.safetensors",
                "c/checkpoint.json", "c/training_state.pt", "c/prompt.safetensors", "c/calibration.json"],
          ["c/unet_ema/diffusion_pytorch_model.safetensors", "c/checkpoint.json", "c/prompt.safetensors", "c/calibration.json"]),
@@ -306,3 +330,41 @@ def test_a_bare_file_of_the_hub_is_a_checkpoint(hub, tmp_path):
     hub.files[COMMIT]["bare/x.safetensors"] = (tmp_path / "x.safetensors").read_bytes()
     ((source, path, _),) = asked_for(hub, ["owner/name/bare/x.safetensors"])
     assert source.endswith("/bare/x.safetensors") and Path(path).name == "x.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------------------- pipelines
+def test_a_pipeline_goes_up_and_is_translated_with_from_there(hub, weights, tiny_base, tmp_path):
+    """By test.py: all components come down, and the code stays where it is."""
+    (tmp_path / "unet").mkdir()
+    for name, body in weights.items():
+        (tmp_path / "unet" / name).write_bytes(body)
+    (tmp_path / "sar").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)).save(tmp_path / "sar/image.png")
+    hub.environment["HF_TOKEN"] = "hf_token"
+    checkpoint = ["--checkpoint", tmp_path / "unet", "--pretrained-model-name-or-path", tiny_base]
+    said = python(hub, "export.py", *checkpoint, "--output", tmp_path / "out", "--push", "owner/name", "--private").stdout
+    assert said.splitlines()[-1] == "https://huggingface.co/owner/name"
+    assert (hub.created["organization"], hub.created["name"]) == ("owner", "name")
+    assert hub.created.get("private") or hub.created["visibility"] == "private"  # huggingface_hub of either age
+    here = {file.relative_to(tmp_path / "out").as_posix(): file.read_bytes() for file in (tmp_path / "out").rglob("*.*")}
+    assert hub.files[COMMIT] == {name: body for name, body in here.items() if (tmp_path / "out" / name).is_file()}
+    hub.asked.clear()
+    options = ["--sar-dir", tmp_path / "sar", "--num-inference-steps", 2]
+    python(hub, "test.py", *options, "--output-dir", tmp_path / "hub", "--checkpoint", "owner/name")
+    python(hub, "test.py", *options, "--output-dir", tmp_path / "local", *checkpoint)
+    assert (tmp_path / "hub/image.png").read_bytes() == (tmp_path / "local/image.png").read_bytes()
+    fetched = [path for method, path, _ in hub.asked if method == "GET" and "/resolve/" in path]
+    assert fetched and all(path.endswith((".json", ".safetensors")) for path in fetched)
+    assert not list(Path(hub.environment["HF_HOME"]).rglob("*.py"))
+
+
+def test_what_cannot_be_pushed_stays_and_is_said_in_one_line(hub, weights, tiny_base, tmp_path):
+    (tmp_path / "unet").mkdir()
+    for name, body in weights.items():
+        (tmp_path / "unet" / name).write_bytes(body)
+    hub.environment.pop("HF_TOKEN", None)
+    checkpoint = ["--checkpoint", tmp_path / "unet", "--pretrained-model-name-or-path", tiny_base]
+    said = python(hub, "export.py", *checkpoint, "--output", tmp_path / "out", "--push", "owner/name", expected=2).stderr
+    line = said.splitlines()[-1]
+    assert line.startswith(f"error: --push: {tmp_path}/out is written, but could not be uploaded as owner/name")
+    assert (tmp_path / "out/model_index.json").is_file() and "Traceback" not in said

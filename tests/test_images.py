@@ -20,11 +20,11 @@ from cdiffset.images import (
     read_sar,
     require_writable,
     to_signed,
-    to_uint8,
     without_georeference,
     write_png,
     write_tiff,
 )
+from cdiffset.pipeline import to_uint8
 
 pytestmark = pytest.mark.filterwarnings("error")
 

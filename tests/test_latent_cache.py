@@ -16,7 +16,7 @@ from training import AUGMENTATIONS, BATCH, assert_same_run, launch, train_lines
 import main
 from cdiffset import errors
 from cdiffset.errors import UserError
-from cdiffset.model import encode
+from cdiffset.pipeline import encode
 from cdiffset.training import latent_cache
 from cdiffset.training.latent_cache import Encoder, LatentCache, Shards
 from feeders.feeder import PairedFolderFeeder

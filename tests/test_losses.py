@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from cdiffset.losses import cdiff_loss, mse_loss, variance
+from cdiffset.losses import cdiff_loss, mse_loss
+from cdiffset.pipeline import variance
 
 B, C, H, W = 3, 4, 5, 6
 OFFSET = math.log(math.expm1(1 - 1e-6))  # c of the method

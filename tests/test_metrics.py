@@ -10,7 +10,8 @@ from pathlib import Path
 # First of all, because it mends torchvision, which the metric libraries import.
 import utils
 from cdiffset.errors import UserError
-from cdiffset.images import read_eo, to_tensor, to_uint8
+from cdiffset.images import read_eo, to_tensor
+from cdiffset.pipeline import to_uint8
 from utils import CONVENTIONS, MetricUnavailable, PairMetrics, SetMetrics
 
 # isort: split

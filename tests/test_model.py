@@ -14,24 +14,21 @@ from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler,
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cdiffset.diffusion import image_noise, training_loss, translate
 from cdiffset.errors import UserError
-from cdiffset.images import to_uint8
+from cdiffset.losses import training_loss
 from cdiffset.model import (
     base_prediction_type,
     check_base,
     check_prompt_width,
-    decode,
     embed_prompt,
-    encode,
     load_base_unet,
     load_scheduler,
     load_unet,
     load_vae,
     patch_conv_in,
     patch_conv_out,
-    vae_factor,
 )
+from cdiffset.pipeline import decode, encode, image_noise, to_uint8, translate, vae_factor
 
 SD21_UNET = {  # the U-Net of Stable Diffusion 2.1-base
     "act_fn": "silu", "attention_head_dim": [5, 10, 20, 20], "block_out_channels": [320, 640, 1280, 1280],

@@ -16,13 +16,11 @@ from rio_cogeo.cogeo import cog_validate
 from test_translate import command, files, save_checkpoint
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from cdiffset.confidence import variance_map
-from cdiffset.diffusion import sample
-from cdiffset.images import to_signed, to_uint8
+from cdiffset.images import to_signed
 from cdiffset.inference.options import SamplingSettings
-from cdiffset.inference.translator import LoadedCheckpoint, Translator, load_checkpoint, pad_to_multiple
+from cdiffset.inference.translator import LoadedCheckpoint, Translator, load_checkpoint
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
-from cdiffset.model import decode, encode
+from cdiffset.pipeline import decode, encode, pad_to_multiple, sample, to_uint8, variance_map
 from cdiffset.scenes import fusion as scene
 from cdiffset.scenes.fusion import DiskArray, map_strips, translate_scene, variance_strips
 from cdiffset.scenes.geotiff import open_scene

@@ -49,10 +49,10 @@ import utils
 from cdiffset import errors
 from cdiffset.checkpoint import PROMPT_FILE, PROMPT_TENSOR
 from cdiffset.config import KNOBS, Config, load_config
-from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import UserError
 from cdiffset.images import read_sar
 from cdiffset.model import embed_prompt, load_base_unet, patch_conv_in, patch_conv_out
+from cdiffset.pipeline import image_noise, translate
 from cdiffset.training import batches as batches_module
 from cdiffset.training import logs, validation
 from cdiffset.training import weights as weights_module
@@ -578,6 +578,7 @@ def test_what_does_not_change_learning_may_change(run, begun):
         "seed", "feeder", "train_feeder_args", "pretrained_model_name_or_path", "accelerator_path", "confidence", "prompt",
         "prediction_type", "beta", "optimizer", "learning_rate", "weight_decay", "lr_scheduler", "num_warmup", "num_iter",
         "batch_size", "max_grad_norm", "ema_decay", "mixed_precision", "tf32", "torch_compile",
+        "lora_rank", "lora_alpha", "lora_targets",
     }  # fmt: skip
     free = {"num_worker": 1, "log_iter": 2, "save_iter": 0, "val_len": 2, "test_batch_size": 1, "gradient_checkpointing": True}
     run(begun, num_iter=2, confidence=True, **free)

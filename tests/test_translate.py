@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from cdiffset import diffusion, errors
+from cdiffset import errors, pipeline
 from cdiffset.config import Config
 from cdiffset.errors import UserError
 from cdiffset.inference import record
-from cdiffset.inference.translator import pad_to_multiple
+from cdiffset.pipeline import pad_to_multiple
 
 REPO = Path(__file__).parents[1]
 FACTOR, STEPS = 4, 3  # of the tiny VAE; DDIM steps
@@ -579,8 +579,8 @@ def test_a_device_out_of_memory_gets_half_as_many(translate, tmp_path, monkeypat
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(unet, vae, scheduler, sar, *rest, **named)
 
-    original, limit = diffusion.translate, 1
-    monkeypatch.setattr("cdiffset.inference.ensemble.translate", limited)
+    original, limit = pipeline.translate, 1
+    monkeypatch.setattr("cdiffset.pipeline.translate", limited)
     found = translate(tmp_path / "sar", "found", batch_size=4, ensemble=2)
     assert tried[:3] == [4, 2, 1] and set(tried[3:]) == {1} and len(tried) == 2 + 5 * 2
     assert "4 images together do not fit into the memory of cpu: from now on 2" in capsys.readouterr().out

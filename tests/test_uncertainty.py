@@ -5,7 +5,6 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from cdiffset.confidence import confidence_map, variance_map
 from cdiffset.evaluation.uncertainty import (
     aurg,
     auroc,
@@ -18,6 +17,7 @@ from cdiffset.evaluation.uncertainty import (
     sparsification_curve,
     spearman,
 )
+from cdiffset.pipeline import confidence_map, variance_map
 
 
 def pixels(n: int = 20_000) -> np.ndarray:

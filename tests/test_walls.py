@@ -5,16 +5,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # names of modules, or of packages for all that is in them
-    {"cdiffset", "cdiffset.errors", "cdiffset.losses", "cdiffset.ranks", "cdiffset.squeezenet"},
-    {"cdiffset.images", "cdiffset.config", "cdiffset.device", "cdiffset.pages"},
-    {"cdiffset.pairing", "cdiffset.checkpoint", "cdiffset.hub", "cdiffset.model", "cdiffset.diffusion", "cdiffset.confidence"},
+    {"cdiffset", "cdiffset.errors", "cdiffset.pipeline", "cdiffset.ranks", "cdiffset.squeezenet"},
+    {"cdiffset.images", "cdiffset.config", "cdiffset.device", "cdiffset.losses", "cdiffset.pages"},
+    {"cdiffset.pairing", "cdiffset.checkpoint", "cdiffset.hub", "cdiffset.adapter", "cdiffset.model"},
     {"feeders", "utils"},
     {"cdiffset.inference"},
     {"cdiffset.evaluation"},
     {"cdiffset.calibration"},
     {"cdiffset.scenes", "cdiffset.auditing", "cdiffset.training"},
     {"train"},
-    {"main", "test", "evaluate", "calibrate", "audit", "data", "demo", "results"},
+    {"main", "test", "evaluate", "calibrate", "audit", "export", "data", "demo", "results"},
 ]
 WINGS = {
     name for layer in LAYERS for name in layer if name.startswith("cdiffset.") and (ROOT / name.replace(".", "/")).is_dir()

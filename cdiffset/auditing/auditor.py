@@ -13,6 +13,7 @@ from cdiffset.inference.batching import batches_of_one_size, skip_too_long
 from cdiffset.inference.record import OutputRecord
 from cdiffset.inference.translator import BatchSizes, LoadedCheckpoint, require_finite
 from cdiffset.pairing import Pair, read_unstretched_pair
+from cdiffset.pipeline import stack_padded
 
 
 class Auditor:
@@ -25,7 +26,7 @@ class Auditor:
     def __call__(self, sar: Sequence[np.ndarray], eo: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Images [H, W, 3] in 0-255, of one padded size => a map [H, W] for each pair, float32, at least 0."""
         model = self.checkpoint
-        sar_batch, eo_batch = model.stack(sar), model.stack(eo)
+        sar_batch, eo_batch = (stack_padded(images, model.factor).to(model.device) for images in (sar, eo))
         residual = residual_map(
             model.unet, model.vae, model.scheduler, sar_batch, eo_batch, model.prompt_embedding, seed=self.seed
         )  # [B,1,h,w]

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from cdiffset.diffusion import predict, target_of
-from cdiffset.losses import variance
-from cdiffset.model import encode
+from cdiffset.losses import target_of
+from cdiffset.pipeline import encode, predict, variance
 
 # Measured by benchmarks/audit.py: the more noise, the less of the EO is left to copy from, and the more the SAR has to explain.
 # The residual is not divided by σ²: that costs discrimination, since the model is least certain where objects come and go.

@@ -47,15 +47,14 @@ class Calibration:
 
     def expected_error(self, maps: dict[str, np.ndarray]) -> np.ndarray:
         """Maps of one shape, by name => expected error in 8-bit units, float64 of that shape."""
-        return combine([curve(maps[name]) for name, curve in self.curves.items()], self.spread_weight, self.joint)
+        from cdiffset.pipeline import expected_error  # here and below: slow to import, and no command needs it for --help
 
+        return expected_error(self.plain(), maps)
 
-def combine(errors: list[np.ndarray], spread_weight: float | None, joint: Curve | None) -> np.ndarray:
-    """The expected errors by one or two maps => one expected error."""
-    if len(errors) == 1:
-        return errors[0]
-    joined = errors[0] ** (1 - spread_weight) * errors[1] ** spread_weight
-    return joined if joint is None else joint(joined)
+    def plain(self) -> dict:
+        """All of it, curves as {"x", "y"}."""
+        curves = {name: curve._asdict() for name, curve in self.curves.items()}
+        return {**asdict(self), "curves": curves, "joint": self.joint and self.joint._asdict()}
 
 
 # -------------------------------------------------------------------------------------------------------------- fitting
@@ -72,13 +71,15 @@ def fit_curve(values: np.ndarray, error: np.ndarray) -> Curve:
 
 def fit(maps: dict[str, np.ndarray], error: np.ndarray) -> tuple[dict[str, Curve], float | None, Curve | None]:
     """Maps, each [n], and the error [n] => (curves, weight of the spread, joint curve), by the least squared error."""
+    from cdiffset.pipeline import combine
+
     curves = {name: fit_curve(values, error) for name, values in maps.items()}
     if len(maps) == 1:
         return curves, None, None
     errors = [curve(maps[name]) for name, curve in curves.items()]
     candidates = []
     for spread_weight in SPREAD_WEIGHTS:
-        joined = combine(errors, spread_weight, None)
+        joined = combine(errors, spread_weight)
         joint = fit_curve(joined, error)
         candidates.append((float(np.mean((joint(joined) - error) ** 2)), spread_weight, joint))
     _, spread_weight, joint = min(candidates, key=lambda candidate: candidate[:2])
@@ -125,10 +126,7 @@ def path_beside(checkpoint: str | Path) -> Path:
 
 
 def save(path: Path, calibration: Calibration) -> None:
-    values = asdict(calibration)
-    values["curves"] = {name: curve._asdict() for name, curve in calibration.curves.items()}
-    values["joint"] = calibration.joint and calibration.joint._asdict()
-    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(calibration.plain(), indent=1, allow_nan=False) + "\n")
 
 
 def load(path: Path, settings: dict | None = None) -> Calibration:

@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,27 +13,13 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from cdiffset.checkpoint import PROMPT_FILE, PROMPT_TENSOR, meta_file, read_meta, read_weights, recorded_base
-from cdiffset.confidence import confidence_map, variance_map
 from cdiffset.device import AS_STORED, form_of, free_memory, keep_freed_memory, without_instructions
-from cdiffset.diffusion import image_noise, predict
 from cdiffset.errors import UserError
-from cdiffset.images import to_signed, to_uint8
 from cdiffset.inference.batching import batches_of_one_size, file_threads
-from cdiffset.inference.ensemble import ensemble, reduce_samples
 from cdiffset.inference.options import MachineSettings, ModelSettings, SamplingSettings
 from cdiffset.inference.variance_readout import VARIANCE_READOUTS
-from cdiffset.model import (
-    build_unet,
-    check_base,
-    check_prompt_width,
-    decode,
-    embed_prompt,
-    encode,
-    load_scheduler,
-    load_vae,
-    make_sampler,
-    vae_factor,
-)
+from cdiffset.model import build_unet, check_base, check_prompt_width, embed_prompt, load_scheduler, load_vae
+from cdiffset.pipeline import Translation, decode, encode, image_noise, make_sampler, predict, translate_images, vae_factor
 
 CPU_BATCH_PX = 4 * 256**2  # of a batch on a CPU: from there on, the U-Net of SD takes no less time per image
 MAX_BATCH = 64  # images
@@ -56,11 +41,6 @@ class LoadedCheckpoint:
     meta: dict  # checkpoint.json; {} for weights of another origin
     source: str | None  # of weights from the Hub, see hub.Found
     fingerprint: str | None  # of all that a calibration depends on; None: not asked for, as it takes seconds for a large model
-
-    def stack(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """Images [H, W, 3] in 0-255 => [B, 3, H', W'] in [-1, 1] on the device, padded to multiples of the VAE's factor."""
-        padded = np.stack([pad_to_multiple(pixels, self.factor) for pixels in images])  # [B,H',W',3]
-        return to_signed(torch.from_numpy(padded).permute(0, 3, 1, 2)).to(self.device)
 
 
 def load_checkpoint(
@@ -137,12 +117,6 @@ def fingerprint(tensors: dict[str, torch.Tensor], settings: str) -> str:
     return digest.hexdigest()
 
 
-def pad_to_multiple(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """[H, W, 3] => [H', W', 3] with sides that are multiples of `factor`, continued by reflection below and to the right."""
-    height, width = pixels.shape[:2]
-    return np.pad(pixels, ((0, -height % factor), (0, -width % factor), (0, 0)), mode="reflect")
-
-
 # ----------------------------------------------------------------------------------------------------------- batch sizes
 class BatchSizes:
     """How many images of a padded size are computed together: --batch-size, or what `auto` comes to."""
@@ -197,18 +171,6 @@ def decoder_bytes(vae: AutoencoderKL, height: int, width: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------- translation
-class Translation(NamedTuple):
-    """What becomes of one SAR image, in its own size."""
-
-    eo: np.ndarray  # uint8 [H, W, 3]
-    variance: np.ndarray | None  # σ², float32 [H, W]; None from a stage 1 checkpoint
-    confidence: np.ndarray | None  # uint8 [H, W], on the image's own scale; None from a stage 1 checkpoint
-    spread: np.ndarray | None  # standard deviation over the samples in 8-bit units, float32 [H, W]; None of one sample
-
-    @property
-    def uncertainties(self) -> dict[str, np.ndarray]:
-        """The maps that there are, by name."""
-        return {name: getattr(self, name) for name in ("variance", "spread") if getattr(self, name) is not None}
 
 
 class Translator:
@@ -227,37 +189,26 @@ class Translator:
         noise_of(vae, seed, images) => the noise [B, C, h, w] that they start from.
         Where the device's memory does not hold as many as are to be computed together, half as many are, from then on.
         """
-        sar = self.checkpoint.stack(images)
-        seeds = range(self.sampling.seed, self.sampling.seed + self.sampling.ensemble)
-        noise = torch.stack([noise_of(self.checkpoint.vae, seed, images) for seed in seeds])  # [N,B,C,h,w]
+        checkpoint, sampling = self.checkpoint, self.sampling
+        device, factor = checkpoint.device, checkpoint.factor
+        seeds = range(sampling.seed, sampling.seed + sampling.ensemble)
+        noise = torch.stack([noise_of(checkpoint.vae, seed, images) for seed in seeds])  # [N,B,C,h,w]
+        height, width = (side * factor for side in noise.shape[-2:])
         while True:
-            together, device = self.batch_sizes(*sar.shape[-2:]), self.checkpoint.device
+            together = self.batch_sizes(height, width)
             try:
-                return self.translate(images, sar, noise, together)
+                return translate_images(
+                    checkpoint.unet, checkpoint.vae, self.scheduler, images, noise, checkpoint.prompt_embedding,
+                    sampling.num_inference_steps, self.variance_timesteps, sampling.ensemble_output, together,
+                )  # fmt: skip
+            except FloatingPointError as error:
+                raise UserError(f"{error}: try --precision fp32") from error
             except torch.OutOfMemoryError as error:
                 if together == 1:
-                    size = f"{sar.shape[-1]} x {sar.shape[-2]} px"
+                    size = f"{width} x {height} px"
                     raise UserError(f"not even one image of {size} fits into the memory of {device}") from error
             self.batch_sizes.limit = together // 2
             tqdm.write(f"{together} images together do not fit into the memory of {device}: from now on {together // 2}")
-
-    def translate(self, images, sar: torch.Tensor, noise: torch.Tensor, together: int) -> list[Translation]:
-        """Images in their own sizes, the same ones padded [B, 3, H', W'], their noise [N, B, C, h, w]."""
-        checkpoint, size = self.checkpoint, tuple(sar.shape[-2:])
-        samples, sigma2, spread = ensemble(
-            checkpoint.unet, checkpoint.vae, self.scheduler, sar, noise, checkpoint.prompt_embedding,
-            self.sampling.num_inference_steps, self.variance_timesteps, together,
-        )  # [N,B,3,H',W'], [B,1,h,w], [B,1,H',W']  # fmt: skip
-        require_finite(samples, "translation")
-        eo = to_uint8(reduce_samples(samples, self.sampling.ensemble_output))  # [B,H',W',3]
-        maps = [None, None, spread]
-        if sigma2 is not None:
-            maps[:2] = variance_map(sigma2, size), (confidence_map(sigma2.cpu(), size) * 255).round().to(torch.uint8)
-        translations = []
-        for index, (height, width) in enumerate(pixels.shape[:2] for pixels in images):
-            cropped = (None if values is None else values[index, 0, :height, :width].cpu().numpy() for values in maps)
-            translations.append(Translation(eo[index, :height, :width], *cropped))
-        return translations
 
 
 def require_finite(values: torch.Tensor, what: str) -> None:

@@ -23,12 +23,10 @@ from rasterio.windows import Window
 from tqdm import tqdm
 
 from cdiffset.calibration.calibration import Calibration
-from cdiffset.diffusion import predict, variance_weights
 from cdiffset.errors import UserError
-from cdiffset.images import QUICKLOOK, hidden_beside, to_signed, to_uint8, write_png, write_text
+from cdiffset.images import QUICKLOOK, hidden_beside, to_signed, write_png, write_text
 from cdiffset.inference.translator import LoadedCheckpoint, Translator, require_finite
-from cdiffset.losses import variance
-from cdiffset.model import decode, encode
+from cdiffset.pipeline import decode, encode, predict, to_uint8, variance, variance_weights
 from cdiffset.scenes.geotiff import Scene, open_scene, quicklook, write_cog
 from cdiffset.scenes.options import TileSettings
 from cdiffset.scenes.qgis_style import write_style

@@ -13,13 +13,12 @@ from rasterio.windows import Window
 
 from cdiffset.calibration.calibration import Calibration
 from cdiffset.calibration.error_pictures import error_view, hatched, overlay
-from cdiffset.diffusion import image_noise
 from cdiffset.errors import UserError
 from cdiffset.images import hidden_beside, read_sar_valid, write_png, write_tiff
 from cdiffset.inference.batching import file_threads, skip_too_long, writing_behind
 from cdiffset.inference.record import OutputRecord
-from cdiffset.inference.translator import Translation, Translator, translate_files
-from cdiffset.model import vae_factor
+from cdiffset.inference.translator import Translator, translate_files
+from cdiffset.pipeline import Translation, image_noise, vae_factor
 from cdiffset.scenes.fusion import (
     SceneInfo,
     inspect,

@@ -30,8 +30,8 @@ from tqdm import tqdm
 from cdiffset.checkpoint import flush
 from cdiffset.errors import UserError
 from cdiffset.images import write_text, written_whole
-from cdiffset.model import vae_factor
 from cdiffset.pairing import Pair
+from cdiffset.pipeline import vae_factor
 from feeders.feeder import PairedFeeder, View
 
 FORMAT = 2  # of the folder; another number is another cache

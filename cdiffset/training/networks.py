@@ -1,12 +1,15 @@
 """The networks that a run begins with: the frozen VAE and prompt embedding, and the U-Net, patched for its stage."""
 
 import logging
+import os
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
+from cdiffset import adapter
+from cdiffset.checkpoint import WHOLE, has_adapters
 from cdiffset.config import Config
 from cdiffset.device import without_instructions
 from cdiffset.errors import UserError
@@ -22,11 +25,12 @@ from cdiffset.model import (
     load_vae,
     patch_conv_in,
     patch_conv_out,
-    vae_factor,
 )
+from cdiffset.pipeline import vae_factor
 from cdiffset.training import launch
 from cdiffset.training.weights import FUSED
 
+ATTENTION = ("to_k", "to_out.0", "to_q", "to_v")  # lora_targets where none are given
 AUTOCAST_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -50,12 +54,15 @@ def load_networks(
     scheduler = load_scheduler(base, config.prediction_type)
     prompt_embedding = embed_prompt(base, config.prompt).to(device)
     latent_channels = vae.config.latent_channels
+    trains_adapters = config.lora_rank is not None and config.phase == "train"
     if start is None:
         unet, origin = load_base_unet(base), f"the base model {base} (accelerator_path is null)"
         check_latent_channels(unet, vae, base)
         unet = patch_conv_in(unet)
     else:
-        unet, file = load_unet(str(start.path), base, latent_channels, option, is_verified=option == "resume")
+        unet, file = load_unet(
+            str(start.path), base, latent_channels, option, is_verified=option == "resume", merge=not trains_adapters
+        )
         origin = start.source or file
     has_variance = unet.config.out_channels == latent_channels + 1
     adds_variance = config.confidence and not has_variance and config.phase == "train"
@@ -65,6 +72,9 @@ def load_networks(
         expected = f"stage 1 (confidence: false) expects {latent_channels} output channels"
         raise UserError(f"{option}: {expected}, {origin} has {latent_channels + 1}: it is a stage 2 checkpoint")
     check_prompt_width(unet, prompt_embedding, base, option)
+    if trains_adapters:
+        unet = adapted(unet, config, start, option)
+        log.info("adapters: %s of %s weights are trained", *adapter.counted(unet))
     stage = "stage 2 (C-Diff loss)" if config.confidence else "stage 1 (MSE)"
     log.info(", ".join(f"{name} {getattr(config, name)}" for name, _ in launch.SETTINGS.values()))
     added = ", with a variance channel added (stage 1 takes confidence: false)" if adds_variance else ""
@@ -80,6 +90,23 @@ def load_networks(
     channels_last = config.optimizer in FUSED and not config.fsdp
     unet = unet.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     return Networks(vae, scheduler, prompt_embedding, unet)
+
+
+def adapted(unet: UNet2DConditionModel, config: Config, start: Found | None, option: str) -> UNet2DConditionModel:
+    """The U-Net with the adapters that the configuration asks for: those it was loaded with, or new ones."""
+    wanted = config.lora_rank, config.lora_alpha or config.lora_rank, config.lora_targets or list(ATTENTION)
+    if not has_adapters(unet):
+        stands_on = start and (start.source or os.path.abspath(start.path))
+        return adapter.add_adapters(unet, *wanted, stands_on, "lora_targets", config.seed)
+    found = unet.peft_config["default"]
+    if (found.r, found.lora_alpha, sorted(found.target_modules)) != (*wanted[:2], sorted(wanted[2])):
+        raise UserError(
+            f"{option}: {start.source or start.path} holds adapters of lora_rank {found.r}, lora_alpha {found.lora_alpha} and "
+            f"lora_targets {sorted(found.target_modules)}: take the same, or merge them by export.py --merge"
+        )
+    for name in WHOLE:  # a variance channel that has just been added
+        getattr(unet, name).requires_grad_(True)
+    return unet
 
 
 def check_crops(vae: AutoencoderKL, feeders: dict) -> None:

@@ -16,15 +16,14 @@ from tqdm import tqdm
 
 import utils
 from cdiffset.checkpoint import read_meta
-from cdiffset.confidence import confidence_map, variance_map
 from cdiffset.config import Config
-from cdiffset.diffusion import image_noise, translate
 from cdiffset.errors import UserError
 from cdiffset.evaluation.evaluate import evaluate_folders
 from cdiffset.evaluation.folders import EvaluationFolders
 from cdiffset.hub import find_checkpoint
-from cdiffset.images import to_uint8, write_png, write_tiff
+from cdiffset.images import write_png, write_tiff
 from cdiffset.model import check_base
+from cdiffset.pipeline import confidence_map, image_noise, to_uint8, translate, variance_map
 from cdiffset.training.batches import batches_of, loader_options
 from cdiffset.training.logs import RunLogs
 from cdiffset.training.networks import Networks, check_crops, load_networks

@@ -38,20 +38,23 @@ class TrainedWeights:
     ):
         self.config, self.accelerator = config, accelerator
         self.masters = unet.train()
-        self.average = copy.deepcopy(unet).requires_grad_(False).eval() if config.ema_decay else None
+        self.average = frozen_copy(unet) if config.ema_decay else None
         if self.average and average:
             self.average.load_state_dict(average.state_dict())
         if config.fsdp:
             for module in filter(None, (self.masters, self.average)):
                 fsdp.divide(module, accelerator.device)
-        self.parameters = list(self.masters.parameters())
+        self.parameters = trainable(self.masters)
+        names = [name for name, parameter in self.masters.named_parameters() if parameter.requires_grad]
+        averages = dict(self.average.named_parameters()) if self.average else {}
+        self.averaged = [averages[name] for name in names] if averages else []
         optimizer = make_optimizer(config.optimizer, self.parameters, config.learning_rate, config.weight_decay)
         # Not prepared by Accelerate, which would step it once per process.
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler, optimizer, num_warmup_steps=config.num_warmup, num_training_steps=config.num_iter
         )
         network = bfloat16_copy(self.masters) if config.mixed_precision == "bf16_copy" else self.masters
-        self.copies = None if network is self.masters else list(network.parameters())
+        self.copies = None if network is self.masters else trainable(network)
         if config.torch_compile:
             check_compiler(accelerator.device)
             network.compile()
@@ -112,7 +115,7 @@ class TrainedWeights:
             self.optimizer.step()
         if self.average:
             decay = min(self.config.ema_decay, (1 + iteration) / (10 + iteration))  # a short memory at first
-            for average, parameter in zip(self.average.parameters(), self.parameters, strict=True):
+            for average, parameter in zip(self.averaged, self.parameters, strict=True):
                 average.lerp_(parameter.detach(), 1 - decay)
 
     def leave_out_step(self) -> None:
@@ -134,12 +137,23 @@ class TrainedWeights:
         self.network.train()
 
 
+def trainable(unet: UNet2DConditionModel) -> list[torch.nn.Parameter]:
+    """All parameters, or with adapters those that are not frozen."""
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def frozen_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """In evaluation mode; it shares what is not trained."""
+    shared = {id(parameter): parameter for parameter in unet.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(unet, shared).requires_grad_(False).eval()
+
+
 def bfloat16_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """With channels last, to be trained; never a float32 copy on the way."""
 
     def copy_of(weight: torch.nn.Parameter) -> torch.nn.Parameter:
         memory_format = torch.channels_last if weight.dim() == 4 else torch.preserve_format
-        return torch.nn.Parameter(weight.detach().to(torch.bfloat16, memory_format=memory_format))
+        return torch.nn.Parameter(weight.detach().to(torch.bfloat16, memory_format=memory_format), weight.requires_grad)
 
     return copy.deepcopy(unet, {id(weight): copy_of(weight) for weight in unet.parameters()})
 
