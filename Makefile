@@ -19,7 +19,7 @@ SIMULATED := work_dir/simulated
 # Scenes that a small network can learn in minutes: what no SAR shows is kept moderate, and the speckle as well.
 DEMO_SCENES := --looks 9 --parcel-px 40 --texture 0.4 --p-eo-only 0.2
 
-.PHONY: demo demo-simulated test test-versions faults fuzz lint types lock clean
+.PHONY: demo demo-simulated notebook test test-versions faults fuzz lint types lock clean
 
 demo: .venv/installed
 	rm -rf $(DEMO)
@@ -46,6 +46,10 @@ demo-simulated: .venv/installed
 		--output-dir $(SIMULATED)/translated/test/sample/eo --conf-dir $(SIMULATED)/translated/test/sample/confidence \
 		--variance-dir $(SIMULATED)/translated/test/sample/variance
 	$(PY) demo/report.py --scenes data/simulated --translated $(SIMULATED)/translated --base assets/simulated_base --output $(SIMULATED)
+
+# With the demo's model.
+notebook: .venv/installed
+	.venv/bin/jupyter-execute notebooks/quickstart.ipynb
 
 # Two at a time, of one thread each; several processes of two threads would only wait for one another.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
