@@ -63,6 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     sampling, machine, model = sampling_settings(args), machine_settings(args), model_settings(args)
     if model.source and not args.output:
         raise UserError(f"--output: expected a file, found none: {model.source} is from the Hub, nothing is written beside it")
+    from cdiffset.checkpoint import recorded_base
+
+    if recorded_base(model.checkpoint) == str(model.checkpoint) and not args.output:
+        own = f"{model.checkpoint} is an exported pipeline, whose calibration its code holds as well"
+        raise UserError(f"--output: expected a file, found none: {own}; then export the checkpoint with --calibration")
     output = args.output or calibration.path_beside(model.checkpoint)
     require_writable("--output", output.parent)
     pairs = find_pairs(args)

@@ -13,7 +13,10 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from cdiffset.calibration.calibration import Calibration, path_beside, save
 from cdiffset.calibration.calibration import load as load_calibration
@@ -24,8 +27,8 @@ from cdiffset.inference.variance_readout import VARIANCE_READOUTS
 from cdiffset.pages import render_page
 from results.table import read_reports, render
 
-MOST_EXAMPLES = 4
-APPLIED = ("settings", "curves", "spread_weight", "joint", "quantiles")  # of a calibration, what the pipeline needs
+MOST_EXAMPLES, EXAMPLE_PIXELS = 4, 1024**2
+APPLIED = ("settings", "curves", "spread_weight", "joint", "quantiles")  # of a calibration, what the pipeline takes along
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -37,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--examples", type=Path, help=f"folder of SAR images, {MOST_EXAMPLES} of which the model card shows")
     group.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub as well")
     group.add_argument(
-        "--merge", action="store_true", help="write the U-Net alone, adapters merged into it, in diffusers' layout"
+        "--merge", action="store_true", help="write a checkpoint of the U-Net alone, with adapters merged into it"
     )
     group.add_argument("--private", action="store_true", help="for --push: create a private repository")
     add_model_options(parser)
@@ -49,23 +52,22 @@ def main(argv: list[str] | None = None) -> int:
     check(args)
     model = model_settings(args)
     if args.merge:
-        return write_unet(model, args.output)
-    reports = read_reports([f"this model={args.report}"]) if args.report else {}
+        write_whole(args.output, lambda building: write_merged(building, model))
+        print(f"{args.output}: a checkpoint of a plain U-Net")
+        return 0
+    reports = read_report(args.report) if args.report else {}
     examples = chosen_examples(args.examples) if args.examples else []
-    pipeline, meta, calibration = load_pipeline(model, args.calibration)
-    building = hidden_beside(args.output, "building")
-    shutil.rmtree(building, ignore_errors=True)
-    try:
-        write_folder(building, pipeline, meta, calibration)
+    pipeline, checkpoint, calibration = load_pipeline(model, args.calibration)
+    meta = exported_meta(model, checkpoint.meta) | {"base_folder": None}
+
+    def write(building: Path) -> None:
+        write_folder(building, pipeline, checkpoint.prompt_embedding, meta, calibration)
         write_examples(building, pipeline, examples)
         name = args.push or args.output.name
         card = model_card(name, model, meta, pipeline, calibration, reports, len(examples))
         write_text(building / "README.md", card)
-        building.rename(args.output)
-    except OSError as error:
-        raise UserError(f"--output: cannot write {args.output}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+
+    write_whole(args.output, write)
     print(f"{args.output}: a diffusers pipeline" + (", calibrated" if calibration else ", without a calibration"))
     if args.push:
         push(args.output, args.push, args.private)
@@ -85,37 +87,42 @@ def check(args: argparse.Namespace) -> None:
     require_writable("--output", args.output.parent)
 
 
-def write_unet(model: ModelSettings, output: Path) -> int:
-    from cdiffset.model import load_unet, load_vae
-
-    unet, _ = load_unet(str(model.checkpoint), model.base, load_vae(model.base).config.latent_channels, "--checkpoint")
-    building = hidden_beside(output, "building")
-    shutil.rmtree(building, ignore_errors=True)
+def read_report(file: Path) -> dict:
     try:
-        unet.save_pretrained(building)
-        building.rename(output)
-    except OSError as error:
-        raise UserError(f"--output: cannot write {output}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    print(f"{output}: a U-Net in diffusers' layout")
-    return 0
+        return read_reports([f"this model={file}"])
+    except UserError as error:
+        raise UserError(f"--report: {error}") from error
 
 
-def chosen_examples(folder: Path) -> list[Path]:
-    """Evenly chosen SAR images. UserError where there are none."""
+def chosen_examples(folder: Path) -> list[np.ndarray]:
+    """Evenly chosen SAR images, float32 [H, W, 3] in 0-255. UserError where there are none, or one is too large."""
     if not folder.is_dir():
         raise UserError(f"--examples: expected a folder of images, found {folder}")
     try:
         names = list_images(folder)
+        return [read_sar(folder / name, EXAMPLE_PIXELS) for name in names[:: -(-len(names) // MOST_EXAMPLES)]]
     except UserError as error:
         raise UserError(f"--examples: {error}") from error
-    return [folder / name for name in names[:: -(-len(names) // MOST_EXAMPLES)]]
+
+
+def write_whole(output: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a hidden folder, which then takes the name `output`; nothing is left where it fails."""
+    from safetensors import SafetensorError  # what a full disk is to it
+
+    building = hidden_beside(output, "building")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        write(building)
+        building.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output: cannot write {output}: {str(error).splitlines()[0]}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ the folder
-def load_pipeline(model: ModelSettings, given: Path | None):
-    """=> (CDiffSETPipeline, what checkpoint.json will hold, calibration or None)."""
+def load_pipeline(model: ModelSettings, given: Path | None) -> tuple:
+    """=> (CDiffSETPipeline, the LoadedCheckpoint in it, calibration or None)."""
     from cdiffset.inference.translator import load_checkpoint
     from cdiffset.model import load_text_models
     from cdiffset.pipeline import CDiffSETPipeline
@@ -125,7 +132,8 @@ def load_pipeline(model: ModelSettings, given: Path | None):
     machine = MachineSettings(device="cpu", precision="fp32", batch_size=1, compile=False, max_pixels=0)
     loaded = load_checkpoint(model, machine, with_fingerprint=calibration is not None)
     if calibration and calibration.model != loaded.fingerprint:
-        raise UserError(f"--calibration: {path} was made for another checkpoint, base model or prompt")
+        other = f"{path} was made for another checkpoint, base model or prompt"
+        raise UserError(f"--calibration: {other}: give one that calibrate.py makes with the same options")
     tokenizer, text_encoder = load_text_models(model.base)
     pipeline = CDiffSETPipeline(
         loaded.vae, text_encoder, tokenizer, loaded.unet, loaded.scheduler, model.prompt,
@@ -133,33 +141,47 @@ def load_pipeline(model: ModelSettings, given: Path | None):
         readouts={name: {"timesteps": list(timesteps)} for name, (timesteps, _) in VARIANCE_READOUTS.items()},
         calibration=calibration and {name: calibration.plain()[name] for name in APPLIED},
     )  # fmt: skip
-    config = {**loaded.meta.get("config", {}), "prompt": model.prompt, "prediction_type": model.prediction_type}
-    config["pretrained_model_name_or_path"] = model.base
-    return pipeline, {**loaded.meta, "base_folder": None, "config": config}, calibration
+    return pipeline, loaded, calibration
 
 
-def write_folder(folder: Path, pipeline, meta: dict, calibration: Calibration | None) -> None:
+def exported_meta(model: ModelSettings, recorded: dict) -> dict:
+    """checkpoint.json of what is written: as it was recorded, with the settings of now."""
+    config = {**recorded.get("config", {}), "prompt": model.prompt, "prediction_type": model.prediction_type}
+    return {**recorded, "config": {**config, "pretrained_model_name_or_path": model.base}}
+
+
+def write_merged(folder: Path, model: ModelSettings) -> None:
+    """unet/ in diffusers' layout and checkpoint.json: a checkpoint, of which training could start, without adapters."""
+    from cdiffset.checkpoint import META, read_meta
+    from cdiffset.model import load_unet, load_vae
+
+    unet, _ = load_unet(str(model.checkpoint), model.base, load_vae(model.base).config.latent_channels, "--checkpoint")
+    unet.save_pretrained(folder / "unet")
+    write_text(folder / META, json.dumps(exported_meta(model, read_meta(model.checkpoint)), indent=2) + "\n")
+
+
+def write_folder(folder: Path, pipeline, prompt_embedding, meta: dict, calibration: Calibration | None) -> None:
+    from safetensors.torch import save_file
+
     from cdiffset import pipeline as code
-    from cdiffset.checkpoint import META
+    from cdiffset.checkpoint import META, PROMPT_FILE, PROMPT_TENSOR
 
     pipeline.save_pretrained(folder)
     shutil.copyfile(code.__file__, folder / "pipeline.py")
+    save_file({PROMPT_TENSOR: prompt_embedding.contiguous()}, folder / PROMPT_FILE)  # for test.py: a part of the fingerprint
     write_text(folder / META, json.dumps(meta, indent=2) + "\n")
     if calibration:
         save(folder / "calibration.json", calibration)
 
 
-def write_examples(folder: Path, pipeline, files: list[Path]) -> None:
-    """A picture for each file: SAR, EO, confidence and expected error; with the calibrated settings, else by preset fast."""
-    import numpy as np
-
+def write_examples(folder: Path, pipeline, images: list[np.ndarray]) -> None:
+    """A picture for each image: SAR, EO, confidence and expected error; with the calibrated settings, else by preset fast."""
     from cdiffset.calibration.error_pictures import ERROR_VIEW_MAX, colours
     from cdiffset.images import to_tensor
     from utils import panel
 
     settings = pipeline.config.calibration.get("settings", {"preset": "fast"})
-    for number, file in enumerate(files):
-        sar = read_sar(file)
+    for number, sar in enumerate(images):
         out = pipeline(sar / 255, **settings)
         pictures = {"SAR": sar, "EO, translated": np.asarray(out.images[0])}
         if out.confidence:
@@ -209,12 +231,21 @@ def facts_of(model: ModelSettings, meta: dict) -> dict[str, object]:
 def push(folder: Path, name: str, private: bool) -> None:
     from huggingface_hub import HfApi
 
+    api, written = HfApi(), f"--push: {folder} is written, but"
     try:
-        HfApi().create_repo(name, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Add a C-DiffSET pipeline")
+        api.create_repo(name, private=private, exist_ok=True)
+        there = api.repo_info(name)
+        if private and not there.private:
+            raise UserError(f"{written} {name} is public already: choose another name, or make it private on its page")
+        own = {file.relative_to(folder).as_posix() for file in folder.rglob("*")} | {".gitattributes"}
+        if others := sorted({sibling.rfilename for sibling in there.siblings or ()} - own):
+            raise UserError(f"{written} {name} holds other files ({others[0]}): remove them, or choose another name")
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add a C-DiffSET pipeline")
+    except UserError:
+        raise
     except Exception as error:  # no network, no login, no rights: the libraries raise almost anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--push: {folder} is written, but could not be uploaded as {name} ({reason})") from error
+        raise UserError(f"{written} could not be uploaded as {name} ({reason})") from error
     print(f"https://huggingface.co/{name}")
 
 

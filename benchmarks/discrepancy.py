@@ -8,7 +8,7 @@ held-out scenes and writes DISCREPANCY.md, results.json and figure.png into --ou
 and evaluated variants are kept.
 
 All variants of a seed see the same batches, noise and timesteps for as many iterations in all; those with a stage 1 share it.
-The loss is the project's own (cdiffset/diffusion.py); the loop is a plain one over latents that are encoded once.
+The loss is the project's own (cdiffset/losses.py); the loop is a plain one over latents that are encoded once.
 """
 
 import copy

@@ -9,9 +9,10 @@ import json
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 from torch import nn
 
-from cdiffset.checkpoint import ADAPTER_CONFIG, WHOLE, Weights, check_tensors
+from cdiffset.checkpoint import ADAPTER_CONFIG, CONV_LAYERS, FROZEN_DIGEST, WHOLE, Weights, check_tensors, frozen_digest
 from cdiffset.errors import UserError
 
 
@@ -35,19 +36,20 @@ def add_adapters(
 
     UserError where no layer is called so.
     """
-    require_peft(option)
     from peft import LoraConfig
 
-    names = [name for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            raise UserError(f"{option}: no linear or convolution layer of the U-Net is called {target!r}")
+        called = [layer for name, layer in unet.named_modules() if f".{name}".endswith(f".{target}")]
+        if not called or not all(isinstance(layer, nn.Linear | nn.Conv2d) for layer in called):
+            found = "other layers are" if called else "none is"
+            raise UserError(f"{option}: expected names of linear and convolution layers, {found} called {target!r}")
     unet.requires_grad_(False)
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet.add_adapter(settings)
-    settings.base_model_name_or_path = stands_on  # which add_adapter removes
+    # peft removes the one and may shorten the other.
+    settings.base_model_name_or_path, settings.target_modules = stands_on, list(targets)
     for name in WHOLE:
         getattr(unet, name).requires_grad_(True)
     return unet
@@ -81,9 +83,15 @@ def read_settings(weights: Weights) -> dict:
 
 def with_adapters(unet: UNet2DConditionModel, weights: Weights, settings: dict) -> UNet2DConditionModel:
     """The U-Net that adapters stand on => the same with the WHOLE layers and the adapters that were saved, ready to train."""
+    require_peft(weights.option)
     where = f"{weights.option}: {weights.file}"
+    if frozen_digest(unet.state_dict()) != recorded_digest(weights):
+        on = settings["base_model_name_or_path"] or "the base model's own U-Net"
+        raise UserError(f"{where} holds adapters of {on}, which is another than in their training: give the one of then")
     whole = {name: value for name, value in weights.tensors.items() if name.startswith(WHOLE)}
     adapters = {name: value for name, value in weights.tensors.items() if name not in whole}
+    if {value.shape[0] for name, value in adapters.items() if ".lora_A." in name} != {settings["r"]}:
+        raise UserError(f"{where}: expected adapters of rank {settings['r']}, as {ADAPTER_CONFIG} has it, found others")
     channels = {"in_channels": whole["conv_in.weight"].shape[1], "out_channels": whole["conv_out.weight"].shape[0]}
     with torch.device("meta"):
         patched = UNet2DConditionModel.from_config({**unet.config, **channels})
@@ -96,9 +104,15 @@ def with_adapters(unet: UNet2DConditionModel, weights: Weights, settings: dict) 
     )  # fmt: skip
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    check_tensors(adapters, get_peft_model_state_dict(patched), where)
+    check_tensors(adapters, get_peft_model_state_dict(patched, save_embedding_layers=False), where)
     set_peft_model_state_dict(patched, adapters)
     return patched.eval()
+
+
+def recorded_digest(weights: Weights) -> str | None:
+    """The digest of the weights that adapters were trained on."""
+    with safe_open(weights.file.with_name(CONV_LAYERS), "pt") as file:
+        return (file.metadata() or {}).get(FROZEN_DIGEST)
 
 
 def merged(unet: UNet2DConditionModel) -> UNet2DConditionModel:

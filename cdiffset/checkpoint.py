@@ -39,6 +39,7 @@ WRAPPERS = ("module.", "unet.", "_orig_mod.")  # what DDP, pipelines and torch.c
 ADAPTER, ADAPTER_CONFIG, CONV_LAYERS = "adapter_model.safetensors", "adapter_config.json", "conv_layers.safetensors"
 ADAPTER_PREFIX = "base_model.model."  # what peft puts before names
 WHOLE = ("conv_in", "conv_out")  # layers that are trained whole beside adapters
+FROZEN_DIGEST = "frozen_sha256"  # in the metadata of CONV_LAYERS, see frozen_digest
 INDEX = ".index.json"  # what diffusers and Accelerate add to these names where the weights are split over several files
 WEIGHT_FILES = tuple(  # what a folder may hold its weights in, the first found counts
     with_variant(name, variant) for variant in (None, "fp16") for name in (*WEIGHTS, *(f"{name}{INDEX}" for name in WEIGHTS))
@@ -84,8 +85,9 @@ def read_weights(path: str, option: str, form: Form = AS_STORED, is_verified: bo
     `is_verified`: `damage` has compared the whole checkpoint with its manifest just before.
     """
     file = find_weights(Path(path).expanduser(), option)
-    if not is_verified and (listed := listed_in_manifest(file, option)) and size_and_hash(file) != listed:
-        raise UserError(f"{option}: {file} is damaged: not as it was written by {MANIFEST}, take another checkpoint")
+    for part in () if is_verified else files_of(file):
+        if (listed := listed_in_manifest(part, option)) and (not part.is_file() or size_and_hash(part) != listed):
+            raise UserError(f"{option}: {part} is damaged: not as it was written by {MANIFEST}, take another checkpoint")
     tensors, finite = read_tensors(file, option), {}
     form = AS_STORED if file.name == ADAPTER else form  # they are merged in float32
     if any(name not in tensors or tensors[name].dim() != 4 for name in ("conv_in.weight", "conv_out.weight")):
@@ -128,6 +130,11 @@ def parts_of(file: Path, option: str) -> list[Path]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{option}: {file} is no index of safetensors files ({error})") from error
     return [file.with_name(name) for name in names]
+
+
+def files_of(weights: Path) -> list[Path]:
+    """A weights file, and with adapters what belongs to them."""
+    return [weights, *(weights.with_name(name) for name in (CONV_LAYERS, ADAPTER_CONFIG) if weights.name == ADAPTER)]
 
 
 def check_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], where: str) -> None:
@@ -229,11 +236,22 @@ def save_unet(unet: UNet2DConditionModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True)
-    tensors = {f"{ADAPTER_PREFIX}{name}": value for name, value in get_peft_model_state_dict(unet).items()}
-    whole = {name: value for name, value in unet.state_dict().items() if name.startswith(WHOLE)}
+    adapters, everything = get_peft_model_state_dict(unet, save_embedding_layers=False), unet.state_dict()
+    tensors = {f"{ADAPTER_PREFIX}{name}": value for name, value in adapters.items()}
+    whole = {name: value for name, value in everything.items() if name.startswith(WHOLE)}
     for file, values in ((ADAPTER, tensors), (CONV_LAYERS, whole)):
-        save_file({name: value.cpu().contiguous() for name, value in values.items()}, folder / file)
+        contiguous = {name: value.cpu().contiguous() for name, value in values.items()}
+        save_file(contiguous, folder / file, {"format": "pt", FROZEN_DIGEST: frozen_digest(everything)})
     unet.peft_config["default"].save_pretrained(str(folder))
+
+
+def frozen_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names, shapes and first values of a U-Net's weights, without WHOLE and adapters: tells one from another."""
+    digest, own = hashlib.sha256(), {name.replace(".base_layer.", "."): value for name, value in tensors.items()}
+    for name in sorted(name for name in own if ".lora_" not in name and not name.startswith(WHOLE)):
+        first = own[name].reshape(-1)[:16].float().cpu().numpy()
+        digest.update(f"{name} {tuple(own[name].shape)}".encode() + first.astype("<f4").tobytes())
+    return digest.hexdigest()
 
 
 def hidden(folder: Path, purpose: str) -> Path:
@@ -318,10 +336,11 @@ def damage(folder: Path) -> str | None:
 
 def identity(weights: Path, option: str) -> str:
     """SHA-256 of a weights file or of all that an index names; that of a checkpoint of ours is taken from its manifest."""
-    if listed := listed_in_manifest(weights, option):
+    if weights.name != ADAPTER and (listed := listed_in_manifest(weights, option)):
         return listed["sha256"]
+    parts = files_of(weights) if weights.name == ADAPTER else parts_of(weights, option)
     try:
-        hashes = [size_and_hash(part)["sha256"] for part in parts_of(weights, option)]
+        hashes = [size_and_hash(part)["sha256"] for part in parts]
     except OSError as error:
         raise UserError(f"{option}: {error.filename} is damaged or no safetensors file ({error.strerror})") from error
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

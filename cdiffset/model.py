@@ -152,7 +152,10 @@ def build_adapted(weights: Weights, base: str, latent_channels: int, merge: bool
         unet = load_base_unet(base)
     else:
         option = f"{weights.option}: {weights.file} holds adapters of {stands_on}"
-        unet, _ = load_unet(str(find_checkpoint(stands_on, option).path), base, latent_channels, option)
+        below = read_weights(str(find_checkpoint(stands_on, option).path), option)
+        if below.are_adapters:
+            raise UserError(f"{option}, expected a U-Net's own weights there, found adapters again")
+        unet = build_unet(below, base, latent_channels)
     unet = adapter.with_adapters(unet, weights, settings)
     return adapter.merged(unet) if merge else unet
 

@@ -29,7 +29,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import BaseOutput
-from PIL import Image
+from PIL import Image, ImageOps
 
 VARIANCE_MIN, VARIANCE_MAX = 1e-6, 10.0
 # softplus(RAW_OFFSET) + 1e-6 = 1: a raw variance of 0, where conv_out's new channel starts, means unit variance.
@@ -47,7 +47,7 @@ MULTISTEP: dict[str, tuple[type, dict]] = {  # 2nd order, on predictions of the 
 PICTURE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # of Pillow: 8 bits and less
 OUTPUT_TYPES = ("pil", "np", "pt")
 MAX_STEPS, MAX_FEW_STEPS = 999, 50  # the latter but by DDIM with leading spacing: others may leave their range of timesteps
-LEVEL_TOLERANCE = 1e-3  # of an 8-bit level that was divided by 255 in float32 or float16's neighbour
+LEVEL_TOLERANCE = 1e-3  # within which a number times 255 is an 8-bit level; float32 divides by 255 far more closely
 
 
 # --------------------------------------------------------------------------------------------------- pixels and latents
@@ -132,12 +132,12 @@ def image_noise(vae: AutoencoderKL, seed: int, images: Sequence[np.ndarray]) -> 
 
 
 # -------------------------------------------------------------------------------------------------------------- sampling
-def encode_prompt(tokenizer, text_encoder, prompt: str) -> torch.Tensor:
+def encode_prompt(tokenizer, text_encoder, prompt: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """Text => [1, L, D], tokenised without padding."""
     length = {"padding": "do_not_pad", "truncation": True, "max_length": text_encoder.config.max_position_embeddings}
     tokens = tokenizer(prompt, return_tensors="pt", **length)
     with torch.no_grad():
-        return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
+        return text_encoder(tokens.input_ids.to(device))[0]
 
 
 def make_sampler(ddim: DDIMScheduler, scheduler: str = "ddim", timestep_spacing: str = "leading"):
@@ -374,9 +374,13 @@ def images_of(given) -> Iterator[np.ndarray]:
         return
     if isinstance(given, Image.Image):
         if given.mode not in PICTURE_MODES:
-            raise ValueError(f"image: expected 8 bits, found mode {given.mode}: scale it to an array in 0-1 first")
-        given = np.asarray(given.convert("RGB"))
-    elif isinstance(given, torch.Tensor):
+            modes = ", ".join(PICTURE_MODES)
+            raise ValueError(
+                f"image: expected a picture of mode {modes}, found {given.mode}: convert it, or scale an array to 0-1"
+            )
+        given = np.asarray(ImageOps.exif_transpose(given).convert("RGB"))
+    shape = list(getattr(given, "shape", ()))
+    if isinstance(given, torch.Tensor):
         given = given.detach().cpu()
         given = given.float() if given.is_floating_point() else given  # NumPy has no bfloat16
         given = (given.movedim(-3, -1) if given.ndim > 2 else given).numpy()
@@ -384,12 +388,12 @@ def images_of(given) -> Iterator[np.ndarray]:
         raise ValueError(f"image: expected PIL images, arrays, tensors or a list of them, found {type(given).__name__}")
     batch = given[None, ..., None] if given.ndim == 2 else given[None] if given.ndim == 3 else given
     if batch.ndim != 4 or batch.shape[-1] not in (1, 3) or 0 in batch.shape:
-        raise ValueError(f"image: expected 1 or 3 channels of at least one pixel, found an array of shape {given.shape}")
+        raise ValueError(f"image: expected 1 or 3 channels of at least one pixel, found shape {shape}")
     yield from np.repeat(eight_bit_scale(batch), 3 // batch.shape[-1], -1)
 
 
 def eight_bit_scale(values: np.ndarray) -> np.ndarray:
-    """uint8, or floating in 0-1 => float32 in 0-255; 8-bit levels that were divided by 255 are what they were before."""
+    """uint8, or floating in 0-1 => float32 in 0-255; levels divided by 255 in float32 or float64 are again what they were."""
     if values.dtype == np.uint8:
         return values.astype(np.float32)
     if not np.issubdtype(values.dtype, np.floating):
@@ -483,9 +487,8 @@ class CDiffSETPipeline(DiffusionPipeline):
         images = list(images_of(image))
         if not images:
             raise ValueError("image: expected at least one image, found none")
-        prompt = encode_prompt(self.tokenizer, self.text_encoder, self.config.prompt).to(
-            self._execution_device, self.unet.dtype
-        )
+        device = self._execution_device
+        prompt = encode_prompt(self.tokenizer, self.text_encoder, self.config.prompt, device).to(device, self.unet.dtype)
         sampler, translations = make_sampler(self.scheduler, settings["scheduler"], settings["timestep_spacing"]), []
         with self.progress_bar(total=len(images)) as bar:
             for together in batches_of(images, vae_factor(self.vae), batch_size):

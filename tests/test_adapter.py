@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_unet
 from peft import PeftModel
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_calibrate import translation
 from training import launch, same
@@ -141,13 +142,13 @@ def translated(checkpoint: Path, pair_folders: Path, out: Path, *options: str) -
     return np.stack([np.asarray(Image.open(file)) for file in sorted(out.glob("*.png"))]).astype(int)
 
 
-def test_commands_take_adapters_and_merge_writes_a_plain_unet(stages, pair_folders, tiny_base, tmp_path):
+def test_commands_take_adapters_and_merge_writes_a_plain_unet(stages, pair_folders, tmp_path):
     expected = translated(stages[1] / "latest", pair_folders, tmp_path / "adapters")
     words = ["--checkpoint", stages[1] / "latest", "--output", tmp_path / "merged", "--merge"]
     assert export.main([str(word) for word in words]) == 0
-    assert {file.name for file in (tmp_path / "merged").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
-    base = ("--pretrained-model-name-or-path", tiny_base)
-    plain = translated(tmp_path / "merged", pair_folders, tmp_path / "plain", *base)
+    found = {file.relative_to(tmp_path / "merged").as_posix() for file in (tmp_path / "merged").rglob("*.*")}
+    assert found == {"checkpoint.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    plain = translated(tmp_path / "merged", pair_folders, tmp_path / "plain")
     assert np.abs(plain - expected).max() <= 1  # weights that lie elsewhere in memory may round otherwise
     assert export.main(["--checkpoint", str(stages[1] / "latest"), "--output", str(tmp_path / "pipeline")]) == 0
     piped = translated(tmp_path / "pipeline", pair_folders, tmp_path / "piped")
@@ -165,6 +166,11 @@ def test_adapters_stand_on_weights_of_another_training(run, pair_folders, tiny_b
     own = load_file(full / "latest/unet/diffusion_pytorch_model.safetensors")
     frozen = [name for name in own if "attn" not in name and not name.startswith(("conv_in", "conv_out"))]
     assert frozen and all(torch.equal(unet.state_dict()[name], own[name]) for name in frozen)
+    other = run(tmp_path / "other", learning_rate=2e-2)
+    shutil.rmtree(full)
+    shutil.copytree(other, full)
+    with pytest.raises(UserError, match="holds adapters of .*/full/latest, which is another than in their training"):
+        load_unet(str(on_it / "latest"), tiny_base, 4, "--checkpoint")
     shutil.rmtree(full)
     with pytest.raises(UserError, match="holds adapters of .*/full/latest: there is no .*/full/latest"):
         load_unet(str(on_it / "latest"), tiny_base, 4, "--checkpoint")
@@ -189,7 +195,7 @@ def test_the_hub_gives_all_files_of_adapters():
         ({"lora_rank": 0}, "lora_rank: expected a whole number of at least 1, or null, found 0"),
         ({"lora_rank": 4, "lora_targets": []}, "lora_targets: expected a name or a list of names"),
         ({"lora_rank": 4, "lora_targets": ["conv_in"]}, "conv_in and conv_out are trained whole, found conv_in"),
-        ({"lora_rank": 4, "lora_targets": ["to_x"]}, "lora_targets: no linear or convolution layer .* called 'to_x'"),
+        ({"lora_rank": 4, "lora_targets": ["to_x"]}, "lora_targets: expected names of linear and convolution layers, none is called 'to_x'"),
         ({"lora_rank": 4, "fsdp": True}, "fsdp: true is not available with lora_rank"),
     ],
 )
@@ -205,7 +211,7 @@ def test_other_adapters_than_those_loaded_are_refused(stages, argv, tmp_path):
 
 def test_without_peft_it_is_one_line(stages, argv, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(UserError, match="lora_targets: adapters take peft .*pip install -r requirements-extra.txt"):
+    with pytest.raises(UserError, match="lora_rank: adapters take peft .*pip install -r requirements-extra.txt"):
         Trainer(load_config(argv(tmp_path / "run", **LORA)))
     with pytest.raises(UserError, match="accelerator_path: adapters take peft"):
         Trainer(load_config(argv(tmp_path / "other", accelerator_path=stages[0] / "latest")))
@@ -216,7 +222,13 @@ DAMAGES = [
     ("other settings", lambda folder: rewrite(folder, r="many"), "expected LoRA with whole numbers r"),
     ("another method", lambda folder: rewrite(folder, peft_type="IA3"), "expected LoRA"),
     ("DoRA", lambda folder: rewrite(folder, use_dora=True), "use_dora: not supported"),
-    ("another rank", lambda folder: rewrite(folder, r=2), "expected .*lora_A.weight of shape"),
+    (
+        "another rank",
+        lambda folder: rewrite(folder, r=2),
+        "expected adapters of rank 2, as adapter_config.json has it",
+    ),
+    ("adapters of themselves", lambda folder: rewrite(folder, base_model_name_or_path=str(folder)), "found adapters again"),
+    ("targets of other layers", lambda folder: rewrite(folder, target_modules=["0"]), "other layers are called '0'"),
     ("no convolutions", lambda folder: (folder / CONV_LAYERS).unlink(), "conv_layers.safetensors is damaged or no safetensors"),
     ("a missing tensor", lambda folder: drop_one(folder), "1 missing"),
     ("an odd convolution", lambda folder: save_odd(folder), "expected conv_in.weight of shape"),
@@ -235,7 +247,9 @@ def drop_one(folder: Path) -> None:
 
 def save_odd(folder: Path) -> None:
     tensors = load_file(folder / CONV_LAYERS)
-    save_file({**tensors, "conv_in.weight": tensors["conv_in.weight"][..., :2].contiguous()}, folder / CONV_LAYERS)
+    with safe_open(folder / CONV_LAYERS, "pt") as file:
+        kept = file.metadata()
+    save_file({**tensors, "conv_in.weight": tensors["conv_in.weight"][..., :2].contiguous()}, folder / CONV_LAYERS, kept)
 
 
 @pytest.mark.parametrize(("damage", "message"), [case[1:] for case in DAMAGES], ids=[case[0] for case in DAMAGES])
@@ -247,9 +261,34 @@ def test_damaged_adapters_are_refused_in_one_line(stages, tiny_base, tmp_path, d
     assert str(caught.value).startswith("--checkpoint: ") and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_damage_to_any_file_is_noticed(stages, tiny_base, tmp_path, name):
+    folder = shutil.copytree(stages[0] / "latest", tmp_path / "latest")
+    file = folder / "unet_ema" / name
+    file.write_bytes(file.read_bytes()[:-1] + b" ")
+    with pytest.raises(UserError, match=f"{name} is damaged: not as it was written by manifest.json"):
+        load_unet(str(folder), tiny_base, 4, "--checkpoint")
+
+
+def test_a_run_is_not_resumed_with_or_without_adapters(run, argv, tmp_path):
+    settings = {"num_iter": 2, "ema_decay": 0.9}
+    for name, first, then, words in (
+        ("plain", {}, LORA, "holds no adapters"),
+        ("adapters", LORA, {"learning_rate": 1e-2}, "holds adapters, of which this run, without lora_rank, has none"),
+    ):
+        run(tmp_path / name, **settings, **first)
+        with pytest.raises(UserError, match=f"resume: .* {words}: a run that begins with its weights takes accelerator_path"):
+            Trainer(load_config(argv(tmp_path / name, **{**settings, "num_iter": 4}, **then, resume="latest")))
+
+
+def test_phase_test_takes_adapters(stages, run, tmp_path):
+    folder = run(tmp_path / "test", phase="test", confidence=True, accelerator_path=stages[1] / "latest")
+    assert json.loads((folder / "test/report.json").read_text())["images"] == 5
+
+
 def test_adapters_of_another_base_are_refused(stages, tmp_path, tiny_base):
     base = shutil.copytree(tiny_base, tmp_path / "base")
     shutil.rmtree(base / "unet")
     tiny_unet(block_out_channels=[16, 48]).save_pretrained(base / "unet")
-    with pytest.raises(UserError, match="of shape .* wrong base model"):
+    with pytest.raises(UserError, match="holds adapters of the base model's own U-Net, which is another"):
         load_unet(str(stages[0] / "latest"), str(base), 4, "--checkpoint")

@@ -158,12 +158,13 @@ def test_an_image_is_the_same_in_every_form(pipe, sar_dir):
 
 
 BAD = [
-    ("16 bits", lambda: Image.new("I;16", (8, 8)), {}, "expected 8 bits, found mode I;16"),
+    ("16 bits", lambda: Image.new("I;16", (8, 8)), {}, "expected a picture of mode 1, L, .*, found I;16"),
     ("whole numbers", lambda: np.zeros((8, 8), np.int32), {}, "expected uint8 or floating numbers, found int32"),
     ("beyond 1", lambda: np.full((8, 8), 1.5), {}, "expected floating numbers in 0-1, found 1.5 to 1.5"),
     ("not a number", lambda: np.full((8, 8), np.nan), {}, "expected floating numbers in 0-1, found nan"),
-    ("two channels", lambda: np.zeros((8, 8, 2)), {}, r"expected 1 or 3 channels .* \(8, 8, 2\)"),
-    ("no pixel", lambda: np.zeros((0, 8)), {}, r"at least one pixel, found an array of shape \(0, 8\)"),
+    ("two channels", lambda: np.zeros((8, 8, 2)), {}, r"expected 1 or 3 channels .* shape \[8, 8, 2\]"),
+    ("no pixel", lambda: np.zeros((0, 8)), {}, r"at least one pixel, found shape \[0, 8\]"),
+    ("channels last in a tensor", lambda: torch.zeros(8, 8, 3), {}, r"found shape \[8, 8, 3\]"),
     ("five dimensions", lambda: np.zeros((1, 1, 8, 8, 3)), {}, "expected 1 or 3 channels"),
     ("a path", lambda: "sar.png", {}, "expected PIL images, arrays, tensors or a list of them, found str"),
     ("nothing", lambda: [], {}, "expected at least one image, found none"),
@@ -246,6 +247,23 @@ def test_it_computes_in_half_precision(exported, sar_dir):
     assert out.images[0].dtype == torch.float32 and out.images[0].isfinite().all()
 
 
+def test_a_turned_picture_is_turned_as_by_test_py(exported, pipe, tmp_path):
+    (tmp_path / "sar").mkdir()
+    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (16, 24), dtype=np.uint8))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture.save(tmp_path / "sar/x.png", exif=exif)
+    out = by_command(exported, tmp_path / "sar", tmp_path / "out", (), num_inference_steps=2)
+    found = pipe(Image.open(tmp_path / "sar/x.png"), num_inference_steps=2).images[0]
+    assert found.size == (16, 24) and np.array_equal(np.asarray(found), np.asarray(Image.open(out / "eo/x.png")))
+
+
+def test_a_calibration_is_not_written_into_an_exported_folder(exported, pair_folders, capsys):
+    pairs = ["--sar-dir", str(pair_folders / "train/sar"), "--eo-dir", str(pair_folders / "train/eo")]
+    assert errors.run(calibrate.main, ["--checkpoint", str(exported), *pairs]) == 2
+    assert "is an exported pipeline" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------- the folder
 def test_the_card_says_how_it_was_made(exported):
     card = (exported / "README.md").read_text()
@@ -304,8 +322,10 @@ REFUSED = [
     ("no checkpoint", {"checkpoint": "nowhere"}, "--checkpoint: there is no nowhere"),
     ("private without push", {"private": None}, "--private: it goes with --push OWNER/NAME, found none"),
     ("push without owner", {"push": "name"}, "--push: expected OWNER/NAME, found 'name'"),
+    ("merge and push", {"merge": None, "push": "a/b"}, "--merge: it writes the U-Net alone, leave out --push"),
+    ("large examples", {"examples": "large"}, "--examples: large/x.png: 1200 x 1200 px"),
     ("no examples", {"examples": "empty"}, "--examples: empty: holds no images"),
-    ("no report", {"report": "none.json"}, "none.json: No such file"),
+    ("no report", {"report": "none.json"}, "--report: none.json: No such file"),
     ("no calibration", {"calibration": "none.json"}, "there is no calibration none.json"),
     ("calibration of another model", {"calibration": "other.json"}, "other.json was made for another checkpoint"),
 ]
@@ -315,6 +335,8 @@ REFUSED = [
 def test_what_cannot_be_exported_is_refused_in_one_line(options, message, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
+    Path("large").mkdir()
+    Image.new("L", (1200, 1200)).save("large/x.png")
     values = json.loads((checkpoint / "calibration.json").read_text()) | {"model": "other"}
     Path("other.json").write_text(json.dumps(values))
     before = sorted(tmp_path.rglob("*"))

@@ -75,7 +75,8 @@ class Hub(BaseHTTPRequestHandler):
             tree = [{"type": "file", "path": name, "size": len(body), "oid": etag(body)} for name, body in files.items()]
             return self.json(tree)
         if is_api:
-            return self.json({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files], "tags": []})
+            facts = {"id": repo, "sha": commit, "private": bool(self.server.is_private)}
+            return self.json(facts | {"siblings": [{"rfilename": name} for name in files], "tags": []})
         name = "/".join(rest[2:])
         if name not in files:
             return self.refuse(404, "EntryNotFound")
@@ -91,6 +92,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.refuse(401, "Unauthorized")
         if self.path == "/api/repos/create":
             self.server.created = json.loads(body)
+            asked = self.server.created.get("visibility") == "private" or self.server.created.get("private")
+            self.server.is_private = bool(asked) and not self.server.keeps_public
             return self.json({"url": "http://127.0.0.1/owner/name", "name": "owner/name", "id": "owner/name"})
         if self.path == "/api/validate-yaml":
             return self.json({"errors": [], "warnings": []})
@@ -149,7 +152,7 @@ def hub(weights, tmp_path):
     files = {f"baselines/x/{name}": body for name, body in weights.items()}
     strange = {"README.md": b"# x", "baselines/x/pytorch_model.bin": b"pickle", "baselines/x/run.py": b"raise SystemExit(9)"}
     server.files = {COMMIT: {**files, **strange, "vae/config.json": b"{}"}, OLDER: {f"old/{n}": b for n, b in weights.items()}}
-    server.asked, server.break_after = [], None
+    server.asked, server.break_after, server.is_private, server.keeps_public = [], None, False, False
     Thread(target=server.serve_forever, daemon=True).start()
     server.environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
@@ -341,6 +344,7 @@ def test_a_pipeline_goes_up_and_is_translated_with_from_there(hub, weights, tiny
     (tmp_path / "sar").mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)).save(tmp_path / "sar/image.png")
     hub.environment["HF_TOKEN"] = "hf_token"
+    hub.files[COMMIT] = {".gitattributes": b""}
     checkpoint = ["--checkpoint", tmp_path / "unet", "--pretrained-model-name-or-path", tiny_base]
     said = python(hub, "export.py", *checkpoint, "--output", tmp_path / "out", "--push", "owner/name", "--private").stdout
     assert said.splitlines()[-1] == "https://huggingface.co/owner/name"
@@ -358,13 +362,26 @@ def test_a_pipeline_goes_up_and_is_translated_with_from_there(hub, weights, tiny
     assert not list(Path(hub.environment["HF_HOME"]).rglob("*.py"))
 
 
-def test_what_cannot_be_pushed_stays_and_is_said_in_one_line(hub, weights, tiny_base, tmp_path):
+@pytest.mark.parametrize(
+    ("token", "options", "message"),
+    [
+        (None, [], "could not be uploaded as owner/name"),
+        ("hf_token", [], "owner/name holds other files (baselines/x/config.json): remove them, or choose another name"),
+        ("hf_token", ["--private"], "owner/name is public already: choose another name, or make it private on its page"),
+    ],
+)
+def test_what_cannot_be_pushed_stays_and_is_said_in_one_line(hub, weights, tiny_base, tmp_path, token, options, message):
     (tmp_path / "unet").mkdir()
     for name, body in weights.items():
         (tmp_path / "unet" / name).write_bytes(body)
-    hub.environment.pop("HF_TOKEN", None)
+    if token:
+        hub.environment["HF_TOKEN"] = token
+    else:
+        hub.files[COMMIT] = {}
+    hub.keeps_public = bool(options)
     checkpoint = ["--checkpoint", tmp_path / "unet", "--pretrained-model-name-or-path", tiny_base]
-    said = python(hub, "export.py", *checkpoint, "--output", tmp_path / "out", "--push", "owner/name", expected=2).stderr
-    line = said.splitlines()[-1]
-    assert line.startswith(f"error: --push: {tmp_path}/out is written, but could not be uploaded as owner/name")
+    words = [*checkpoint, "--output", tmp_path / "out", "--push", "owner/name", *options]
+    said = python(hub, "export.py", *words, expected=2).stderr
+    assert said.splitlines()[-1].startswith(f"error: --push: {tmp_path}/out is written, but {message}")
     assert (tmp_path / "out/model_index.json").is_file() and "Traceback" not in said
+    assert not [path for method, path, _ in hub.asked if "/commit/" in path]

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from cdiffset import adapter
-from cdiffset.checkpoint import WHOLE, has_adapters
+from cdiffset.checkpoint import ADAPTER, has_adapters
 from cdiffset.config import Config
 from cdiffset.device import without_instructions
 from cdiffset.errors import UserError
@@ -55,6 +55,8 @@ def load_networks(
     prompt_embedding = embed_prompt(base, config.prompt).to(device)
     latent_channels = vae.config.latent_channels
     trains_adapters = config.lora_rank is not None and config.phase == "train"
+    if trains_adapters:
+        adapter.require_peft("lora_rank")
     if start is None:
         unet, origin = load_base_unet(base), f"the base model {base} (accelerator_path is null)"
         check_latent_channels(unet, vae, base)
@@ -64,6 +66,9 @@ def load_networks(
             str(start.path), base, latent_channels, option, is_verified=option == "resume", merge=not trains_adapters
         )
         origin = start.source or file
+        if option == "resume" and (file.name == ADAPTER) != trains_adapters:
+            kind = "holds no adapters" if trains_adapters else "holds adapters, of which this run, without lora_rank, has none"
+            raise UserError(f"resume: {origin} {kind}: a run that begins with its weights takes accelerator_path")
     has_variance = unet.config.out_channels == latent_channels + 1
     adds_variance = config.confidence and not has_variance and config.phase == "train"
     if adds_variance:
@@ -104,8 +109,6 @@ def adapted(unet: UNet2DConditionModel, config: Config, start: Found | None, opt
             f"{option}: {start.source or start.path} holds adapters of lora_rank {found.r}, lora_alpha {found.lora_alpha} and "
             f"lora_targets {sorted(found.target_modules)}: take the same, or merge them by export.py --merge"
         )
-    for name in WHOLE:  # a variance channel that has just been added
-        getattr(unet, name).requires_grad_(True)
     return unet
 
 
