@@ -61,7 +61,7 @@ from demo.pretrain_base import encode_all, read_tiles
 
 SIZES = {
     "tiny": Size(8, 4, 1, 1, 4, 8e-4, (0,), samples=2, steps=3, warmup=0),  # shows that the command works, nothing else
-    "small": Size(1014, 128, 220, 1030, 16, 8e-4, (0, 1, 2), samples=8, steps=8, ema_decay=0.998),
+    "small": Size(1014, 128, 350, 1650, 16, 8e-4, (0, 1, 2), samples=8, steps=8, ema_decay=0.998),
 }
 MSE, CDIFF = Variant("MSE", confidence=False), Variant("C-Diff, β = timestep")
 VARIANTS = {"mse": MSE, "mse_weighted": Variant("MSE, timesteps weighted as by C-Diff", confidence=False), "cdiff": CDIFF}

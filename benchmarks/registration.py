@@ -25,6 +25,7 @@ from cdiffset.images import to_tensor
 from data.make_sentinel_demo import (
     CORNERS,
     FACTOR,
+    MATCH_FACTOR,
     TILE_PX,
     Fragment,
     Offset,
@@ -43,7 +44,7 @@ NOWHERE = Offset(np.full(2, 0.25), np.zeros((2, 2)))
 
 
 def scores(model: Model, sar: np.ndarray, eo: np.ndarray, corners: list[tuple[int, int]]) -> np.ndarray:
-    """SAR amplitude [H, W] and EO [H, W, 3] at 20 m => the audit's score of every tile [n], as audit.csv has it."""
+    """SAR amplitude [H, W] and EO [H, W, 3] at 40 m => the audit's score of every tile [n], as audit.csv has it."""
     cut = [np.s_[y : y + TILE_PX, x : x + TILE_PX] for y, x in corners]
     tiles = [np.stack([image[place].round() for place in cut]) for image in (sar[..., None].repeat(3, -1), eo)]
     return residuals(model, *map(to_tensor, tiles)).mean((1, 2, 3)).numpy()
@@ -52,14 +53,16 @@ def scores(model: Model, sar: np.ndarray, eo: np.ndarray, corners: list[tuple[in
 def audit_fragment(model: Model, number: int, files: tuple[Path, Path], held_out: list[Fragment]) -> dict:
     """=> {"part", "offset" in px at 10 m or None, "came": scores, "registered": scores or None}."""
     fragment = locate(number)
-    intensity, eo = averaged(read(files[0], "L") ** 2), read(files[1], "RGB")
-    offset = None if fragment.part == "mismatched" else register(intensity, averaged(eo))
+    intensity, eo = read(files[0], "L") ** 2, read(files[1], "RGB")
+    coarse = (averaged(image, MATCH_FACTOR) for image in (intensity, eo))
+    offset = None if fragment.part == "mismatched" else register(*coarse)
     corners = corners_of(fragment, offset or NOWHERE, held_out)
     found = {"part": fragment.part, "offset": None, "registered": None}
-    found["came"] = scores(model, np.sqrt(intensity), averaged(moved(eo, NOWHERE)), corners)
+    sar = np.sqrt(averaged(intensity, FACTOR))
+    found["came"] = scores(model, sar, averaged(moved(eo, NOWHERE), FACTOR), corners)
     if offset is not None:
-        found["offset"] = FACTOR * float(np.abs(offset.at(CORNERS)).max())
-        found["registered"] = scores(model, np.sqrt(intensity), averaged(moved(eo, offset)), corners)
+        found["offset"] = MATCH_FACTOR * float(np.abs(offset.at(CORNERS)).max())
+        found["registered"] = scores(model, sar, averaged(moved(eo, offset), FACTOR), corners)
     return found
 
 

@@ -4,7 +4,8 @@
 
 - `regression`: pix2pix's generator with fewer channels, so that it is as large as C-DiffSET's small U-Net, trained by the mean
   absolute error alone.
-- `pix2pix` (Isola et al., CVPR 2017): U-Net generator of 64 channels and 7 levels, down to one pixel, a 70 x 70 PatchGAN,
+- `pix2pix` (Isola et al., CVPR 2017): U-Net generator of 64 channels and 6 levels, down to one pixel, a 70 x 70 PatchGAN (a
+  patch of it sees a whole tile),
   cross-entropy + 100 L1, weights from N(0, 0.02), Adam 2e-4 with β1 = 0.5, constant for the first half and falling linearly to
   0 in the second. Not as published: batches of 16, and neither dropout nor statistics of the batch in translation.
 - `pixel_diffusion`: SR3 (Saharia et al., TPAMI 2022), noise and SAR side by side into a U-Net; here on 4 x 4 patches instead of
@@ -36,17 +37,17 @@ from tqdm import trange
 from cdiffset.checkpoint import size_and_hash
 from cdiffset.config import DEFAULT_PROMPT
 from cdiffset.device import keep_freed_memory
-from cdiffset.diffusion import image_seed, sample, starting_noise
 from cdiffset.errors import Parser, UserError, run
-from cdiffset.images import list_images, to_uint8, write_png
-from cdiffset.model import embed_prompt, load_scheduler, make_sampler
+from cdiffset.images import list_images, write_png
+from cdiffset.model import embed_prompt, load_scheduler
+from cdiffset.pipeline import image_seed, make_sampler, sample, starting_noise, to_uint8
 from demo.pretrain_base import read_tiles
 
 PAIRS = REPO / "data/sentinel_demo"
 BASE = REPO / "assets/sentinel_base"
 PARTS = ("test", "unseen")
 BATCH = 16
-LEVELS = 7  # of a generator that takes 128 px down to one
+LEVELS = 6  # of a generator that takes 64 px down to one
 PATCH_PX = 4  # of the pixel diffusion
 MEAN_OF = 8  # samples
 Tiles = dict[str, torch.Tensor]  # of read_tiles
@@ -60,7 +61,7 @@ def base_hashes() -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------------------------------- networks
 class Generator(nn.Module):
-    """pix2pix's U-Net: [B, 1, 128, 128] => [B, 3, 128, 128], both in [-1, 1]."""
+    """pix2pix's U-Net: [B, 1, 64, 64] => [B, 3, 64, 64], both in [-1, 1]."""
 
     def __init__(self, width: int, dropout: float):
         super().__init__()
@@ -132,7 +133,7 @@ def autocast():
 
 
 def train_regression(tiles: Tiles, updates: int, seed: int) -> nn.Module:
-    generator = prepared(Generator(width=21, dropout=0.0))
+    generator = prepared(Generator(width=25, dropout=0.0))
     optimizer = torch.optim.AdamW(generator.parameters(), 1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, late_decay(updates))
     for sar, eo in batches(tiles, updates, seed):

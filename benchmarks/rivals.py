@@ -47,7 +47,7 @@ TITLES = {
 OUTPUTS = {"sample": "", "mean": ", mean of 8"}
 PILOT = (10, 60)  # updates of two runs, whose times differ by that of the updates between
 WARMUP = 50  # the demo's, of both stages
-STAGE1 = 220 / 1250  # of C-DiffSET's updates, as in the demo
+STAGE1 = 350 / 2000  # of C-DiffSET's updates, as in the demo
 MEAN_OF_8 = {"preset": "fast", "ensemble": 8, "ensemble_output": "mean"}
 COLUMNS = {  # path of keys in a result: title, digits
     "standard/psnr": ("PSNR [dB] ↑", 2),

@@ -1,13 +1,13 @@
-"""Make the real pairs of the demo from the Optical-SAR-dataset: registered, averaged to 20 m, cut into tiles, split by place.
+"""Make the real pairs of the demo from the Optical-SAR-dataset: registered, averaged to 40 m, cut into tiles, split by place.
 
     python data/make_sentinel_demo.py --source Optical-SAR-dataset --output data/sentinel_demo
 
 reads sar/NNN.* and eo/NNN.*, fragments of 1,024 x 1,024 px at 10 m (Sentinel-1 VH, Sentinel-2 RGB), and writes
-{train,test,unseen}/{sar,eo}/NNN_rROW_cCOL.webp, tiles of 128 x 128 px at 20 m, with the table scenes.csv and checksums.sha256.
+{train,test,unseen}/{sar,eo}/NNN_rROW_cCOL.webp, tiles of 64 x 64 px at 40 m, with the table scenes.csv and checksums.sha256.
 
-The EO is moved onto the SAR, by an offset that varies linearly over a fragment: height displaces the SAR towards its sensor.
-A fragment is left out where two halves of it give different offsets. The parts do not touch: whole fragments are held out, and
-what lies nearer to one than GUARD_PX is left out of the training.
+The EO is moved onto the SAR, matched at 20 m, by an offset that varies linearly over a fragment: height displaces the SAR
+towards its sensor. A fragment is left out where two halves of it give different offsets. The parts do not touch: whole
+fragments are held out, and what lies nearer to one than GUARD_PX is left out of the training.
 """
 
 import csv
@@ -29,11 +29,12 @@ from cdiffset.errors import Parser, UserError, run  # noqa: E402
 from cdiffset.images import list_images, require_writable, write_text, written_whole  # noqa: E402
 
 FRAGMENT_PX = 1024  # at 10 m
-FACTOR = 2  # 10 m => 20 m
+MATCH_FACTOR = 2  # fragments are matched at 20 m
+FACTOR = 4  # tiles are at 40 m, where speckle is averaged over 16 px
 SIDE_PX = FRAGMENT_PX // FACTOR
-TILE_PX = 128  # at 20 m
-GUARD_PX = 128  # at 20 m: one tile
-QUALITY = {"sar": 40, "eo": 70}  # of WebP
+TILE_PX = 64  # at 40 m
+GUARD_PX = 64  # at 40 m: one tile
+QUALITY = {"sar": 80, "eo": 90}  # of WebP
 
 # MGRS tile: zone, number of the first fragment, fragments in a row, and the first one's y, x in px at 10 m in the zone's frame.
 # Fragments of neighbouring numbers continue one another; the ground that T11SLT and T11SMT share gives their distance.
@@ -56,10 +57,10 @@ class Fragment(NamedTuple):
     mgrs_tile: str
     part: str
     zone: str
-    origin: tuple[int, int]  # y, x in px at 20 m, in the zone's frame
+    origin: tuple[int, int]  # y, x in px at 40 m, in the zone's frame
 
     def gap(self, other: "Fragment", corner: tuple[int, int] = (0, 0), side: int = SIDE_PX) -> float:
-        """Distance of a square of this fragment, from `corner` on, to another fragment, px at 20 m; below 0: they overlap."""
+        """Distance of a square of this fragment, from `corner` on, to another fragment, px at 40 m; below 0: they overlap."""
         if self.zone != other.zone:
             return np.inf
         starts = np.add(self.origin, corner)
@@ -141,17 +142,17 @@ def register(sar: np.ndarray, eo: np.ndarray) -> Offset | None:
 def moved(eo: np.ndarray, offset: Offset) -> np.ndarray:
     """EO [H, W, 3] at 10 m => the same where it belongs by `offset`."""
     middle, half = (FRAGMENT_PX - 1) / 2, FRAGMENT_PX / 2
-    slope = FACTOR * offset.slope / half  # px at 10 m per px
-    matrix, shift = np.eye(2) - slope, slope @ (middle, middle) - FACTOR * offset.centre
+    slope = MATCH_FACTOR * offset.slope / half  # px at 10 m per px
+    matrix, shift = np.eye(2) - slope, slope @ (middle, middle) - MATCH_FACTOR * offset.centre
     bands = [affine_transform(band, matrix, shift, mode="nearest") for band in np.moveaxis(eo, -1, 0)]
     return np.stack(bands, -1).clip(0, 255)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tiles
-def averaged(image: np.ndarray) -> np.ndarray:
-    """[H, W, ...] at 10 m => its means [H / 2, W / 2, ...] at 20 m."""
+def averaged(image: np.ndarray, factor: int) -> np.ndarray:
+    """[H, W, ...] => means of its squares of factor x factor px."""
     height, width, *rest = image.shape
-    return image.reshape(height // FACTOR, FACTOR, width // FACTOR, FACTOR, *rest).mean((1, 3))
+    return image.reshape(height // factor, factor, width // factor, factor, *rest).mean((1, 3))
 
 
 def locate(number: int) -> Fragment:
@@ -163,11 +164,11 @@ def locate(number: int) -> Fragment:
 
 
 def tile_corners(fragment: Fragment, offset: Offset, held_out: list[Fragment]) -> list[tuple[int, int]]:
-    """Upper left corners (y, x) in px at 20 m of the tiles of a fragment that the moved EO covers and no guard band forbids.
+    """Upper left corners (y, x) in px at 40 m of the tiles of a fragment that the moved EO covers and no guard band forbids.
 
     Where the EO was moved far, neighbouring tiles share a few px.
     """
-    margin = int(np.ceil(np.abs(offset.at(CORNERS)).max()))
+    margin = int(np.ceil(np.abs(offset.at(CORNERS)).max() * MATCH_FACTOR / FACTOR))
     starts = np.linspace(margin, SIDE_PX - margin - TILE_PX, SIDE_PX // TILE_PX).round().astype(int).tolist()
     corners = [(y, x) for y in starts for x in starts]
     if fragment.part != "train":
@@ -208,12 +209,12 @@ def make(source: Path, output: Path) -> list[dict]:
         rows.append(row)
         if fragment.part not in WRITTEN:
             continue
-        intensity, eo = averaged(read(sar_file, "L") ** 2), read(eo_file, "RGB")
-        if (offset := register(intensity, averaged(eo))) is None:
+        intensity, eo = read(sar_file, "L") ** 2, read(eo_file, "RGB")
+        if (offset := register(averaged(intensity, MATCH_FACTOR), averaged(eo, MATCH_FACTOR))) is None:
             row["part"] = "not registered"
             continue
         row |= {"offset_px": f"{np.abs(offset.at(CORNERS)).max():.2f}"}
-        images = {"sar": np.sqrt(intensity), "eo": averaged(moved(eo, offset))}
+        images = {"sar": np.sqrt(averaged(intensity, FACTOR)), "eo": averaged(moved(eo, offset), FACTOR)}
         for y, x in tile_corners(fragment, offset, held_out):
             row["tiles"] += 1
             for kind, image in images.items():

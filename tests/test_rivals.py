@@ -26,13 +26,13 @@ def parameters(network: torch.nn.Module) -> int:
 
 # -------------------------------------------------------------------------------------------------------------- networks
 def test_networks_are_of_the_published_kinds_and_of_comparable_size():
-    sar, eo = torch.zeros(2, 1, 128, 128), torch.zeros(2, 3, 128, 128)
-    generated = Generator(width=21, dropout=0.0).eval()(sar)
+    sar, eo = torch.zeros(2, 1, 64, 64), torch.zeros(2, 3, 64, 64)
+    generated = Generator(width=25, dropout=0.0).eval()(sar)
     assert generated.shape == eo.shape and generated.abs().max() <= 1
-    assert discriminator()(torch.cat([sar, eo], 1)).shape == (2, 1, 14, 14)  # 70 x 70 patches at a stride of 8 in 128 px
+    assert discriminator()(torch.cat([sar, eo], 1)).shape == (2, 1, 6, 6)  # 70 x 70 patches at a stride of 8 in 64 px
     ours = parameters(load_base_unet(str(rival_models.BASE)))
     assert parameters(pixel_unet()) == pytest.approx(ours, rel=0.05)
-    assert parameters(Generator(width=21, dropout=0.0)) == pytest.approx(ours, rel=0.05)
+    assert parameters(Generator(width=25, dropout=0.0)) == pytest.approx(ours, rel=0.05)
 
 
 def test_a_patch_of_the_discriminator_sees_70_px():
@@ -43,8 +43,8 @@ def test_a_patch_of_the_discriminator_sees_70_px():
 
 
 def test_the_generator_reaches_the_whole_image():
-    network, image = Generator(width=4, dropout=0.0).eval(), torch.rand(1, 1, 128, 128, requires_grad=True)
-    network(image)[0, :, 64, 64].sum().backward()
+    network, image = Generator(width=4, dropout=0.0).eval(), torch.rand(1, 1, 64, 64, requires_grad=True)
+    network(image)[0, :, 32, 32].sum().backward()
     assert image.grad[0, 0, [0, -1]].abs().sum() > 0
 
 

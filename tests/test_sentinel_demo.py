@@ -29,7 +29,7 @@ def planted(offset: Offset, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     moves = 2 * offset.at((there - 511.5) / 512)  # px at 10 m; small and smooth, so its inverse is itself to first order
     eo = map_coordinates(truth, (there + moves).T, order=1, mode="mirror").reshape(1024, 1024)
     speckle = rng.gamma(4, 1 / 4, truth.shape)
-    return demo.averaged((0.2 + truth) * speckle), np.repeat((40 + 120 * eo)[..., None], 3, -1)
+    return demo.averaged((0.2 + truth) * speckle, 2), np.repeat((40 + 120 * eo)[..., None], 3, -1)
 
 
 @pytest.mark.parametrize(
@@ -42,23 +42,23 @@ def planted(offset: Offset, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
 )
 def test_a_planted_offset_is_found_and_undone(offset):
     sar, eo = planted(offset, np.random.default_rng(0))
-    found = demo.register(sar, demo.averaged(eo))
+    found = demo.register(sar, demo.averaged(eo, 2))
     assert np.abs(found.at(CORNERS) - offset.at(CORNERS)).max() < 0.4
-    again = demo.register(sar, demo.averaged(demo.moved(eo, found)))
+    again = demo.register(sar, demo.averaged(demo.moved(eo, found), 2))
     assert np.abs(again.at(CORNERS)).max() < 0.3
 
 
 def test_what_does_not_match_is_not_registered():
     rng = np.random.default_rng(1)
     sar, _ = planted(Offset(np.zeros(2), np.zeros((2, 2))), rng)
-    assert demo.register(sar, demo.averaged(np.repeat(100 * ground(rng)[..., None], 3, -1))) is None
+    assert demo.register(sar, demo.averaged(np.repeat(100 * ground(rng)[..., None], 3, -1), 2)) is None
 
 
 def test_fragments_lie_where_their_numbers_say():
-    assert demo.locate(47).origin == (demo.locate(46).origin[0], demo.locate(46).origin[1] + 512)  # to the right
-    assert demo.locate(59).origin == (demo.locate(46).origin[0] + 512, demo.locate(46).origin[1])  # below, 13 further
-    assert demo.locate(50).gap(demo.locate(139)) == (847 - 1024) // 2  # T11SLT and T11SMT overlap by 177 px at 10 m
-    assert demo.locate(46).gap(demo.locate(48)) == 512 and demo.locate(46).gap(demo.locate(47)) == 0
+    assert demo.locate(47).origin == (demo.locate(46).origin[0], demo.locate(46).origin[1] + 256)  # to the right
+    assert demo.locate(59).origin == (demo.locate(46).origin[0] + 256, demo.locate(46).origin[1])  # below, 13 further
+    assert demo.locate(50).gap(demo.locate(139)) == (847 - 1024) // 4  # T11SLT and T11SMT overlap by 177 px at 10 m
+    assert demo.locate(46).gap(demo.locate(48)) == 256 and demo.locate(46).gap(demo.locate(47)) == 0
     assert demo.locate(46).gap(demo.locate(219)) == np.inf  # California and Texas
 
 
@@ -67,17 +67,17 @@ def test_the_overlap_of_two_mgrs_tiles_is_the_same_ground(samples):
     assert np.corrcoef(one[: 1024 - 183, 847:].ravel(), other[183:, : 1024 - 847].ravel())[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("margin", [0, 5])
+@pytest.mark.parametrize("margin", [0, 3])
 def test_tiles_of_a_held_out_fragment_cover_it_within_the_margin(margin):
-    offset = Offset(np.array([0.0, float(margin)]), np.zeros((2, 2)))
+    offset = Offset(np.array([0.0, 2.0 * margin]), np.zeros((2, 2)))  # px at 20 m
     corners = demo.tile_corners(demo.locate(76), offset, [])
     assert len(corners) == 16
     assert {min(corner[axis] for corner in corners) for axis in (0, 1)} == {margin}
-    assert {max(corner[axis] for corner in corners) for axis in (0, 1)} == {512 - 128 - margin}
+    assert {max(corner[axis] for corner in corners) for axis in (0, 1)} == {256 - 64 - margin}
 
 
 def boxes() -> list[tuple[Fragment, int, int]]:
-    """Fragment and upper left corner, in px at 20 m, of every tile that is shipped."""
+    """Fragment and upper left corner, in px at 40 m, of every tile that is shipped."""
     found = []
     for part in demo.WRITTEN:
         for path in (SHIPPED / part / "eo").glob("*.webp"):
@@ -115,7 +115,7 @@ def test_what_is_shipped_is_what_was_made():
     rows = list(csv.DictReader((SHIPPED / "scenes.csv").open()))
     assert sum(int(row["tiles"]) for row in rows) == len(files) / 2
     for path in list((SHIPPED / "test/eo").iterdir())[:3]:
-        assert Image.open(path).size == (128, 128) and (SHIPPED / "test/sar" / path.name).is_file()
+        assert Image.open(path).size == (64, 64) and (SHIPPED / "test/sar" / path.name).is_file()
 
 
 def test_tiles_are_made_again(samples, tmp_path):
