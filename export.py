@@ -28,6 +28,7 @@ from cdiffset.pages import render_page
 from results.table import read_reports, render
 
 MOST_EXAMPLES, EXAMPLE_PIXELS = 4, 1024**2
+LOCAL = ("work_dir", "train_feeder_args", "test_feeder_args", "latent_cache", "accelerator_path", "resume")
 APPLIED = ("settings", "curves", "spread_weight", "joint", "quantiles")  # of a calibration, what the pipeline takes along
 
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     reports = read_report(args.report) if args.report else {}
     examples = chosen_examples(args.examples) if args.examples else []
     pipeline, checkpoint, calibration = load_pipeline(model, args.calibration)
-    meta = exported_meta(model, checkpoint.meta) | {"base_folder": None}
+    meta = published(exported_meta(model, checkpoint.meta))
 
     def write(building: Path) -> None:
         write_folder(building, pipeline, checkpoint.prompt_embedding, meta, calibration)
@@ -150,6 +151,14 @@ def exported_meta(model: ModelSettings, recorded: dict) -> dict:
     return {**recorded, "config": {**config, "pretrained_model_name_or_path": model.base}}
 
 
+def published(meta: dict) -> dict:
+    """The same without folders of this machine; a local base is called by its folder's name."""
+    config = {name: value for name, value in meta["config"].items() if name not in LOCAL}
+    base = config["pretrained_model_name_or_path"]
+    config["pretrained_model_name_or_path"] = Path(base).name if Path(base).expanduser().is_dir() else base
+    return {**meta, "base_folder": None, "config": config}
+
+
 def write_merged(folder: Path, model: ModelSettings) -> None:
     """unet/ in diffusers' layout and checkpoint.json: a checkpoint, of which training could start, without adapters."""
     from cdiffset.checkpoint import META, read_meta
@@ -166,6 +175,8 @@ def write_folder(folder: Path, pipeline, prompt_embedding, meta: dict, calibrati
     from cdiffset import pipeline as code
     from cdiffset.checkpoint import META, PROMPT_FILE, PROMPT_TENSOR
 
+    for component in (pipeline.vae, pipeline.unet, pipeline.scheduler):
+        component.register_to_config(_name_or_path="")  # a folder of this machine, as a rule
     pipeline.save_pretrained(folder)
     shutil.copyfile(code.__file__, folder / "pipeline.py")
     save_file({PROMPT_TENSOR: prompt_embedding.contiguous()}, folder / PROMPT_FILE)  # for test.py: a part of the fingerprint
@@ -204,7 +215,7 @@ def model_card(
 
     unet = pipeline.unet.config
     return render_page(
-        "model_card.md.jinja", name=name, base=model.base, facts=facts_of(model, meta),
+        "model_card.md.jinja", name=name, base=meta["config"]["pretrained_model_name_or_path"], facts=facts_of(model, meta),
         has_variance=2 * unet.out_channels > unet.in_channels, calibration=calibration,
         calibration_table=calibration and table(calibration), examples=[example_name(number) for number in range(examples)],
         measured=render(reports).partition("\n\n")[2].replace("\n## ", "\n### ").strip() if reports else None,
@@ -215,7 +226,8 @@ def facts_of(model: ModelSettings, meta: dict) -> dict[str, object]:
     """What the checkpoint records of its training; of weights of another origin little."""
     config, data, best = meta["config"], meta.get("data") or {}, meta.get("best") or {}
     facts = {
-        "weights": model.source or model.checkpoint.name, "base": model.base, "prompt": repr(model.prompt),
+        "weights": model.source or model.checkpoint.name, "base": config["pretrained_model_name_or_path"],
+        "prompt": repr(model.prompt),
         "prediction type": model.prediction_type, "trained from": meta.get("started_from"), "dataset": config.get("feeder"),
         "training pairs": data.get("pairs"), "SHA-256 of their list": data.get("sha256"), "GSD [m]": meta.get("gsd_m"),
         "iterations": meta.get("iteration"), "batch size": config.get("batch_size"),

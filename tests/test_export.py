@@ -277,6 +277,14 @@ def test_the_card_says_how_it_was_made(exported):
     assert not list(exported.parent.glob(".*"))
 
 
+def test_no_folder_of_this_machine_is_published(exported, tiny_base, pair_folders):
+    texts = [(exported / name).read_text() for name in ("README.md", "checkpoint.json", "model_index.json")]
+    texts += [file.read_text() for file in exported.glob("*/config.json")]
+    for place in (tiny_base, str(pair_folders), str(exported.parent.parent)):
+        assert not [text for text in texts if place in text]
+    assert Path(tiny_base).name in texts[0]
+
+
 def test_the_card_shows_a_report(checkpoint, pair_folders, tmp_path):
     import evaluate
 
