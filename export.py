@@ -29,7 +29,6 @@ from results.table import read_reports, render
 
 MOST_EXAMPLES, EXAMPLE_PIXELS = 4, 1024**2
 LOCAL = ("work_dir", "train_feeder_args", "test_feeder_args", "latent_cache", "accelerator_path", "resume")
-APPLIED = ("settings", "curves", "spread_weight", "joint", "quantiles")  # of a calibration, what the pipeline takes along
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -140,7 +139,9 @@ def load_pipeline(model: ModelSettings, given: Path | None) -> tuple:
         loaded.vae, text_encoder, tokenizer, loaded.unet, loaded.scheduler, model.prompt,
         presets={name: sampling._asdict() for name, (sampling, _) in PRESETS.items()},
         readouts={name: {"timesteps": list(timesteps)} for name, (timesteps, _) in VARIANCE_READOUTS.items()},
-        calibration=calibration and {name: calibration.plain()[name] for name in APPLIED},
+        calibration=calibration and {
+            "settings": calibration.settings, "quantiles": calibration.quantiles, **calibration.applied()
+        },
     )  # fmt: skip
     return pipeline, loaded, calibration
 
@@ -234,6 +235,7 @@ def facts_of(model: ModelSettings, meta: dict) -> dict[str, object]:
         "learning rate": config.get("learning_rate"),
         "β of the loss": config.get("beta") if config.get("confidence") else None, "EMA": config.get("ema_decay"),
         "mixed precision": config.get("mixed_precision"), "seed": config.get("seed"),
+        "rank of the adapters": config.get("lora_rank"), "layers with adapters": config.get("lora_targets"),
         **{f"{metric} in validation": f"{value:.4g}" for metric, value in best.items()},
     }  # fmt: skip
     return {name: value for name, value in facts.items() if value is not None}

@@ -49,12 +49,12 @@ class Calibration:
         """Maps of one shape, by name => expected error in 8-bit units, float64 of that shape."""
         from cdiffset.pipeline import expected_error  # here and below: slow to import, and no command needs it for --help
 
-        return expected_error(self.plain(), maps)
+        return expected_error(self.applied(), maps)
 
-    def plain(self) -> dict:
-        """All of it, curves as {"x", "y"}."""
+    def applied(self) -> dict:
+        """What `pipeline.expected_error` takes."""
         curves = {name: curve._asdict() for name, curve in self.curves.items()}
-        return {**asdict(self), "curves": curves, "joint": self.joint and self.joint._asdict()}
+        return {"curves": curves, "spread_weight": self.spread_weight, "joint": self.joint and self.joint._asdict()}
 
 
 # -------------------------------------------------------------------------------------------------------------- fitting
@@ -126,7 +126,7 @@ def path_beside(checkpoint: str | Path) -> Path:
 
 
 def save(path: Path, calibration: Calibration) -> None:
-    write_text(path, json.dumps(calibration.plain(), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(asdict(calibration) | calibration.applied(), indent=1, allow_nan=False) + "\n")
 
 
 def load(path: Path, settings: dict | None = None) -> Calibration:

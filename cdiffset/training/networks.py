@@ -53,7 +53,26 @@ def load_networks(
     vae = load_vae(base, AUTOCAST_DTYPES[accelerator.mixed_precision]).to(device, memory_format=torch.channels_last)
     scheduler = load_scheduler(base, config.prediction_type)
     prompt_embedding = embed_prompt(base, config.prompt).to(device)
-    latent_channels = vae.config.latent_channels
+    unet = starting_unet(config, vae, start, option, log)
+    check_prompt_width(unet, prompt_embedding, base, option)
+    if config.phase == "train" and (own := base_prediction_type(base)) != config.prediction_type:
+        what = "warning: prediction_type is %s, but the scheduler of the base model %s says %s: its U-Net has to learn another"
+        log.info(f"{what} target; set prediction_type: %s unless you mean that", config.prediction_type, base, own, own)
+    if note := without_instructions(device, accelerator.mixed_precision):
+        log.info(note)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    # fully_shard and bitsandbytes want their weights contiguous.
+    channels_last = config.optimizer in FUSED and not config.fsdp
+    unet = unet.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return Networks(vae, scheduler, prompt_embedding, unet)
+
+
+def starting_unet(
+    config: Config, vae: AutoencoderKL, start: Found | None, option: str, log: logging.Logger
+) -> UNet2DConditionModel:
+    """The U-Net that a run begins with, on the CPU, with the channels of its stage and, if asked for, adapters."""
+    base, latent_channels = config.pretrained_model_name_or_path, vae.config.latent_channels
     trains_adapters = config.lora_rank is not None and config.phase == "train"
     if trains_adapters:
         adapter.require_peft("lora_rank")
@@ -76,7 +95,6 @@ def load_networks(
     elif has_variance and not config.confidence and config.phase == "train":
         expected = f"stage 1 (confidence: false) expects {latent_channels} output channels"
         raise UserError(f"{option}: {expected}, {origin} has {latent_channels + 1}: it is a stage 2 checkpoint")
-    check_prompt_width(unet, prompt_embedding, base, option)
     if trains_adapters:
         unet = adapted(unet, config, start, option)
         log.info("adapters: %s of %s weights are trained", *adapter.counted(unet))
@@ -84,17 +102,7 @@ def load_networks(
     log.info(", ".join(f"{name} {getattr(config, name)}" for name, _ in launch.SETTINGS.values()))
     added = ", with a variance channel added (stage 1 takes confidence: false)" if adds_variance else ""
     log.info("%s: %s, U-Net from %s%s", config.phase, stage, origin, added)
-    if config.phase == "train" and (own := base_prediction_type(base)) != config.prediction_type:
-        what = "warning: prediction_type is %s, but the scheduler of the base model %s says %s: its U-Net has to learn another"
-        log.info(f"{what} target; set prediction_type: %s unless you mean that", config.prediction_type, base, own, own)
-    if note := without_instructions(device, accelerator.mixed_precision):
-        log.info(note)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    # fully_shard and bitsandbytes want their weights contiguous.
-    channels_last = config.optimizer in FUSED and not config.fsdp
-    unet = unet.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    return Networks(vae, scheduler, prompt_embedding, unet)
+    return unet
 
 
 def adapted(unet: UNet2DConditionModel, config: Config, start: Found | None, option: str) -> UNet2DConditionModel:
