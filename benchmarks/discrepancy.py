@@ -36,7 +36,7 @@ from tqdm import tqdm
 from benchmarks.discrepancy_report import Results, figure, report
 from benchmarks.measures import TEST, TRAIN, draw_scenes, evaluate
 from cdiffset.config import DEFAULT_PROMPT
-from cdiffset.device import keep_freed_memory
+from cdiffset.device import keep_freed_memory, quickest_autocast
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import written_whole
 from cdiffset.losses import target_of, training_loss
@@ -238,7 +238,7 @@ def train(unet, loss_of, latents: torch.Tensor, size: Size, iterations: int, see
         timesteps = torch.randint(1000, (size.batch_size,), generator=generator).to(device)
         noise = torch.randn(batch, generator=generator).to(device)
         z_sar, z_eo = latents[picked].to(device).unbind(1)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with quickest_autocast(device):
             loss = loss_of(unet, z_sar, z_eo, noise, timesteps)
         loss.backward()
         optimizer.step()
@@ -290,7 +290,7 @@ def evaluate_job(job: Job, output: Path, base: str, size: Size, device: str) -> 
     trained = replace(job, level=trained_at(job.level, size)).folder(output)
     unet = load_unet(str(trained), base, vae.config.latent_channels, "evaluate")[0].to(device).eval()
     thorough = job.variant in AT_EVERY_LEVEL and job.level == "standard"
-    with torch.autocast(torch.device(device).type, torch.bfloat16):
+    with quickest_autocast(device):
         model = Model(unet, vae, load_scheduler(base, "epsilon"), prompt)
         numbers, maps = evaluate(model, scenes, size, size.samples if thorough else 1, thorough)
     if thorough:

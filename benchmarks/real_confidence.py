@@ -50,7 +50,7 @@ from benchmarks.rival_models import BASE, PAIRS, base_hashes
 from cdiffset.auditing.residual import TIMESTEPS
 from cdiffset.calibration import calibration
 from cdiffset.config import DEFAULT_PROMPT
-from cdiffset.device import keep_freed_memory
+from cdiffset.device import keep_freed_memory, quickest_autocast
 from cdiffset.errors import Parser, run
 from cdiffset.evaluation.baselines import trivial_baselines
 from cdiffset.evaluation.uncertainty import auroc, ause, spearman
@@ -274,7 +274,7 @@ def evaluate_seed(output: Path, name: str, seed: int) -> dict:
     }
     (test_scenes, places), (unseen_scenes, _) = read_part("test", size.test), read_part("unseen", size.test)
     planted = plant_changes(test_scenes, places)
-    with torch.autocast("cpu", torch.bfloat16):
+    with quickest_autocast("cpu"):
         parts = {kind: Sampled(models[kind], test_scenes, size) for kind in VARIANTS}
         test, unseen = parts["cdiff"], Sampled(models["cdiff"], unseen_scenes, size)
         changed = Sampled(models["cdiff"], planted, size)

@@ -12,8 +12,8 @@
   single pixels, and the network predicts the clean image and is trained by the error of v (Li and He, arXiv 2511.13720). The
   U-Net is as large as C-DiffSET's, and starts from nothing.
 
-Batches of 16, bfloat16, memory settings: all methods alike. Writes PART/OUTPUT/eo/*.png for the parts
-`test` and `unseen`, and record.json.
+Batches of 16, memory settings and precision (bfloat16 where the CPU has it): all methods alike. Writes PART/OUTPUT/eo/*.png for
+the parts `test` and `unseen`, and record.json.
 """
 
 import copy
@@ -36,7 +36,7 @@ from tqdm import trange
 
 from cdiffset.checkpoint import size_and_hash
 from cdiffset.config import DEFAULT_PROMPT
-from cdiffset.device import keep_freed_memory
+from cdiffset.device import keep_freed_memory, quickest_autocast
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import list_images, write_png
 from cdiffset.model import embed_prompt, load_scheduler
@@ -128,16 +128,12 @@ def late_decay(updates: int) -> Callable[[int], float]:
     return lambda update: min(1.0, 2 * (1 - update / updates))
 
 
-def autocast():
-    return torch.autocast("cpu", torch.bfloat16)
-
-
 def train_regression(tiles: Tiles, updates: int, seed: int) -> nn.Module:
     generator = prepared(Generator(width=25, dropout=0.0))
     optimizer = torch.optim.AdamW(generator.parameters(), 1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, late_decay(updates))
     for sar, eo in batches(tiles, updates, seed):
-        with autocast():
+        with quickest_autocast("cpu"):
             generated = generator(sar)
         F.l1_loss(generated.float(), eo).backward()
         optimizer.step()
@@ -155,12 +151,12 @@ def train_pix2pix(tiles: Tiles, updates: int, seed: int) -> nn.Module:
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, late_decay(updates)) for optimizer in optimizers]
 
     def adversarial(sar: torch.Tensor, eo: torch.Tensor, is_real: bool) -> torch.Tensor:
-        with autocast():
+        with quickest_autocast("cpu"):
             logits = critic(torch.cat([sar, eo], 1))
         return F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(logits, float(is_real), dtype=torch.float32))
 
     for sar, eo in batches(tiles, updates, seed):
-        with autocast():
+        with quickest_autocast("cpu"):
             generated = generator(sar)
         critic_loss = 0.5 * (adversarial(sar, eo, True) + adversarial(sar, generated.detach(), False))
         critic_loss.backward()
@@ -191,7 +187,7 @@ def train_pixel_diffusion(tiles: Tiles, updates: int, seed: int) -> nn.Module:
         noise = torch.randn(eo.shape, generator=generator)
         noised = scheduler.add_noise(eo, noise, timesteps)
         noisy = torch.cat([F.pixel_unshuffle(sar, PATCH_PX), F.pixel_unshuffle(noised, PATCH_PX)], 1)
-        with autocast():
+        with quickest_autocast("cpu"):
             predicted = unet(noisy, timesteps, prompt).sample
         squared = (predicted.float() - F.pixel_unshuffle(eo, PATCH_PX)) ** 2
         (v_weight(scheduler.alphas_cumprod[timesteps])[:, None, None, None] * squared).mean().backward()
@@ -207,7 +203,7 @@ def train_pixel_diffusion(tiles: Tiles, updates: int, seed: int) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------- translation
 @torch.no_grad()
 def generate(generator: nn.Module, sar: torch.Tensor) -> torch.Tensor:
-    with autocast():
+    with quickest_autocast("cpu"):
         return generator(sar).float()
 
 
@@ -220,7 +216,7 @@ def diffuse(unet: nn.Module, sar: torch.Tensor, spacing: str, steps: int, sample
     shape = (3 * PATCH_PX**2, *patches.shape[2:])
     for number in range(samples):
         noise = torch.cat([starting_noise(image_seed(number, each.numpy()), shape) for each in sar])
-        with autocast():
+        with quickest_autocast("cpu"):
             total += F.pixel_shuffle(sample(unet, scheduler, patches, noise, prompt, steps)[0], PATCH_PX).clamp(-1, 1)
     return total / samples
 

@@ -26,12 +26,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.harness import REPO, machine, memory_mib, table, watched, words, write_json
 
 # isort: split
+import torch
 from matplotlib.figure import Figure
 
 import utils
 from benchmarks.discrepancy import check_settings
 from benchmarks.discrepancy_report import cell
 from benchmarks.rival_models import BASE, METHODS, PAIRS, PARTS, base_hashes
+from cdiffset.device import quickest_precision
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.evaluation.evaluate import evaluate_folders, resampled_means
 from cdiffset.evaluation.folders import EvaluationFolders
@@ -47,6 +49,8 @@ TITLES = {
 OUTPUTS = {"sample": "", "mean": ", mean of 8"}
 PILOT = (10, 60)  # updates of two runs, whose times differ by that of the updates between
 WARMUP = 50  # the demo's, of both stages
+PRECISION = quickest_precision(torch.device("cpu"))
+MIXED = {"bf16": "bf16", "fp32": "no"}  # as main.py names them
 STAGE1 = 350 / 2000  # of C-DiffSET's updates, as in the demo
 MEAN_OF_8 = {"preset": "fast", "ensemble": 8, "ensemble_output": "mean"}
 COLUMNS = {  # path of keys in a result: title, digits
@@ -84,7 +88,7 @@ def training_commands(job: Job, output: Path) -> list[list[str]]:
         options = {"method": job.method, "updates": job.updates, "seed": job.seed, "output": folder}
         return [["benchmarks/rival_models.py", *words(options)]]
     first = max(1, round(STAGE1 * job.updates))
-    common = {"seed": job.seed, "num_warmup": min(WARMUP, first), "val_len": 8, "mixed_precision": "bf16"}
+    common = {"seed": job.seed, "num_warmup": min(WARMUP, first), "val_len": 8, "mixed_precision": MIXED[PRECISION]}
     common["latent_cache"] = output / "latents"
     stage1 = {"config": "configs/demo.yaml", **common}
     if job.method == "mse":
@@ -107,7 +111,7 @@ def translation_commands(job: Job, output: Path) -> dict[tuple[str, str], list[s
     for part in PARTS:
         for name, sampling in (("sample", {}), ("mean", MEAN_OF_8)):
             options = {
-                "sar_dir": PAIRS / part / "sar", "checkpoint": folder / "stage2/best", "batch_size": 32, "precision": "bf16",
+                "sar_dir": PAIRS / part / "sar", "checkpoint": folder / "stage2/best", "batch_size": 32, "precision": PRECISION,
                 "output_dir": folder / part / name / "eo", **sampling,
             }  # fmt: skip
             commands[part, name] = ["test.py", *words(options)]

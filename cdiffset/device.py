@@ -60,6 +60,17 @@ def without_instructions(device: torch.device, precision: str) -> str | None:
     return f"note: this CPU has no instructions for {precision}, float32 is several times faster on it"
 
 
+def quickest_precision(device: torch.device) -> str:
+    """bf16 where the device has instructions for it, else fp32."""
+    return "fp32" if without_instructions(device, "bf16") else "bf16"
+
+
+def quickest_autocast(device: str) -> torch.autocast:
+    """Mixed precision where the device has instructions for bfloat16; a CPU without them is several times faster in float32."""
+    enabled = quickest_precision(torch.device(device)) == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled)
+
+
 def be_deterministic(wanted: bool, device: torch.device) -> None:
     """Have a GPU come to the same bits in every run, or allow it kernels that add up in any order: of gradients, above all.
 

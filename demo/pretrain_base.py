@@ -32,6 +32,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm, trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from cdiffset.device import quickest_autocast
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import list_images, read_eo, read_sar
 from cdiffset.model import embed_prompt, load_vae
@@ -151,7 +152,7 @@ def train_vae(images: dict[str, torch.Tensor], steps: int, batch: int) -> Autoen
     def loss_of_step(generator: torch.Generator) -> torch.Tensor:
         kind = "sar" if torch.randint(3, (), generator=generator) == 0 else "eo"
         pixels = draw_pixels(images[kind], batch, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with quickest_autocast("cpu"):
             posterior = vae.encode(pixels).latent_dist
             restored = vae.decode(posterior.sample(generator)).sample
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
@@ -192,7 +193,7 @@ def make_scheduler(output: Path, recipe: Recipe) -> None:
 def encode_all(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """uint8 [N, 3, H, W] => latents [N, C, h, w], fp16."""
     chunks = tqdm(images.split(64), desc="encoding", mininterval=5)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), quickest_autocast("cpu"):
         return torch.cat([encode(vae, chunk.float() / 127.5 - 1) for chunk in chunks]).half()
 
 
@@ -220,7 +221,7 @@ def train_unet(vae: AutoencoderKL, output: Path, eo: torch.Tensor, recipe: Recip
         noise = torch.randn(clean.shape, generator=generator)
         target = noise if recipe.prediction_type == "epsilon" else scheduler.get_velocity(clean, noise, timesteps)
         caption = captions[int(torch.rand((), generator=generator) < 0.1)]
-        with torch.autocast("cpu", torch.bfloat16):
+        with quickest_autocast("cpu"):
             noisy = scheduler.add_noise(clean, noise, timesteps)
             predicted = unet(noisy, timesteps, caption.expand(len(clean), -1, -1)).sample
         return F.mse_loss(predicted.float(), target)
