@@ -16,7 +16,7 @@ import numpy as np
 
 from cdiffset.calibration import calibration
 from cdiffset.calibration.calibration import LEVELS, Calibration
-from cdiffset.errors import Parser, UserError, run
+from cdiffset.errors import Parser, Skipped, UserError, run
 from cdiffset.images import require_declared_range, require_writable
 from cdiffset.inference.options import (
     add_eo_range,
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--output: cannot write {output}: {error}") from error
     print(table(fitted), f"\nCalibration: {output}")
     if skipped:
-        names = ", ".join(str(pair.eo) for pair in skipped[:3])
+        names = ", ".join(str(pair.eo) for pair in list(skipped)[:3])
         print(f"{len(skipped)} of {len(pairs)} pairs skipped for the reasons above: {names}", file=sys.stderr)
     return 1 if skipped else 0
 
@@ -130,7 +130,7 @@ def split(count: int, seed: int) -> dict[str, np.ndarray]:
 
 def collect(
     translator, pairs: list, seed: int, eo_range: tuple[float, float] | None, max_pixels: int
-) -> tuple[dict[int, Drawn], list]:
+) -> tuple[dict[int, Drawn], Skipped]:
     """Translate every pair => (what is drawn from the pixels of each that count, by its index; pairs that cannot be used)."""
     from cdiffset.inference.batching import batches_of_one_size, file_threads
     from cdiffset.pairing import read_unstretched_pair
@@ -141,9 +141,13 @@ def collect(
     def read(pair) -> tuple[np.ndarray, ...]:
         return read_unstretched_pair(pair, read_whole(pair.sar, options, checkpoint.meta), eo_range, max_pixels)
 
-    pixels, skipped = {}, []
+    pixels, skipped = {}, Skipped()
+
+    def skip(index: int, reason: object) -> None:
+        skipped.add(pairs[index], reason)
+
     batches = batches_of_one_size(
-        pairs, read, checkpoint.factor, translator.batch_sizes, skipped, "translating", file_threads(checkpoint.device)
+        pairs, read, checkpoint.factor, translator.batch_sizes, skip, "translating", file_threads(checkpoint.device)
     )
     for indices, (sar, *truths) in batches:
         for index, translation, eo, valid in zip(indices, translator(sar), *truths, strict=True):

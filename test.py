@@ -8,13 +8,14 @@ import argparse
 import hashlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cdiffset import ranks
 from cdiffset.calibration.calibration import Calibration, path_beside
 from cdiffset.calibration.calibration import load as load_calibration
-from cdiffset.errors import Parser, UserError, run
+from cdiffset.errors import Parser, Skipped, UserError, run
 from cdiffset.images import require_utf8, require_writable
 from cdiffset.inference.options import (
     MachineSettings,
@@ -70,7 +71,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 where single images were skipped."""
-    args = make_parser().parse_args(argv)
+    skipped = translate(make_parser().parse_args(argv))
+    if skipped:
+        print(f"{len(skipped)} skipped: {', '.join(str(path) for path in list(skipped)[:3])}", file=sys.stderr)
+    return 1 if ranks.total_over_ranks(len(skipped)) else 0
+
+
+def translate(args: argparse.Namespace, load: Callable | None = None, on_progress: Callable | None = None) -> Skipped:
+    """All that the command does => the files that were skipped.
+
+    load: in place of `translator.load_checkpoint`, e.g. one that keeps what it has loaded; on_progress: see `Translator`.
+    """
     check(args)
     settings = settings_of(args)
     if ranks.rank_and_world_size()[0] == 0:
@@ -81,8 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     calibration, meta = find_calibration(args, settings), read_meta(settings.model.checkpoint)
     settings = replace(settings, radiometry=as_trained(settings.radiometry, meta.get("radiometry") or {}))
     folders = {kind: folder for kind, option in FOLDER_OPTIONS.items() if (folder := output_folders(args).get(option))}
-    tasks, failures = find_tasks(
-        args.sar_dir, folders, scene_options_given(args), settings.tiles.tile, settings.radiometry, meta
+    skipped = Skipped()
+    tasks = find_tasks(
+        args.sar_dir, folders, scene_options_given(args), settings.tiles.tile, settings.radiometry, meta, skipped
     )
     check_fused(args, settings, tasks)
     settings = replace(settings, radiometry=with_folder_stretch(settings.radiometry, tasks, meta))
@@ -92,10 +104,15 @@ def main(argv: list[str] | None = None) -> int:
     if len(todo) < len(own):
         print(f"{len(own) - len(todo)} of {len(own)} images are there already")
     if todo:
-        failures += translate(args, settings, calibration, records, todo)
-    if failures:
-        print(f"{len(failures)} skipped: {', '.join(str(path) for path in failures[:3])}", file=sys.stderr)
-    return 1 if ranks.total_over_ranks(len(failures)) else 0
+        from cdiffset.inference.translator import Translator, load_checkpoint
+        from cdiffset.scenes.translation import Run
+
+        with_fingerprint = calibration is not None or any(task.is_scene for task in todo)
+        checkpoint = load_networks(args, settings, calibration, with_fingerprint, load or load_checkpoint)
+        translator = Translator(checkpoint, settings.sampling, settings.machine.batch_size, on_progress)
+        run = Run(translator, settings.tiles, settings.radiometry, calibration, args.overlay_threshold, records)
+        do_tasks(run, todo, skipped, args.output_dir)
+    return skipped
 
 
 # ------------------------------------------------------------------------------------------------------ what is asked for
@@ -218,36 +235,33 @@ def check_fused(args: argparse.Namespace, settings: Settings, tasks: list[Task])
         )
 
 
-def translate(
-    args: argparse.Namespace,
-    settings: Settings,
-    calibration: Calibration | None,
-    records: dict[str, OutputRecord],
-    todo: list[Task],
-) -> list[Path]:
-    """Load the networks and do the tasks => those files that were skipped."""
-    with_fingerprint = calibration is not None or any(task.is_scene for task in todo)
-    from cdiffset.inference.translator import Translator, load_checkpoint
-    from cdiffset.scenes.translation import Run, translate_tasks
-
+def load_networks(
+    args: argparse.Namespace, settings: Settings, calibration: Calibration | None, with_fingerprint: bool, load: Callable
+):
+    """The checkpoint, loaded. UserError where it lacks what is asked for, or the calibration was made for another."""
     needing_variance = [option for option in ("--conf-dir", "--variance-dir") if option in output_folders(args)]
     if calibration and "variance" in calibration.curves:
         needing_variance.append("--calibration")
-    checkpoint = load_checkpoint(settings.model, settings.machine, needing_variance, with_fingerprint)
+    checkpoint = load(settings.model, settings.machine, needing_variance, with_fingerprint)
     if calibration and calibration.model != checkpoint.fingerprint:
         path = calibration_path(args, settings)
         raise UserError(f"--calibration: {path} was made for another checkpoint, base model or prompt")
-    translator = Translator(checkpoint, settings.sampling, settings.machine.batch_size)
-    common = Run(translator, settings.tiles, settings.radiometry, calibration, args.overlay_threshold, records)
-    started = time.monotonic()
+    return checkpoint
+
+
+def do_tasks(run, todo: list[Task], skipped: Skipped, output_dir: Path) -> None:
+    """run: a `scenes.translation.Run`."""
+    from cdiffset.scenes.translation import translate_tasks
+
+    started, before = time.monotonic(), len(skipped)
     try:
-        failures = translate_tasks(common, todo)
+        translate_tasks(run, todo, skipped)
     except OSError as error:
         raise UserError(f"cannot write the outputs: {error}") from error
-    seconds, done, (rank, world_size) = time.monotonic() - started, len(todo) - len(failures), ranks.rank_and_world_size()
+    seconds, done = time.monotonic() - started, len(todo) - (len(skipped) - before)
+    rank, world_size = ranks.rank_and_world_size()
     whose = f"process {rank + 1} of {world_size}: " if world_size > 1 else ""
-    print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {args.output_dir}")
-    return failures
+    print(f"{whose}{done} images translated in {seconds:.1f} s, {done / seconds:.2f} images/s, into {output_dir}")
 
 
 if __name__ == "__main__":

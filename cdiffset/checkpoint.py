@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -269,11 +270,18 @@ def seal(folder: Path) -> None:
 
 
 def size_and_hash(file: Path) -> dict:
+    found = file.stat()
+    return {"bytes": found.st_size, "sha256": _hashed(file, found.st_size, found.st_mtime_ns)}
+
+
+@lru_cache
+def _hashed(file: Path, size: int, mtime_ns: int) -> str:
+    """SHA-256; a process that asks again, e.g. the web page, does not read gigabytes again while the file is the same."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(2**20):
             digest.update(block)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -6,6 +6,8 @@ import re
 import sys
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
 
 
@@ -15,6 +17,14 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """A run that a signal asked to stop; commands print it as one line and exit with code STOPPED."""
+
+
+class Skipped(dict):
+    """{what could not be used: why}. Every entry is reported on stderr as it comes."""
+
+    def add(self, item, reason: object) -> None:
+        self[item] = str(reason)
+        tqdm.write(f"skipped: {reason}", file=sys.stderr)
 
 
 def message_of(error: UserError) -> str:

@@ -366,8 +366,8 @@ def _read_picture(path: Path, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
     with Image.open(path, formats=PICTURE_FORMATS) as image:
         require_size(path, image.height, image.width, len(image.getbands()), max_pixels)
         # MPO is the JPEG of drones and phones: its later frames are previews and depth maps of the first.
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise UserError(f"{path}: {image.n_frames} frames; expected one image")
+        if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+            raise UserError(f"{path}: {frames} frames; expected one image")
         if image.format == "PNG" and image.mode != "I;16" and "16" in str(image.tile[0].args):
             return _read_raster(path, max_pixels, "PNG")  # Pillow would cut 16-bit colour down to 8 bits
         upright = ImageOps.exif_transpose(image)

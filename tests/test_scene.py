@@ -138,7 +138,9 @@ def test_an_identity_model_returns_its_input(tmp_path, size):
     same = Identity()
     checkpoint = LoadedCheckpoint(same, same, same, torch.zeros(1, 2, 4), torch.device("cpu"), "fp32", 4, {}, None, "0")
     sampling = SamplingSettings(1, "ddim", "leading", 2, "midpoint", 1, "first")
-    model = SimpleNamespace(checkpoint=checkpoint, sampling=sampling, scheduler=same, variance_timesteps=(481,))
+    model = SimpleNamespace(
+        checkpoint=checkpoint, sampling=sampling, scheduler=same, variance_timesteps=(481,), on_progress=None
+    )
     pixels = RNG.integers(0, 256, size, dtype=np.uint8)
     sar, outputs = [save(tmp_path / "a.tif", pixels)], {"eo": tmp_path / "eo/a.tif"}
     translate_scene(model, sar, outputs, TileSettings(64, 24), 5, RadiometryOptions())

@@ -462,7 +462,7 @@ def test_the_audit_scores_the_pixels_that_count(one_pair, tmp_path):
             return [residual]
 
     record = OutputRecord(tmp_path / "out" / "maps", {}, skip_existing=False)
-    assert write_maps(Auditor(**network()), [one_pair], tmp_path / "out", record, (0, 1), 10**6) == []
+    assert write_maps(Auditor(**network()), [one_pair], tmp_path / "out", record, (0, 1), 10**6) == {}
     counted = ~excluded()
     np.testing.assert_allclose(seen[0][counted], picture(1)[counted], atol=1e-4)
     assert np.isfinite(seen[0]).all() and np.array_equal(seen[0][0], seen[0][6])  # continued by the nearest row that counts

@@ -8,6 +8,7 @@ from scipy.ndimage import distance_transform_edt
 
 from cdiffset.auditing.report import map_path
 from cdiffset.auditing.residual import residual_map, upsampled
+from cdiffset.errors import Skipped
 from cdiffset.images import read_sar_valid, write_tiff
 from cdiffset.inference.batching import batches_of_one_size, skip_too_long
 from cdiffset.inference.record import OutputRecord
@@ -42,7 +43,7 @@ def write_maps(
     record: OutputRecord,  # of the folder of the maps
     eo_range: tuple[float, float] | None,  # as for `images.read_unstretched_eo`
     max_pixels: int,
-) -> list[Pair]:
+) -> Skipped:
     """Write the map of every pair, NaN where its EO does not count => the pairs that were skipped."""
     todo = [pair for pair in pairs if not (record.skip_existing and record.has(map_path(output, pair)))]
     if len(todo) < len(pairs):
@@ -52,13 +53,17 @@ def write_maps(
         sar, eo, valid = read_unstretched_pair(pair, read_sar_valid(pair.sar, max_pixels), eo_range, max_pixels)
         return sar, continued(eo, valid), valid
 
-    skipped: list[Pair] = []
+    skipped = Skipped()
+
+    def skip(index: int, reason: object) -> None:
+        skipped.add(todo[index], reason)
+
     for indices, (sar, eo, valid) in batches_of_one_size(
-        todo, read, auditor.checkpoint.factor, auditor.batch_sizes, skipped, "auditing"
+        todo, read, auditor.checkpoint.factor, auditor.batch_sizes, skip, "auditing"
     ):
         for index, discrepancy, counted in zip(indices, auditor(sar, eo), valid, strict=True):
             record.write()
-            with skip_too_long(todo[index], todo[index].eo, skipped):
+            with skip_too_long(skipped, todo[index], todo[index].eo):
                 write_tiff(map_path(output, todo[index]), np.where(counted, discrepancy, np.float32(np.nan)))
     return skipped
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cdiffset.errors import UserError
+from cdiffset.errors import Skipped, UserError
 from cdiffset.images import without_georeference
 
 MOST_WAITING = 2**30  # bytes of images read that wait for others of their size
@@ -63,14 +62,14 @@ def batches_of_one_size(
     read: Callable,  # item => images of one size, [H, W, 3] each
     factor: int,  # sizes are the same that are padded to the same multiple of it
     batch_size: Callable[[int, int], int],  # padded height and width => images together; UserError: it cannot be done at all
-    unreadable: list,
+    skip: Callable[[int, object], None],  # takes the index of an item that cannot be used, and the reason
     what: str,
     threads: int = 1,
 ) -> Iterator[tuple[tuple[int, ...], tuple[tuple[np.ndarray, ...], ...]]]:
     """Read items into images, and batch those of one padded size => (indices of the items, images of each kind).
 
-    Items that `read` or `batch_size` refuses are reported on stderr and go to `unreadable`. Where too many bytes wait for
-    images of their size, the largest group goes as it is.
+    Items that `read` or `batch_size` refuses are skipped. Where too many bytes wait for images of their size, the largest group
+    goes as it is.
     """
     waiting: dict[tuple[int, int], list[tuple[int, tuple[np.ndarray, ...]]]] = {}
     held = 0
@@ -89,8 +88,7 @@ def batches_of_one_size(
                 key = tuple(-(-side // factor) * factor for side in images[0].shape[:2])
                 together = batch_size(*key)
             except UserError as error:
-                unreadable.append(items[index])
-                bar.write(f"skipped: {error}", file=sys.stderr)
+                skip(index, error)
                 bar.update()
                 continue
             waiting.setdefault(key, []).append((index, images))
@@ -104,15 +102,14 @@ def batches_of_one_size(
 
 
 @contextmanager
-def skip_too_long(item, source: Path, skipped: list) -> Iterator[None]:
-    """Within, an output of `source` with too long a name or path is no error: it is reported, and `item` goes to `skipped`."""
+def skip_too_long(skipped: Skipped, item, source: Path) -> Iterator[None]:
+    """Within, an output of `source` with too long a name or path is no error: `item` is skipped."""
     try:
         yield
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        skipped.append(item)
-        tqdm.write(f"skipped: {source}: an output of it would have too long a name or path", file=sys.stderr)
+        skipped.add(item, f"{source}: an output of it would have too long a name or path")
 
 
 def bytes_of(entries: list[tuple[int, tuple[np.ndarray, ...]]]) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -173,11 +174,20 @@ def decoder_bytes(vae: AutoencoderKL, height: int, width: int) -> int:
 # ----------------------------------------------------------------------------------------------------------- translation
 
 
+OnProgress = Callable[[int, int], None]  # takes how many steps are done, and of how many; what it raises ends the translation
+
+
 class Translator:
     """Called with a batch of SAR images it returns their EO images and maps."""
 
-    def __init__(self, checkpoint: LoadedCheckpoint, sampling: SamplingSettings, batch_size: int | None):
-        self.checkpoint, self.sampling = checkpoint, sampling
+    def __init__(
+        self,
+        checkpoint: LoadedCheckpoint,
+        sampling: SamplingSettings,
+        batch_size: int | None,
+        on_progress: OnProgress | None = None,
+    ):
+        self.checkpoint, self.sampling, self.on_progress = checkpoint, sampling, on_progress
         self.scheduler = make_sampler(checkpoint.scheduler, sampling.scheduler, sampling.timestep_spacing)
         self.batch_sizes = BatchSizes(checkpoint, batch_size)
         self.variance_timesteps = VARIANCE_READOUTS[sampling.readout][0]
@@ -200,6 +210,7 @@ class Translator:
                 return translate_images(
                     checkpoint.unet, checkpoint.vae, self.scheduler, images, noise, checkpoint.prompt_embedding,
                     sampling.num_inference_steps, self.variance_timesteps, sampling.ensemble_output, together,
+                    self.step_counter(sampling.num_inference_steps * -(-noise.shape[:2].numel() // together)),
                 )  # fmt: skip
             except FloatingPointError as error:
                 raise UserError(f"{error}: try --precision fp32") from error
@@ -210,6 +221,13 @@ class Translator:
             self.batch_sizes.limit = together // 2
             tqdm.write(f"{together} images together do not fit into the memory of {device}: from now on {together // 2}")
 
+    def step_counter(self, total: int) -> Callable[[], None] | None:
+        """What is to be called after every step of `total`."""
+        if (on_progress := self.on_progress) is None:
+            return None
+        numbers = count(1)
+        return lambda: on_progress(next(numbers), total)
+
 
 def require_finite(values: torch.Tensor, what: str) -> None:
     if not values.isfinite().all():
@@ -219,11 +237,11 @@ def require_finite(values: torch.Tensor, what: str) -> None:
 def translate_files(
     translator: Translator,
     items: Sequence,
-    failed: list,  # takes the items that cannot be read
+    skip: Callable[[int, object], None],  # as for `batches_of_one_size`
     read: Callable,  # item => (float32 [H, W, 3] in 0-255,)
     noise_of: Callable = image_noise,  # as for Translator
 ) -> Iterator[tuple[int, Translation]]:
     """Read and translate files => (index of the item, translation), in no fixed order; see `batches_of_one_size`."""
     threads, factor = file_threads(translator.checkpoint.device), translator.checkpoint.factor
-    for indices, (images,) in batches_of_one_size(items, read, factor, translator.batch_sizes, failed, "translating", threads):
+    for indices, (images,) in batches_of_one_size(items, read, factor, translator.batch_sizes, skip, "translating", threads):
         yield from zip(indices, translator(images, noise_of), strict=True)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from cdiffset.calibration.calibration import Calibration
 from cdiffset.errors import UserError
 from cdiffset.images import QUICKLOOK, hidden_beside, to_signed, write_png, write_text
-from cdiffset.inference.translator import LoadedCheckpoint, Translator, require_finite
+from cdiffset.inference.translator import LoadedCheckpoint, OnProgress, Translator, require_finite
 from cdiffset.pipeline import decode, encode, predict, to_uint8, variance, variance_weights
 from cdiffset.scenes.geotiff import Scene, open_scene, quicklook, write_cog
 from cdiffset.scenes.options import TileSettings
@@ -115,6 +115,7 @@ class Tiles:
     batch_size: int
     device: torch.device
     bar: tqdm
+    on_progress: OnProgress | None
 
     def run(self, compute: Callable, read: Callable) -> Iterator[np.ndarray]:
         """read(number) => arrays; then, tile by tile, what `compute` makes of them as batched tensors on the device."""
@@ -127,6 +128,8 @@ class Tiles:
             require_finite(outputs, "translation")
             yield from outputs.numpy()
             self.bar.update(len(numbers))
+            if self.on_progress:
+                self.on_progress(self.bar.n, self.bar.total)
 
     def window(self, number: int, factor: int = 1) -> tuple[slice, slice]:
         """Rows and columns of a tile, on a grid `factor` times as fine."""
@@ -410,7 +413,7 @@ def translate_scene(
         shapes = {"z_sar": (channels, height, width)} | dict.fromkeys(TURNS, (channels + 1, height, width))
         scratch = Scratch(hidden_beside(outputs["eo"], "scene"), made_with, shapes)
         bar, megapixels = progress(scratch.done, translator.sampling.num_inference_steps, grid, scene, outputs["eo"].name)
-        tiles = Tiles(grid, batch_size, checkpoint.device, bar)
+        tiles = Tiles(grid, batch_size, checkpoint.device, bar, translator.on_progress)
 
         def read_pixels(number: int) -> tuple[np.ndarray]:
             return (to_signed(read_padded(scene, info.radiometry, *tiles.window(number, factor))),)

@@ -1,11 +1,10 @@
 """What there is to do in a folder: images and scenes, where their outputs go, and whose task each is. Imports no networks."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from cdiffset import ranks
-from cdiffset.errors import UserError
+from cdiffset.errors import Skipped, UserError
 from cdiffset.inference.record import OutputRecord
 from cdiffset.scenes import geotiff
 from cdiffset.scenes.geotiff import find_sources, open_scene
@@ -50,11 +49,9 @@ def find_tasks(
     tile: int,  # px
     radiometry: RadiometryOptions,
     meta: dict,  # the model's checkpoint.json
-) -> tuple[list[Task], list[Path]]:
-    """=> (the tasks, files that cannot be translated, which are reported).
-
-    UserError where none can be, and where two inputs would have one output.
-    """
+    skipped: Skipped,  # takes the files that cannot be translated
+) -> list[Task]:
+    """UserError where none can be, and where two inputs would have one output."""
     source, taken, tasks, faults = source_folder(sar_dir), {}, [], {}
     for name, relative in find_sources(sar_dir, wanted_polarisations(radiometry.bands)).items():
         stem, files = (source / name).with_suffix(""), tuple(source / file for file in relative)
@@ -70,9 +67,9 @@ def find_tasks(
         tasks.append(Task(files, outputs, is_scene, is_fused))
     if not tasks:
         raise next(iter(faults.values()))
-    for error in faults.values():
-        print(f"skipped: {error}", file=sys.stderr)
-    return tasks, list(faults)
+    for file, error in faults.items():
+        skipped.add(file, error)
+    return tasks
 
 
 def kind_of(

@@ -1,7 +1,6 @@
 """From SAR files to EO images and maps: images, scenes of one tile, and scenes of several."""
 
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from rasterio.windows import Window
 
 from cdiffset.calibration.calibration import Calibration
 from cdiffset.calibration.error_pictures import error_view, hatched, overlay
-from cdiffset.errors import UserError
+from cdiffset.errors import Skipped, UserError
 from cdiffset.images import hidden_beside, read_sar_valid, write_png, write_tiff
 from cdiffset.inference.batching import file_threads, skip_too_long, writing_behind
 from cdiffset.inference.record import OutputRecord
@@ -55,34 +54,36 @@ class Run:
         return self.calibration and self.calibration.expected_error(translation.uncertainties)
 
 
-def translate_tasks(run: Run, tasks: list[Task]) -> list[Path]:
-    """=> the files that were skipped."""
+def translate_tasks(run: Run, tasks: list[Task], skipped: Skipped) -> None:
+    """Do the tasks; files that cannot be translated are skipped."""
     images = Images(run)
-    skipped = translate_batched(images, [task for task in tasks if not task.is_scene])
+    translate_batched(images, [task for task in tasks if not task.is_scene], skipped)
     if images.incomplete:
         print(
             f"note: {len(images.incomplete)} images hold pixels that are no data (alpha, nodata, masks, NaN), which their PNGs "
             f"do not show; with a scene option, e.g. --tile {TILE}, they become GeoTIFFs with alpha: {min(images.incomplete)}"
         )
-    skipped += translate_batched(WholeScenes(run), [task for task in tasks if task.is_scene and not task.is_fused])
-    return skipped + translate_fused(run, [task for task in tasks if task.is_fused])
+    translate_batched(WholeScenes(run), [task for task in tasks if task.is_scene and not task.is_fused], skipped)
+    translate_fused(run, [task for task in tasks if task.is_fused], skipped)
 
 
-def translate_batched(files: "Images | WholeScenes", tasks: list[Task]) -> list[Path]:
-    """Tasks read, translated in batches of one size, and written meanwhile => the files that were skipped."""
+def translate_batched(files: "Images | WholeScenes", tasks: list[Task], skipped: Skipped) -> None:
+    """Tasks read, translated in batches of one size, and written meanwhile."""
     if not tasks:
-        return []
-    translator, skipped = files.run.translator, []
+        return
+    translator = files.run.translator
+
+    def skip(index: int, reason: object) -> None:
+        skipped.add(tasks[index].sar, reason)
 
     def write(task: Task, translation: Translation) -> None:
-        with skip_too_long(task, task.sar, skipped):
+        with skip_too_long(skipped, task.sar, task.sar):
             files.write(task, translation)
 
     with writing_behind(file_threads(translator.checkpoint.device)) as write_behind:
-        for index, translation in translate_files(translator, tasks, skipped, files.read, files.noise_of):
+        for index, translation in translate_files(translator, tasks, skip, files.read, files.noise_of):
             files.run.begin(tasks[index])
             write_behind(write, tasks[index], translation)
-    return [task.sar for task in skipped]
 
 
 @dataclass
@@ -155,18 +156,15 @@ class WholeScenes:
         shutil.rmtree(scratch)
 
 
-def translate_fused(run: Run, tasks: list[Task]) -> list[Path]:
-    """Scenes of several tiles, one after the other => the files that were skipped."""
-    skipped: list[Path] = []
+def translate_fused(run: Run, tasks: list[Task], skipped: Skipped) -> None:
+    """Scenes of several tiles, one after the other."""
     batch_size = run.translator.batch_sizes(run.tiles.tile, run.tiles.tile) if tasks else 0
     for task in tasks:
         run.begin(task)
         try:
-            with skip_too_long(task.sar, task.sar, skipped):
+            with skip_too_long(skipped, task.sar, task.sar):
                 translate_scene(
                     run.translator, task.files, task.outputs, run.tiles, batch_size, run.radiometry, run.calibration
                 )
         except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-            skipped.append(task.sar)
-    return skipped
+            skipped.add(task.sar, error)
