@@ -141,6 +141,18 @@ def test_whatever_gdal_opens_is_read_as_a_scene(tmp_path, checkpoint, name, driv
     assert (Path(name) in listed) == (name != "a.bin")  # only asked for by name
 
 
+@pytest.mark.parametrize("suffix", [".bmp", ".gif", ".png", ".tif", ".webp"])
+def test_a_picture_that_is_a_vrt_reads_no_other_file(tmp_path, checkpoint, suffix):
+    save(tmp_path / "secret.tif", RNG.integers(1, 255, (24, 32), dtype=np.uint8), **UTM)
+    disguised = tmp_path / f"a{suffix}"
+    disguised.write_text(
+        '<VRTDataset rasterXSize="32" rasterYSize="24"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
+        '<SourceFilename relativeToVRT="1">secret.tif</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>'
+    )
+    with pytest.raises(UserError, match=f"a{suffix}: unreadable"):
+        translate(checkpoint, disguised, tmp_path / "out", "--scale", "amplitude")
+
+
 def test_what_cannot_be_read_is_told_before_networks_load(tmp_path, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr("cdiffset.inference.translator.read_weights", lambda *_: pytest.fail("weights were read"))
     save(tmp_path / "complex.tif", np.ones((8, 8), np.complex64), **UTM)
@@ -420,7 +432,9 @@ def test_outputs_say_what_they_are(tmp_path, checkpoint):
     page = (tmp_path / "out/eo" / name).with_suffix(".swipe.html").read_text("utf-8")
     rows = dict(re.findall("<tr><th>(.*?)</th><td>(.*?)</td></tr>", page))
     assert rows["CRS"] == "EPSG:32631 (geotransform)" and rows["GSD"] == "10 m" and rows["acquired"] == "2022-01-04T17:05:58"
-    assert rows["bands"] == "1 (VV), as single" and rows["sampling"].startswith("ddim leading, 1 steps") and 'id="bar"' in page
+    assert (
+        rows["bands"] == "1 (VV), as single" and rows["sampling"].startswith("ddim leading, 1 steps") and 'class="bar"' in page
+    )
 
 
 def test_scenes_are_read_as_those_that_the_training_images_were_cut_from(tmp_path, checkpoint, capsys):

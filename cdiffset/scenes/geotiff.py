@@ -35,8 +35,11 @@ CACHE_BYTES = 2**26  # GDAL would take 5 % of the machine's memory
 QUICKLOOK_PX = 1024
 RASTER_SUFFIXES = (".bil", ".img", ".j2k", ".jp2", ".nc", ".nitf", ".ntf", ".vrt")  # read as scenes alone, by GDAL
 SUFFIXES = (*IMAGE_SUFFIXES, *RASTER_SUFFIXES)
-# Suffixes that stand for one format; GDAL finds out the others.
-DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".vrt": "VRT", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+# Suffixes that stand for one format, so that no picture is a VRT in disguise, which names other files; GDAL finds out the rest.
+DRIVERS = {
+    ".bmp": "BMP", ".gif": "GIF", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif": "GTiff", ".tiff": "GTiff",
+    ".vrt": "VRT", ".webp": "WEBP",
+}  # fmt: skip
 POLARISATIONS = ("HH", "HV", "VH", "VV")
 POLARISATION = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(POLARISATIONS)})(?![A-Za-z0-9])", re.IGNORECASE)
 AUXILIARY = re.compile(  # bands and files that go with the backscatter and are none
