@@ -19,7 +19,16 @@ import calibrate
 from cdiffset import errors
 from cdiffset.calibration import calibration
 from cdiffset.calibration.calibration import MIN_ERROR, SPREAD_WEIGHTS, Calibration, Curve
-from cdiffset.calibration.error_pictures import ANCHORS, ERROR_VIEW_MAX, HATCH_COLOUR, colours, enlarged, error_view, overlay
+from cdiffset.calibration.error_pictures import (
+    ANCHORS,
+    ERROR_VIEW_MAX,
+    HATCH_COLOUR,
+    colours,
+    enlarged,
+    error_view,
+    overlay,
+    variance_view,
+)
 from cdiffset.errors import UserError
 
 REPO = Path(__file__).parents[1]
@@ -234,6 +243,19 @@ def test_the_view_shows_the_error_beside_a_bar(size, factor):
     bar = view[:, width + 8].astype(int)
     assert (bar == ANCHORS[0].astype(int)).all(1).any() and (bar == ANCHORS[-1].astype(int)).all(1).any()
     assert (view[:, width + 22 :] < 128).all(2).any()  # labels
+
+
+def test_the_view_of_a_variance_spans_its_percentiles_and_leaves_gaps_white():
+    sigma2 = np.linspace(0.5, 2.5, 10_201).reshape(101, 101)
+    sigma2[0, :50] = np.nan
+    view, known = variance_view(sigma2), sigma2[np.isfinite(sigma2)]
+    shown = view[: 101 * 3 : 3, : 101 * 3 : 3]  # enlarged to at least 256 px
+    assert (shown[0, :50] == 255).all()
+    low, high = np.percentile(known, (1, 99))
+    between = (sigma2 > low) & (sigma2 < high)
+    assert np.array_equal(shown[between], colours((sigma2 - low) / (high - low) * ERROR_VIEW_MAX)[between])
+    assert (shown[sigma2 < low] == ANCHORS[0]).all() and (shown[sigma2 > high] == ANCHORS[-1]).all()
+    assert (variance_view(np.full((300, 300), np.nan))[:300, :300] == 255).all()
 
 
 def test_the_overlay_marks_what_is_above_the_threshold_alone():

@@ -81,11 +81,11 @@ def test_it_loads_nothing_and_trusts_no_name(scene):
 )
 def test_the_scale_bar_has_a_round_length_of_at_most_a_quarter(scene, metres, label, share):
     page = page_of(scene, metres=metres)
-    (bar,) = [attributes for tag, attributes in page.elements if attributes.get("id") == "bar"]
+    (bar,) = [attributes for tag, attributes in page.elements if attributes.get("class") == "bar"]
     assert label in page.said and bar["style"] == f"width: {100 * share:.3f}%"
 
 
 def test_without_a_map_or_a_size_there_is_nothing_to_switch_and_no_bar(scene):
     page = page_of((scene[0], {"eo": scene[1]["eo"]}))
     assert set(dict(page.images())) == {"SAR", "EO, translated"}
-    assert not [element for _, element in page.elements if element.get("type") == "checkbox" or element.get("id") == "bar"]
+    assert not [element for _, element in page.elements if element.get("type") == "checkbox" or element.get("class") == "bar"]

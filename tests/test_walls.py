@@ -14,7 +14,7 @@ LAYERS = [  # names of modules, or of packages for all that is in them
     {"cdiffset.calibration"},
     {"cdiffset.scenes", "cdiffset.auditing", "cdiffset.training"},
     {"train"},
-    {"main", "test", "evaluate", "calibrate", "audit", "export", "data", "demo", "results"},
+    {"main", "test", "evaluate", "calibrate", "audit", "export", "app", "data", "demo", "results"},
 ]
 WINGS = {
     name for layer in LAYERS for name in layer if name.startswith("cdiffset.") and (ROOT / name.replace(".", "/")).is_dir()

@@ -1,4 +1,4 @@
-"""Pictures of the expected error that a person can read: colours on one fixed scale, and the EO image hatched where it is high.
+"""Pictures of uncertainty that a person can read: maps in colours with their scale, and the EO hatched where errors are likely.
 
 Small images are enlarged by a whole factor until their longer side has at least SHOWN_PX.
 """
@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ERROR_VIEW_MAX = 64  # 8-bit units; the same for all images, larger errors look like this one
 SHOWN_PX = 256
+VARIANCE_PERCENTILES = (1, 99)
 TEXT_PX = 12
 BAR_PX, GAP_PX, TICKS = 12, 6, (0, 16, 32, 48, 64)
 # From dark blue through red to pale yellow, ever lighter, so that the order survives printing in grey.
@@ -24,9 +25,22 @@ HATCH_PX, TINT, LINE = 10, 0.18, 0.8  # period of the lines, shares of the colou
 
 def error_view(expected: np.ndarray) -> np.ndarray:
     """Expected error [H, W] in 8-bit units => uint8 [H', W', 3]: in colours from 0 to ERROR_VIEW_MAX, with a colour bar."""
-    picture = enlarged(colours(expected))
-    height, width = picture.shape[:2]
     labels = [f"{tick}" if tick < ERROR_VIEW_MAX else f"{tick}+" for tick in TICKS]  # larger errors look like the last
+    return with_colour_bar(expected, labels)
+
+
+def variance_view(variance: np.ndarray) -> np.ndarray:
+    """σ² [H, W], NaN: none => uint8 [H', W', 3]: in colours between two percentiles of its own, with a colour bar."""
+    known = variance[np.isfinite(variance)]
+    low, high = np.percentile(known, VARIANCE_PERCENTILES) if known.size else (0.0, 1.0)
+    labels = [f"{low + (high - low) * tick / ERROR_VIEW_MAX:.3g}" for tick in TICKS]
+    return with_colour_bar((variance - low) / max(high - low, 1e-12) * ERROR_VIEW_MAX, labels)
+
+
+def with_colour_bar(values: np.ndarray, labels: list[str]) -> np.ndarray:
+    """Values [H, W] on the scale of `colours`, and what stands at its TICKS => uint8 [H', W', 3]."""
+    picture = enlarged(colours(values))
+    height, width = picture.shape[:2]
     font = ImageFont.load_default(TEXT_PX)
     bar_height = max(height - TEXT_PX, len(TICKS) * TEXT_PX)
     left, top = width + GAP_PX, TEXT_PX // 2  # half a line of text above and below the bar, for its outer labels
@@ -62,9 +76,10 @@ def hatched(eo: np.ndarray, expected: np.ndarray, threshold: float) -> np.ndarra
 
 
 def colours(expected: np.ndarray) -> np.ndarray:
-    """[H, W] in 8-bit units => uint8 [H, W, 3], straight between the anchors."""
+    """[H, W] in 8-bit units => uint8 [H, W, 3], straight between the anchors; NaN is white."""
     place = np.clip(expected / ERROR_VIEW_MAX, 0, 1) * (len(ANCHORS) - 1)
-    return np.stack([np.interp(place, np.arange(len(ANCHORS)), channel) for channel in ANCHORS.T], -1).round().astype(np.uint8)
+    shades = np.stack([np.interp(place, np.arange(len(ANCHORS)), channel) for channel in ANCHORS.T], -1)
+    return np.where(np.isnan(place)[..., None], 255, shades.round()).astype(np.uint8)
 
 
 def enlarged(pixels: np.ndarray) -> np.ndarray:

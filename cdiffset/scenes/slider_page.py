@@ -1,5 +1,6 @@
 """An HTML page with a scene's SAR and EO under a slider and its uncertainty over both; opens from disk, loads nothing."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,19 @@ def write_swipe(
     write_text(outputs["eo"].with_suffix(".swipe.html"), page)
 
 
+def slider(sar: np.ndarray, eo: np.ndarray) -> str:
+    """The slider alone, of pictures [h, w, 3 or 4], as HTML for another page."""
+    height, width = eo.shape[:2]
+    pictures = {"sar": embedded(sar), "eo": embedded(eo), "overlay": None}
+    return render_page("scenes/slider.html.jinja", width=width, height=height, bar=None, **pictures)
+
+
+def written_radiometry(eo: Path) -> Radiometry:
+    """How the scene was read that became this EO GeoTIFF."""
+    with rasterio.open(eo) as source:
+        return Radiometry(**json.loads(source.tags()["CDIFFSET_STRETCH"]))
+
+
 def scale_bar(metres: float) -> dict[str, str]:
     """A bar of a round length, at most a quarter of a picture that is so many metres wide => its width in % and its label."""
     power = 10 ** math.floor(math.log10(metres / 4))
@@ -74,5 +88,5 @@ def uncertainty_view(path: Path) -> tuple[np.ndarray, str]:
 
 
 def embedded(pixels: np.ndarray) -> str:
-    """uint8 [h, w, 4] => data URL."""
+    """uint8 [h, w, 3 or 4] => data URL."""
     return image_url(pixels, "webp", quality=QUALITY)
