@@ -27,6 +27,7 @@ import cdiffset  # noqa: F401  first: it mends torchvision
 import numpy as np
 import torch
 
+from cdiffset.device import quickest_precision
 from cdiffset.errors import Parser, UserError
 from cdiffset.images import write_text
 
@@ -34,6 +35,8 @@ REPO = Path(__file__).resolve().parents[1]
 SIMULATED_BASE = REPO / "assets/simulated_base"
 RESULTS = REPO / "benchmarks/RESULTS.md"
 REFERENCE = "reference"  # the arm that all others are compared with
+PRECISION = quickest_precision(torch.device("cpu"))  # as test.py names it
+MIXED_PRECISION = "bf16" if PRECISION == "bf16" else "no"  # as main.py does
 
 # Stable Diffusion 2.1's public architecture, and one of the same kinds of blocks for a quick look.
 ARCHITECTURES = {
@@ -273,6 +276,14 @@ def watched(command: list[str], log: Path, device: str = "cpu", pause_s: float =
             process.kill()  # where the caller has stopped; nothing else where it has ended by itself
     if process.returncode:
         raise UserError(f"exit code {process.returncode}: {last_words(log)}; see {os.path.relpath(log)}")
+
+
+def timed(command: list[str], log: Path) -> dict[str, float]:
+    """Run Python with a command line => its seconds, and the most memory that it held."""
+    started, peak = time.monotonic(), 0.0
+    for pid in watched(command, log, pause_s=0.2):
+        peak = max(peak, memory_mib("VmHWM", pid))
+    return {"seconds": time.monotonic() - started, "gib": peak / 1024}
 
 
 def last_words(log: Path) -> str:

@@ -13,7 +13,6 @@ import platform
 import re
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,17 +22,15 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.harness import REPO, machine, memory_mib, table, watched, words, write_json
+from benchmarks.harness import MIXED_PRECISION, PRECISION, REPO, machine, table, timed, words, write_json
 
 # isort: split
-import torch
 from matplotlib.figure import Figure
 
 import utils
 from benchmarks.discrepancy import check_settings
 from benchmarks.discrepancy_report import cell
 from benchmarks.rival_models import BASE, METHODS, PAIRS, PARTS, base_hashes
-from cdiffset.device import quickest_precision
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.evaluation.evaluate import evaluate_folders, resampled_means
 from cdiffset.evaluation.folders import EvaluationFolders
@@ -49,8 +46,6 @@ TITLES = {
 OUTPUTS = {"sample": "", "mean": ", mean of 8"}
 PILOT = (10, 60)  # updates of two runs, whose times differ by that of the updates between
 WARMUP = 50  # the demo's, of both stages
-PRECISION = quickest_precision(torch.device("cpu"))
-MIXED = {"bf16": "bf16", "fp32": "no"}  # as main.py names them
 STAGE1 = 350 / 2000  # of C-DiffSET's updates, as in the demo
 MEAN_OF_8 = {"preset": "fast", "ensemble": 8, "ensemble_output": "mean"}
 COLUMNS = {  # path of keys in a result: title, digits
@@ -88,7 +83,7 @@ def training_commands(job: Job, output: Path) -> list[list[str]]:
         options = {"method": job.method, "updates": job.updates, "seed": job.seed, "output": folder}
         return [["benchmarks/rival_models.py", *words(options)]]
     first = max(1, round(STAGE1 * job.updates))
-    common = {"seed": job.seed, "num_warmup": min(WARMUP, first), "val_len": 8, "mixed_precision": MIXED[PRECISION]}
+    common = {"seed": job.seed, "num_warmup": min(WARMUP, first), "val_len": 8, "mixed_precision": MIXED_PRECISION}
     common["latent_cache"] = output / "latents"
     stage1 = {"config": "configs/demo.yaml", **common}
     if job.method == "mse":
@@ -116,14 +111,6 @@ def translation_commands(job: Job, output: Path) -> dict[tuple[str, str], list[s
             }  # fmt: skip
             commands[part, name] = ["test.py", *words(options)]
     return commands
-
-
-def timed(command: list[str], log: Path) -> dict[str, float]:
-    """Run it => seconds and the most memory that it held."""
-    started, peak = time.monotonic(), 0.0
-    for pid in watched(command, log, pause_s=0.2):
-        peak = max(peak, memory_mib("VmHWM", pid))
-    return {"seconds": time.monotonic() - started, "gib": peak / 1024}
 
 
 # ------------------------------------------------------------------------------------------------------------ budgets
