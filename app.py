@@ -16,6 +16,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -299,7 +300,90 @@ def make_page(work: Work):
     """The page as gradio.Blocks."""
     import gradio as gr
 
-    bar = gr.Progress()
+    with gr.Blocks(title="C-DiffSET", analytics_enabled=False) as page:
+        gr.Markdown(ABOUT)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                inputs = add_inputs(work)
+            with gr.Column(scale=3, min_width=300):
+                results = add_results(work)
+        connect(work, page, inputs, results)
+    return page
+
+
+def add_inputs(work: Work) -> SimpleNamespace:
+    """What a visitor gives and decides."""
+    import gradio as gr
+
+    uploads = gr.File(label=UPLOAD, file_count="multiple", file_types=list(IMAGE_SUFFIXES))
+    examples = sorted(EXAMPLES.glob("*.webp"))
+    chosen = examples[:: max(1, len(examples) // EXAMPLE_COUNT)][:EXAMPLE_COUNT]
+    gr.Examples([[[str(path)]] for path in chosen], [uploads], label="Sentinel-1 tiles", api_visibility="private")
+    choices = [(work.label_of(name), name) for name in work.samplings]
+    sampling = gr.Radio(choices, value=choices[0][1], label="Sampling")
+    seed = gr.Number(work.given.get("seed", 0), label="Seed", precision=0, minimum=0)
+    with gr.Accordion("How a scene is read", open=False):
+        bands = gr.Textbox("", label="Bands", placeholder="by number or name, e.g. VV,VH")
+        scale = gr.Dropdown([AS_TRAINED, "auto", *SCALES], value=AS_TRAINED, label="What the numbers are")
+    with gr.Row():
+        start, stop = gr.Button("Translate", variant="primary"), gr.Button("Stop", variant="stop")
+    return SimpleNamespace(uploads=uploads, choices=[sampling, seed, bands, scale], start=start, stop=stop)
+
+
+def add_results(work: Work) -> SimpleNamespace:
+    """What a visitor sees of a translation; hidden until there is one."""
+    import gradio as gr
+
+    compared = gr.HTML(min_height=200)
+    warnings = gr.Markdown(visible=False)
+    with gr.Column(visible=False) as everything:
+        with gr.Row():
+            with gr.Column(min_width=280, visible=work.has_variance):
+                gr.Markdown("**σ²**: the network's own doubt")
+                variance = gr.Image(alt_text=ALT["variance"], **PLAIN)
+            with gr.Column(min_width=280) as with_error:
+                gr.Markdown("**Expected error**, in grey levels of 255")
+                error = gr.Image(alt_text=ALT["error"], **PLAIN)
+        missing = gr.Markdown(NO_CALIBRATION if work.has_variance else NO_VARIANCE)
+        with gr.Column() as with_hatching:
+            threshold = gr.Slider(0, ERROR_VIEW_MAX, 25, step=1, label="Hatch where the expected error is above")
+            hatched = gr.Image(alt_text=ALT["overlay"], **PLAIN)
+        with gr.Row():
+            downloads = [gr.DownloadButton(label) for label in DOWNLOADS]
+        command = gr.Textbox(label="The same on the command line", elem_id="command", lines=3, interactive=True)
+    shown = [compared, warnings, everything, with_error, missing, with_hatching, variance, error, *downloads]
+    return SimpleNamespace(shown=shown, hatching=[hatched, command], threshold=threshold)  # in the order of show and hatch
+
+
+def show(result: Result) -> list:
+    """What is to be shown of a result."""
+    import gradio as gr
+
+    with_error = result.expected is not None
+    variance = None if result.variance is None else result.picture("variance", variance_view(result.variance))
+    error = result.picture("error", error_view(result.expected)) if with_error else None
+    visible = [True, with_error, not with_error, with_error]  # everything, with_error, missing, with_hatching
+    return [
+        slider(result.sar, result.eo), gr.Markdown(FAR.format(result.warnings), visible=bool(result.warnings)),
+        *(gr.update(visible=each) for each in visible), variance, error,
+        *(gr.DownloadButton(value=file, visible=file is not None) for file in result.downloads),
+    ]  # fmt: skip
+
+
+def hatch(result: Result, threshold: float) -> list:
+    """The overlay of a result at a threshold, and the command line that repeats both."""
+    if result.expected is None:
+        return [None, shlex.join(result.command)]
+    picture = overlay(result.eo[..., :3], result.expected, threshold)
+    options = ["--overlay-dir", "out/overlay", "--overlay-threshold", f"{threshold:g}"]
+    return [result.picture("overlay", picture), shlex.join([*result.command, *options])]
+
+
+def connect(work: Work, page, inputs: SimpleNamespace, results: SimpleNamespace) -> None:
+    """Have the page do what its buttons say."""
+    import gradio as gr
+
+    bar, outputs = gr.Progress(), [*results.shown, *results.hatching]
 
     def translate(uploads, sampling, seed, bands, scale, threshold, request: gr.Request, progress=bar):
         if not uploads:
@@ -316,31 +400,12 @@ def make_page(work: Work):
             where = rf"{re.escape(str(work.folder))}\S*?/sar/"  # which is no visitor's business
             raise gr.Error(re.sub(where, "", message_of(error)), duration=None, print_exception=False) from None
         except Stopped:
-            return [gr.skip()] * len(shown)
-        return show(result, threshold)
-
-    def show(result: Result, threshold: float) -> list:
-        with_error = result.expected is not None
-        variance = None if result.variance is None else result.picture("variance", variance_view(result.variance))
-        error = result.picture("error", error_view(result.expected)) if with_error else None
-        visible = [True, with_error, not with_error, with_error]  # results, with_error, missing, with_hatching
-        downloads = [gr.DownloadButton(value=file, visible=file is not None) for file in result.downloads]
-        return [
-            slider(result.sar, result.eo), gr.Markdown(FAR.format(result.warnings), visible=bool(result.warnings)),
-            *(gr.update(visible=each) for each in visible), variance, error, *downloads,
-            *hatch(result, threshold),
-        ]  # fmt: skip
-
-    def hatch(result: Result, threshold: float) -> list:
-        if result.expected is None:
-            return [None, shlex.join(result.command)]
-        picture = overlay(result.eo[..., :3], result.expected, threshold)
-        options = ["--overlay-dir", "out/overlay", "--overlay-threshold", f"{threshold:g}"]
-        return [result.picture("overlay", picture), shlex.join([*result.command, *options])]
+            return [gr.skip()] * len(outputs)
+        return show(result) + hatch(result, threshold)
 
     def change_threshold(threshold: float, request: gr.Request):
         result = work.visit(request.session_hash).result
-        return hatch(result, threshold) if result else [gr.skip()] * 2
+        return hatch(result, threshold) if result else [gr.skip()] * len(results.hatching)
 
     def keep_in_mind(uploads, request: gr.Request) -> None:
         work.visit(request.session_hash).uploads |= {Path(path) for path in uploads or ()}
@@ -352,49 +417,14 @@ def make_page(work: Work):
     def leave(request: gr.Request) -> None:
         work.forget(request.session_hash)
 
-    with gr.Blocks(title="C-DiffSET", analytics_enabled=False) as page:
-        gr.Markdown(ABOUT)
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                uploads = gr.File(label=UPLOAD, file_count="multiple", file_types=list(IMAGE_SUFFIXES))
-                examples = sorted(EXAMPLES.glob("*.webp"))
-                chosen = examples[:: max(1, len(examples) // EXAMPLE_COUNT)][:EXAMPLE_COUNT]
-                gr.Examples([[[str(path)]] for path in chosen], [uploads], label="Sentinel-1 tiles", api_visibility="private")
-                choices = [(work.label_of(name), name) for name in work.samplings]
-                sampling = gr.Radio(choices, value=choices[0][1], label="Sampling")
-                seed = gr.Number(work.given.get("seed", 0), label="Seed", precision=0, minimum=0)
-                with gr.Accordion("How a scene is read", open=False):
-                    bands = gr.Textbox("", label="Bands", placeholder="by number or name, e.g. VV,VH")
-                    scale = gr.Dropdown([AS_TRAINED, "auto", *SCALES], value=AS_TRAINED, label="What the numbers are")
-                with gr.Row():
-                    start, end = gr.Button("Translate", variant="primary"), gr.Button("Stop", variant="stop")
-            with gr.Column(scale=3, min_width=300):
-                compared = gr.HTML(min_height=200)
-                warnings = gr.Markdown(visible=False)
-                with gr.Column(visible=False) as results:
-                    with gr.Row():
-                        with gr.Column(min_width=280, visible=work.has_variance):
-                            gr.Markdown("**σ²**: the network's own doubt")
-                            variance = gr.Image(alt_text=ALT["variance"], **PLAIN)
-                        with gr.Column(min_width=280) as with_error:
-                            gr.Markdown("**Expected error**, in grey levels of 255")
-                            error = gr.Image(alt_text=ALT["error"], **PLAIN)
-                    missing = gr.Markdown(NO_CALIBRATION if work.has_variance else NO_VARIANCE)
-                    with gr.Column() as with_hatching:
-                        threshold = gr.Slider(0, ERROR_VIEW_MAX, 25, step=1, label="Hatch where the expected error is above")
-                        hatched = gr.Image(alt_text=ALT["overlay"], **PLAIN)
-                    with gr.Row():
-                        downloads = [gr.DownloadButton(label) for label in DOWNLOADS]
-                    command = gr.Textbox(label="The same on the command line", elem_id="command", lines=3, interactive=True)
-        private = {"api_visibility": "private"}
-        at_once = {"concurrency_limit": None, "show_progress": "hidden", **private}  # while a translation runs
-        shown = [compared, warnings, results, with_error, missing, with_hatching, variance, error, *downloads, hatched, command]
-        running = start.click(translate, [uploads, sampling, seed, bands, scale, threshold], shown, **private)
-        end.click(stop, cancels=[running], **at_once)
-        threshold.change(change_threshold, [threshold], [hatched, command], trigger_mode="always_last", **at_once)
-        uploads.change(keep_in_mind, [uploads], **at_once)
-        page.unload(leave)
-    return page
+    private = {"api_visibility": "private"}
+    at_once = {"concurrency_limit": None, "show_progress": "hidden", **private}  # while a translation runs
+    threshold = results.threshold
+    running = inputs.start.click(translate, [inputs.uploads, *inputs.choices, threshold], outputs, **private)
+    inputs.stop.click(stop, cancels=[running], **at_once)
+    threshold.change(change_threshold, [threshold], results.hatching, trigger_mode="always_last", **at_once)
+    inputs.uploads.change(keep_in_mind, [inputs.uploads], **at_once)
+    page.unload(leave)
 
 
 if __name__ == "__main__":

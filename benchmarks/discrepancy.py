@@ -36,7 +36,7 @@ from tqdm import tqdm
 from benchmarks.discrepancy_report import Results, figure, report
 from benchmarks.measures import TEST, TRAIN, draw_scenes, evaluate
 from cdiffset.config import DEFAULT_PROMPT
-from cdiffset.device import keep_freed_memory, quickest_autocast
+from cdiffset.device import keep_freed_memory, quickest_autocast, quickest_precision
 from cdiffset.errors import Parser, UserError, run
 from cdiffset.images import written_whole
 from cdiffset.losses import target_of, training_loss
@@ -353,8 +353,9 @@ on {machine(device)} (Python {platform.python_version()}, {versions}).
 - Scenes: `data/simulate.py`, seed {SCENE_SEED}, {size.scene_px} px, {size.train} for training and {size.test} held out.
 - Standard level: {", ".join(f"{k} {v:g}" for k, v in standard.items() if k != "size")}. Others: {others}.
 - Training: {size.stage1} iterations of stage 1 and {size.stage2} of stage 2, their sum for every variant.
-- Each stage: batch {size.batch_size}, AdamW, learning rate {size.learning_rate:g} with a cosine schedule, bf16, average of the
-  weights {size.ema_decay:g}; seeds {", ".join(map(str, size.seeds))}.
+- Each stage: batch {size.batch_size}, AdamW, learning rate {size.learning_rate:g} with a cosine schedule,
+  {quickest_precision(torch.device(device))}, average of the weights {size.ema_decay:g}.
+- Seeds: {", ".join(map(str, size.seeds))}.
 - Translation: DDIM-{size.steps}; spread of {size.samples} samples.
 - Audit: timesteps {", ".join(map(str, size.audit_timesteps))}, {size.audit_draws} draws of noise."""
 

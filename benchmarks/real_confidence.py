@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.harness import Model, machine, write_json
+from benchmarks.harness import PRECISION, Model, machine, write_json
 
 # isort: split
 import torch
@@ -314,7 +314,8 @@ def write_report(results: list[dict], name: str, output: Path) -> None:
 on {machine("cpu")} (Python {platform.python_version()}, {packages}).
 
 - Pairs: `data/sentinel_demo`. Training from `assets/sentinel_base`: {size.stage1} updates of stage 1, {size.stage2} of stage 2,
-  batches of {size.batch_size}; all losses of a seed share stage 1, batches, noise and timesteps. {len(results)} seeds; ± is the
+  batches of {size.batch_size}, {PRECISION};
+  all losses of a seed share stage 1, batches, noise and timesteps. {len(results)} seeds; ± is the
   half-width of the 95 % interval over them.
 - Translation: {size.steps} DDIM steps, trailing; `sample` is the first of {size.samples}, `mean` their mean. Maps: of C-Diff.
 - Errors: |generated - EO|, mean over RGB, pooled over all pixels.

@@ -287,6 +287,7 @@ on {machine("cpu")} (Python {platform.python_version()}, {packages}).
 
 - Pairs: `data/sentinel_demo`, 1,014 for training. `test`: held-out places in the regions of the training; `unseen`: another.
 - Seeds {", ".join(map(str, seeds))}; ± is the half-width of the 95 % interval over them (Student's t).
+- Precision of all methods: {PRECISION}.
 - Methods: see `benchmarks/rival_models.py`. C-DiffSET starts from `{BASE.relative_to(REPO)}`, which was pretrained on the EO of
   the training pairs alone; the others start from nothing. That pretraining is not counted, as Stable Diffusion's is not.
 - Training minutes: of C-DiffSET those of whole commands, start-up and validation included; of the others of training alone.

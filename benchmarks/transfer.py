@@ -1,6 +1,6 @@
 """From one kind of scenes to another: all weights against low-rank adapters, at equal updates.
 
-    python benchmarks/transfer.py --output work_dir/transfer    # half an hour and more on 2 CPU cores; continues
+    python benchmarks/transfer.py --output work_dir/transfer    # long on 2 CPU cores; the same command continues
 
 A model is trained on simulated scenes as in `make demo-simulated`. From there it is fine-tuned on scenes with more speckle,
 smaller parcels and stronger texture: whole, and by adapters, for three seeds, by main.py as users run it. Held-out scenes of

@@ -270,18 +270,17 @@ def seal(folder: Path) -> None:
 
 
 def size_and_hash(file: Path) -> dict:
-    found = file.stat()
-    return {"bytes": found.st_size, "sha256": _hashed(file, found.st_size, found.st_mtime_ns)}
-
-
-@lru_cache
-def _hashed(file: Path, size: int, mtime_ns: int) -> str:
-    """SHA-256; a process that asks again, e.g. the web page, does not read gigabytes again while the file is the same."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(2**20):
             digest.update(block)
-    return digest.hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+@lru_cache
+def hash_once(file: Path, size: int, mtime_ns: int) -> str:
+    """The hash of a file of this size and date: the web page asks at every translation, and should not read gigabytes again."""
+    return size_and_hash(file)["sha256"]
 
 
 def flush(path: Path) -> None:
@@ -348,7 +347,7 @@ def identity(weights: Path, option: str) -> str:
         return listed["sha256"]
     parts = files_of(weights) if weights.name == ADAPTER else parts_of(weights, option)
     try:
-        hashes = [size_and_hash(part)["sha256"] for part in parts]
+        hashes = [hash_once(part, (found := part.stat()).st_size, found.st_mtime_ns) for part in parts]
     except OSError as error:
         raise UserError(f"{option}: {error.filename} is damaged or no safetensors file ({error.strerror})") from error
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

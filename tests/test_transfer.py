@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_unet
+from conftest import REPO, tiny_unet
 from files import save_image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -74,3 +74,8 @@ def test_the_numbers_are_those_of_independent_computations(tmp_path):
     numbers, megabytes = transfer.size_of(tmp_path)
     assert numbers == sum(weight.numel() for weight in unet.parameters())
     assert megabytes == pytest.approx((tmp_path / "unet/diffusion_pytorch_model.safetensors").stat().st_size / 1e6)
+
+
+def test_the_old_kind_is_the_demo():
+    written = " ".join(transfer.words(transfer.OLD))
+    assert f"DEMO_SCENES := {written}\n" in (REPO / "Makefile").read_text()

@@ -9,7 +9,7 @@ import numpy as np
 import rasterio
 from rasterio.windows import Window
 
-from cdiffset.calibration.error_pictures import ERROR_VIEW_MAX, colours
+from cdiffset.calibration.error_pictures import ERROR_VIEW_MAX, VARIANCE_PERCENTILES, colours
 from cdiffset.images import without_georeference, write_text
 from cdiffset.pages import image_url, render_page
 from cdiffset.scenes.geotiff import Scene, quicklook
@@ -79,7 +79,9 @@ def uncertainty_view(path: Path) -> tuple[np.ndarray, str]:
     values = quicklook(path)[..., -1]
     known = np.isfinite(values)
     if name == "variance":
-        low, high = (float(limit) for limit in np.percentile(values[known], (1, 99))) if known.any() else (0.0, 1.0)
+        low, high = (
+            (float(limit) for limit in np.percentile(values[known], VARIANCE_PERCENTILES)) if known.any() else (0.0, 1.0)
+        )
         legend = f"uncertainty σ² (1 / confidence), dark {low:.3g} to light {high:.3g}"
     else:
         low, high, legend = 0.0, float(ERROR_VIEW_MAX), f"{name}, dark 0 to light {ERROR_VIEW_MAX} and more"
